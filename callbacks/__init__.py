@@ -1,0 +1,8 @@
+"""Lightning callbacks that bring quantization into an existing Trainer; one hook story per file."""
+
+if __name__ != "lq.callbacks":
+    raise ImportError(f"these callbacks are the package 'lq.callbacks', not {__name__!r}; import them from there")
+
+from lq.callbacks.finetune import FineTune as FineTune
+from lq.callbacks.loading import load_from_checkpoint as load_from_checkpoint
+from lq.callbacks.quantize import Quantize as Quantize

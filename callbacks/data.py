@@ -1,0 +1,97 @@
+"""Batches for data-dependent stages, from the Trainer's own loader, strategy and device.
+
+Reading them leaves no trace: random states are restored, so that a run sees the same batches with and without the stage.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lq.calibration import Forward, run
+from lq.cost import batch_size
+from lq.errors import DataError
+from lq.sites import common_module
+
+
+def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[Any]:
+    """At least `samples` training samples (over all ranks) in batches, on the device; fewer if the loader ends.
+
+    The Trainer's ``limit_train_batches``, ``overfit_batches`` and ``fast_dev_run`` hold here too.
+
+    Args:
+        trainer: a trainer that is fitting.
+        samples: number of samples over all ranks.
+        title: shown by the progress bar, if the Trainer has one.
+    """
+    trainer.fit_loop.setup_data()
+    source = trainer.train_dataloader
+    if source is None:
+        raise DataError(f"{title} got no batches: the Trainer has no training data; pass a train dataloader to fit")
+    loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, "max_size_cycle")
+    module = trainer.lightning_module
+    share, seen = math.ceil(samples / trainer.world_size), 0
+    with isolate_rng(), _same_generators(loader.flattened):
+        for index, (batch, _, _) in enumerate(_progress(trainer, iter(loader), title)):
+            if index >= trainer.num_training_batches:
+                break
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            seen += batch_size(batch)
+            if seen >= share:
+                break
+
+
+def forward_of(trainer: pl.Trainer, module: pl.LightningModule, forward: Forward | None) -> Forward:
+    """How to run a batch through `module`, at the Trainer's precision.
+
+    In this order: `forward`; the module's own ``calibration_step(batch)``; its ``forward`` on the batch, or on the batch's first
+    part; the same on the part of it that holds all quantized layers, for modules without a ``forward``.
+    """
+
+    def call(model: nn.Module, batch: Any) -> Any:
+        with trainer.precision_plugin.forward_context():
+            if forward is not None:
+                return run(model, batch, forward)
+            if hasattr(model, "calibration_step"):
+                return model.calibration_step(batch)
+            if type(model).forward is pl.LightningModule.forward:
+                return run(common_module(model)[1], batch)
+            return run(model, batch)
+
+    return call
+
+
+def reduce_over(trainer: pl.Trainer) -> Callable[[Tensor, str], Tensor]:
+    """The Trainer's reduction over ranks, by the name of the operation: "sum", "min" or "max"."""
+    return lambda tensor, operation: trainer.strategy.reduce(tensor, reduce_op=operation)  # type: ignore[return-value]
+
+
+@contextmanager
+def _same_generators(loaders: Iterable[Any]) -> Iterator[None]:
+    """Restore the random generators that loaders and samplers carry."""
+    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _progress(trainer: pl.Trainer, batches: Iterable[Any], title: str) -> Iterable[Any]:
+    """`batches` behind a progress bar, where the Trainer shows any."""
+    bar = trainer.progress_bar_callback
+    if bar is None or not bar.is_enabled or not trainer.is_global_zero:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc=title, unit="batch", leave=False)  # type: ignore[no-any-return]

@@ -1,0 +1,25 @@
+"""lq: quantization for models trained with PyTorch Lightning.
+
+Functions here need torch alone; the callbacks that bring them into a Trainer are in `lq.callbacks`.
+"""
+
+from lq.attach import attach as attach
+from lq.attach import detach as detach
+from lq.attach import set_bits as set_bits
+from lq.attach import set_estimator as set_estimator
+from lq.calibration import calibrate as calibrate
+from lq.checkpoint import load as load
+from lq.errors import DataError as DataError
+from lq.errors import LqError as LqError
+from lq.errors import NoEffectWarning as NoEffectWarning
+from lq.errors import PatternError as PatternError
+from lq.errors import RecipeError as RecipeError
+from lq.errors import SpecError as SpecError
+from lq.errors import StateError as StateError
+from lq.folding import fold_batchnorm as fold_batchnorm
+from lq.recipe import recipe as recipe
+from lq.recipe import recipe_names as recipe_names
+from lq.report import summary as summary
+from lq.spec import QuantSpec as QuantSpec
+
+__version__ = "0.1.0"

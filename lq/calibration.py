@@ -1,0 +1,169 @@
+"""Find the ranges of all quantizers: of weights from their values, of activations from batches.
+
+One pass over the data: while a model is observed its weights are quantized and its activations pass through, counted in
+a histogram per site (memory independent of the number of images). `Histogram` is exact over batches and ranks, so
+that two ranks find the ranges one rank finds on the same images.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lq.cost import batch_size, count_macs
+from lq.errors import DataError, NoEffectWarning
+from lq.histogram import Histogram, Reduce
+from lq.sites import float_weight, input_quantizer, quantized_layers, quantizers, require_attached, weight_quantizer
+
+import warnings
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Runs the model on a batch; what it returns is ignored.
+Forward = Callable[[Any, Any], Any]
+
+
+def calibrate(
+    model: M,
+    batches: Iterable[Any] = (),
+    *,
+    forward: Forward | None = None,
+    reduce: Reduce | None = None,
+) -> M:
+    """Find the ranges of the quantizers of `model`, in place; what was learned of them is overwritten.
+
+    Args:
+        model: a model with quantizers; runs in eval mode, its own modes are restored.
+        batches: any iterable of batches, read once. Labels are not used. Not needed if only weights are quantized.
+        forward: called with the model and a batch; by default ``model(batch)``, or ``model(batch[0])`` for tuples and lists.
+        reduce: combines a tensor over ranks: called with it and "sum", "min" or "max".
+
+    Returns:
+        The model.
+
+    Raises:
+        StateError: if the model has no quantizers.
+        DataError: if there are no batches, the model does not take one, or a tensor in it has NaN or Inf.
+
+    >>> import lq
+    >>> model = lq.attach(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), weights=4, activations=8)
+    >>> model = calibrate(model, [torch.randn(32, 4)])
+    >>> model(torch.randn(1, 4)).shape
+    torch.Size([1, 2])
+    """
+    require_attached(model, "lq.calibrate")
+    calibrate_weights(model)
+    sites = {name: site for name, module in quantized_layers(model) if (site := input_quantizer(module)) is not None}
+    if not sites:
+        return model
+    with eval_mode(model), torch.no_grad():
+        try:
+            for site in sites.values():
+                site.observer = Histogram()
+            seen = 0
+            for batch in batches:
+                if seen == 0:
+                    _record_macs(model, batch, forward)
+                else:
+                    run(model, batch, forward)
+                seen += 1
+            observed = {name: site.observer for name, site in sites.items()}
+        finally:
+            for site in sites.values():
+                site.observer = None
+    if not seen:
+        raise DataError("calibration got no batches: the loader is empty; give lq.calibrate at least one batch")
+    unseen = []
+    for name, site in sites.items():
+        histogram = observed[name]
+        if histogram is None:
+            continue
+        if reduce is not None:
+            histogram.reduce(reduce, site.bits.device)
+        if histogram.counts is None:
+            unseen.append(name)
+        else:
+            site.calibrate(histogram)
+    if unseen:
+        warnings.warn(
+            f"the inputs of {len(unseen)} layers were never seen ({', '.join(unseen[:3])}, ...): the model uses their weights "
+            "without calling them; these inputs stay float",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def calibrate_weights(model: nn.Module) -> None:
+    """Find the ranges of all weight quantizers from the weights as they are now."""
+    for _, module in quantized_layers(model):
+        quantizer, weight = weight_quantizer(module), float_weight(module)
+        if quantizer is not None and weight is not None:
+            quantizer.calibrate(weight)
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether a quantizer of `model` has no range yet."""
+    return any(not quantizer.calibrated for quantizer in quantizers(model))
+
+
+def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """Run `model` on a batch.
+
+    Raises:
+        DataError: if the batch is of an unknown kind, or the model fails on it.
+    """
+    try:
+        if forward is not None:
+            return forward(model, batch)
+        if isinstance(batch, (tuple, list)) and batch:
+            batch = batch[0]
+        if not isinstance(batch, Tensor):
+            raise TypeError("the default forward takes a tensor, or a tuple or list that starts with one")
+        parameter = next(model.parameters(), None)
+        return model(batch if parameter is None else batch.to(parameter.device))
+    except DataError:
+        raise
+    except (TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
+        raise DataError(
+            f"{type(model).__name__} did not take a batch of {describe(batch)}: {error}; "
+            "pass forward=, a callable that is given the model and the batch and runs the one on the other"
+        ) from error
+
+
+def describe(batch: Any) -> str:
+    """The shape of a batch in words.
+
+    >>> describe([torch.zeros(2, 3), {"y": 1}])
+    'list(Tensor(2, 3), dict(y: int))'
+    """
+    if isinstance(batch, Tensor):
+        return f"Tensor{tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"{type(batch).__name__}({', '.join(f'{key}: {describe(value)}' for key, value in batch.items())})"
+    if isinstance(batch, (tuple, list)):
+        return f"{type(batch).__name__}({', '.join(map(describe, batch))})"
+    return type(batch).__name__
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode, and every module back in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _record_macs(model: nn.Module, batch: Any, forward: Forward | None) -> None:
+    """Run the first batch and note on each quantizer how much work its layer does per sample."""
+    macs = count_macs(model, lambda: run(model, batch, forward), batch_size(batch))
+    for name, module in quantized_layers(model):
+        for quantizer in (weight_quantizer(module), input_quantizer(module)):
+            if quantizer is not None:
+                quantizer.macs = macs.get(name)

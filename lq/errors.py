@@ -1,0 +1,29 @@
+"""Every error and warning lq raises; each message says what was given, what was expected and what to do."""
+
+
+class LqError(Exception):
+    """Base of all errors raised by lq."""
+
+
+class SpecError(LqError, ValueError):
+    """A quantizer was asked for that cannot exist: a wrong bit-width, a wrong number of channels."""
+
+
+class PatternError(LqError, ValueError):
+    """A name pattern matches no layer of the model."""
+
+
+class StateError(LqError, RuntimeError):
+    """The model is in the wrong state for the call: not attached, not calibrated, already attached."""
+
+
+class DataError(LqError, ValueError):
+    """The data cannot be used: no batches, NaN or Inf, a batch the model does not take."""
+
+
+class RecipeError(LqError, ValueError):
+    """A recipe does not exist, or has no callback that takes an override."""
+
+
+class NoEffectWarning(UserWarning):
+    """A call was valid but changed nothing, or less than it was probably meant to."""

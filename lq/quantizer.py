@@ -1,0 +1,287 @@
+"""The quantizer: a module that rounds one tensor to its grid, and carries the grid in its state.
+
+State, of shape () per tensor or (C,) per channel, enough to run without knowing how it was made:
+
+- ``log2_step``: the step as its logarithm. The step is positive whatever an optimizer does, and one learning rate
+  means one relative change for every tensor (published LSQ ports let the step cross zero). NaN: no range yet.
+- ``zero_point``, ``bits``: floats, because averages over integer buffers (EMA callbacks) would truncate them.
+
+The range that calibration finds becomes step and zero point (`Levels.fit`); training moves only the step.
+"""
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lq.channels import ChannelLayout
+from lq.errors import DataError, SpecError, StateError
+from lq.functional import Bound, fake_quantize, step_size
+from lq.histogram import Histogram
+from lq.ranges import Levels, range_rule
+from lq.spec import QuantSpec, check_bits
+
+#: How gradients reach the step: not at all (straight-through to the values only), or as in LSQ.
+Estimator = Literal["ste", "lsq"]
+
+
+class Quantizer(nn.Module):
+    """Rounds a tensor to a grid.
+
+    Args:
+        spec: widths, granularity, range rule.
+        channels: number of channels with a step of their own; None for one step.
+        name: where it sits, for messages.
+
+    Raises:
+        SpecError: if the widths do not fit the number of channels.
+    """
+
+    log2_step: nn.Parameter
+    zero_point: Tensor
+    bits: Tensor
+
+    def __init__(self, spec: QuantSpec, channels: int | None = None, name: str = "") -> None:
+        super().__init__()
+        shape = () if channels is None else (channels,)
+        self.spec: QuantSpec | None = spec
+        self.name = name
+        self.estimator: Estimator = "ste"
+        self.macs: float | None = None  # multiply-accumulates per sample of the layer, once a batch was run
+        self.log2_step = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros(shape))
+        self.register_buffer("bits", _widths(spec.bits, shape, name))
+        self._read_state()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the grid has a range."""
+        return self._calibrated
+
+    @property
+    def step(self) -> Tensor:
+        """Distance of two levels, positive; shape () or (C,)."""
+        return step_size(self.log2_step)
+
+    def set_estimator(self, estimator: Estimator) -> None:
+        """Choose the gradient: "ste" leaves the step alone, "lsq" learns it.
+
+        Raises:
+            SpecError: for another name, or when power-of-two steps should be learned.
+        """
+        if estimator not in get_args(Estimator):
+            raise SpecError(f"estimator={estimator!r} is unknown; use one of {get_args(Estimator)}")
+        if estimator == "lsq" and self.spec is not None and self.spec.power_of_two:
+            raise SpecError(f"{self.name}: power-of-two steps cannot be learned; use estimator='ste'")
+        self.estimator = estimator
+        self.log2_step.requires_grad_(estimator == "lsq")
+
+    def set_bits(self, bits: int | tuple[int, ...]) -> None:
+        """Change the width(s) and keep the range: the step grows as levels get fewer.
+
+        Re-calibrating afterwards (`lq.calibrate`) finds the best range of the new width.
+        """
+        widths = _widths(bits, tuple(self.bits.shape), self.name).to(self.bits.device)
+        with torch.no_grad():
+            old, new = (torch.exp2(b.clamp(min=1)) - 1 for b in (self.bits, widths))
+            zero_point = (self.zero_point * new / old).round()
+            signed_middle = self.zero_point == _middle(self.bits)
+            self.log2_step += torch.log2(old / new)
+            self.zero_point.copy_(torch.where(signed_middle, _middle(widths), zero_point).where(widths > 0, 0.0))
+            self.bits.copy_(widths)
+        self._read_state()
+
+    def extra_repr(self) -> str:
+        """Widths and state, for ``print(model)``."""
+        widths = sorted({int(b) for b in self.bits.flatten().tolist()})
+        steps = "per tensor" if self.bits.ndim == 0 else f"{self.bits.numel()} channels"
+        return f"bits={widths[0] if len(widths) == 1 else widths}, {steps}, calibrated={self._calibrated}"
+
+    def _set_range(self, values: Tensor, counts: Tensor | None, signed: bool) -> None:
+        """Pick the range of `values` (C, N) by the spec's rule and turn it into step and zero point."""
+        spec = self.spec or QuantSpec(8, symmetric=bool((self.zero_point == _middle(self.bits)).all()))
+        bits = self.bits.reshape(-1).to(values.device)
+        step = torch.empty_like(bits)
+        zero_point = torch.empty_like(bits)
+        low_bits = bits < 8
+        # "auto" may mean another rule for each width: one call per rule, all channels of a rule together.
+        rules = {low: range_rule(spec.range, bits=4 if low else 8) for low in (True, False)}
+        for low, rule in rules.items():
+            rows = low_bits == low
+            if not rows.any():
+                continue
+            levels = Levels(bits[rows], spec.symmetric, signed, spec.power_of_two)
+            chosen = values if bool(rows.all()) else values[rows]
+            step[rows], zero_point[rows] = levels.fit(*rule(chosen, counts, levels))
+        with torch.no_grad():
+            self.log2_step.copy_(torch.log2(step).view(self.log2_step.shape))
+            self.zero_point.copy_(zero_point.view(self.zero_point.shape))
+        self._read_state()
+
+    def _read_state(self) -> None:
+        """Keep on the host what every forward needs, so that it never waits for the device."""
+        self._calibrated = not bool(self.log2_step.isnan().any())
+        low, high = -self.zero_point, torch.exp2(self.bits) - 1 - self.zero_point
+        uniform = low.numel() > 0 and bool((low == low.flatten()[0]).all() and (high == high.flatten()[0]).all())
+        self._uniform = (float(low.flatten()[0]), float(high.flatten()[0])) if uniform else None
+
+    def _bounds(self) -> tuple[Bound, Bound, Bound]:
+        """Lowest level, highest level (in steps) and offset: numbers if all channels agree."""
+        if self._uniform is not None:
+            low, high = self._uniform
+            return low, high, low % 1.0
+        zero_point = self.zero_point
+        return -zero_point, torch.exp2(self.bits) - 1 - zero_point, zero_point.frac()
+
+    def _check_finite(self, x: Tensor) -> None:
+        """Raise if `x` has NaN or Inf. A sum finds it at a fraction of a rounding's cost; on the CPU only: no syncs."""
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(x.detach().sum().item()):
+            raise_if_not_finite(x, self.name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Quantizer":
+        """Move, but keep float32: a step in half precision would be another grid."""
+        return super()._apply(  # type: ignore[no-any-return, no-untyped-call]
+            lambda t: t.to(device=fn(t).device) if t.is_floating_point() else fn(t), recurse
+        )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._read_state()
+
+
+class WeightQuantizer(Quantizer):
+    """Rounds a weight; used as a parametrization of it.
+
+    In eval mode without gradients the result is kept until the weight, the grid or the mode changes.
+
+    Args:
+        spec: widths, granularity, range rule.
+        layout: where the output channels of the weight lie.
+        name: name of the weight, for messages.
+    """
+
+    def __init__(self, spec: QuantSpec, layout: ChannelLayout, name: str = "weight") -> None:
+        if isinstance(spec.bits, tuple) and len(spec.bits) != layout.channels:
+            raise SpecError(f"{name}: {len(spec.bits)} widths were given for {layout.channels} channels")
+        super().__init__(spec, layout.channels if spec.per_channel else None, name)
+        self.layout = layout
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor) -> None:
+        """Find the range of every channel of `weight`.
+
+        Raises:
+            DataError: if the weight has NaN or Inf.
+        """
+        raise_if_not_finite(weight, self.name)
+        weight = weight.detach().float()
+        values = self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
+        asked = self.spec.signed if self.spec else True
+        self._set_range(values, None, signed=bool(values.min() < 0) if asked is None else asked)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return `weight` rounded to the grid; same shape and dtype."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._quantize(weight)
+        key = _fingerprint(weight, self.log2_step, self.zero_point, self.bits)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._quantize(weight))
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> "WeightQuantizer":
+        """Set the mode and forget the kept weight: code that swaps weights behind autograd's back does it between modes."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies recompute the kept weight."""
+        return {**self.__dict__, "_kept": None}
+
+    def _quantize(self, weight: Tensor) -> Tensor:
+        self._check_finite(weight)
+        low, high, offset = (
+            self.layout.spread(b, weight) if isinstance(b, Tensor) else b for b in self._bounds()
+        )
+        scale: Bound = 1.0
+        if self.estimator == "lsq":
+            shared = weight.numel() / max(self.bits.numel(), 1)
+            scale = _gradient_scale(shared, high)
+        log2_step = self.layout.spread(self.log2_step, weight)
+        rounded = fake_quantize(self.layout.split(weight), log2_step, low, high, offset, gradient_scale=scale)
+        return self.layout.join(rounded)
+
+
+class ActivationQuantizer(Quantizer):
+    """Rounds the tensor that flows through a place of the network.
+
+    While it has an ``observer`` it counts values instead, and lets them pass.
+    """
+
+    def __init__(self, spec: QuantSpec, name: str = "activation") -> None:
+        super().__init__(spec, None, name)
+        self.observer: Histogram | None = None
+
+    def calibrate(self, histogram: Histogram) -> None:
+        """Find the range of the values in `histogram`."""
+        values, counts = histogram.values()
+        asked = self.spec.signed if self.spec else None
+        signed = histogram.low < 0 if asked is None else asked
+        self._set_range(values.to(self.bits.device), counts.to(self.bits.device), signed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` rounded to the grid; same shape and dtype.
+
+        Raises:
+            StateError: if it has no range yet.
+            DataError: if `x` has NaN or Inf.
+        """
+        if self.observer is not None:
+            raise_if_not_finite(x, self.name)
+            self.observer.update(x)
+            return x
+        if not self._calibrated:
+            raise StateError(f"{self.name} has no range yet: run lq.calibrate(model, batches) or load a quantized checkpoint")
+        self._check_finite(x)
+        low, high, offset = self._bounds()
+        scale = _gradient_scale(x.numel() / max(x.shape[0], 1), high) if self.estimator == "lsq" and x.ndim else 1.0
+        return fake_quantize(x, self.log2_step, low, high, offset, gradient_scale=scale)
+
+
+def raise_if_not_finite(x: Tensor, name: str) -> None:
+    """Raise an error that names the tensor if `x` has NaN or Inf."""
+    bad = x.numel() - int(torch.isfinite(x).sum())
+    if bad:
+        raise DataError(
+            f"{name} has {bad} NaN or Inf of {x.numel()} values; look for a too large learning rate, a bad checkpoint "
+            "or bad input data before quantizing"
+        )
+
+
+def _gradient_scale(count: float, high: Bound) -> Bound:
+    """LSQ's factor on the gradient of a step shared by `count` values: ``1 / sqrt(count * Qp)``."""
+    if isinstance(high, Tensor):
+        return torch.rsqrt(high.clamp(min=0.5) * count)
+    return 1 / math.sqrt(max(high, 0.5) * max(count, 1.0))
+
+
+def _middle(bits: Tensor) -> Tensor:
+    """Zero point of the signed symmetric grid."""
+    return torch.where(bits == 1, 0.5, torch.exp2(bits - 1)).where(bits > 0, 0.0)
+
+
+def _widths(bits: int | tuple[int, ...], shape: tuple[int, ...], name: str) -> Tensor:
+    """`bits` checked, as a float tensor of `shape`."""
+    if not isinstance(bits, tuple):
+        return torch.full(shape, float(check_bits(bits)))
+    if (len(bits),) != shape:
+        raise SpecError(f"{name}: {len(bits)} widths were given for {shape[0] if shape else 1} channels")
+    return torch.tensor([float(check_bits(b)) for b in bits])
+
+
+def _fingerprint(*tensors: Tensor) -> tuple[Any, ...]:
+    """Changes whenever one of the tensors does; tensors made in inference mode have no version and never match."""
+    return tuple(
+        object() if t.is_inference() else (t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors
+    )

@@ -1,0 +1,28 @@
+"""Range rules: from values to the clipping range of a grid. Interchangeable; one short file each."""
+
+from lq.errors import SpecError
+from lq.ranges.lp import Lp as Lp
+from lq.ranges.lsq import LsqInit as LsqInit
+from lq.ranges.minmax import MinMax as MinMax
+from lq.ranges.percentile import Percentile as Percentile
+from lq.ranges.rule import Levels as Levels
+from lq.ranges.rule import RangeRule as RangeRule
+
+_NAMED: dict[str, RangeRule] = {"minmax": MinMax(), "percentile": Percentile(), "lp": Lp(), "lsq": LsqInit()}
+
+
+def range_rule(rule: str | RangeRule, *, bits: int) -> RangeRule:
+    """The rule itself, the rule of that name, or for ``"auto"`` the default at this width.
+
+    >>> range_rule("auto", bits=8)
+    MinMax()
+    >>> range_rule("auto", bits=4)
+    Lp(p=2.4, candidates=100)
+    """
+    if not isinstance(rule, str):
+        return rule
+    if rule == "auto":
+        return _NAMED["minmax" if bits >= 8 else "lp"]
+    if rule not in _NAMED:
+        raise SpecError(f"range={rule!r} is unknown; use 'auto', {', '.join(map(repr, _NAMED))} or a rule object")
+    return _NAMED[rule]

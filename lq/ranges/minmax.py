@@ -1,0 +1,16 @@
+"""Min-max: the range is that of the values. Nothing is clipped; one outlier widens every step."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lq.ranges.rule import Levels
+
+
+@dataclass(frozen=True)
+class MinMax:
+    """From the smallest to the largest value."""
+
+    def __call__(self, values: Tensor, counts: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:
+        """Return the extreme values of each row, shape (C,) each."""
+        return values.amin(1), values.amax(1)

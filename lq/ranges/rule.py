@@ -1,0 +1,72 @@
+"""What range rules have in common: the levels of a grid, and how a range becomes step and zero point.
+
+Rules see every tensor as rows: ``values`` of shape (C, N), one row per channel, and optionally ``counts`` of shape (N,)
+that say how often a value occurs (a histogram). A rule answers with a range ``low, high`` of shape (C,).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: Smallest step: keeps ``1 / step`` finite in float32 and half a step representable.
+MIN_STEP = 2.0**-100
+
+
+class RangeRule(Protocol):
+    """Picks the clipping range of a grid from the values it will represent."""
+
+    def __call__(self, values: Tensor, counts: Tensor | None, levels: "Levels") -> tuple[Tensor, Tensor]:
+        """Return ``low, high`` of shape (C,) for `values` of shape (C, N) that occur `counts` (N,) times."""
+        ...
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of C grids before their range is known.
+
+    Args:
+        bits: widths, shape (C,), float.
+        symmetric: the zero point is fixed by the grid, not by the range.
+        signed: values have both signs.
+        power_of_two: steps are rounded to powers of two.
+    """
+
+    bits: Tensor
+    symmetric: bool
+    signed: bool
+    power_of_two: bool = False
+
+    @property
+    def top(self) -> Tensor:
+        """Highest code, ``2**bits - 1``; shape (C,)."""
+        return torch.exp2(self.bits) - 1
+
+    def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero point, shape (C,) each, of the grids that cover ``[low, high]``.
+
+        Zero is always a level (but for symmetric two-level grids, which are ``-s/2, +s/2``).
+        """
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        top = self.top
+        if not self.signed:
+            zero_point, step = torch.zeros_like(top), high / top
+        elif self.symmetric:
+            zero_point = torch.where(self.bits == 1, 0.5, torch.exp2(self.bits - 1).where(self.bits > 0, 0.0))
+            step = torch.maximum(high / (top - zero_point), -low / zero_point)
+        else:
+            step = (high - low) / top
+            zero_point = torch.nan_to_num(-low / step.clamp(min=MIN_STEP)).round().clamp(min=0).minimum(top)
+        step = torch.where(torch.isfinite(step) & (step > MIN_STEP), step, 1.0)  # no range: any step will do
+        if self.power_of_two:
+            step = torch.exp2(torch.log2(step).round())
+        return step, zero_point
+
+    def dequantized(self, values: Tensor, step: Tensor, zero_point: Tensor, out: Tensor | None = None) -> Tensor:
+        """`values` (C, N) rounded to the grids; written into `out` if given."""
+        half = zero_point.frac().unsqueeze(1)
+        out = torch.mul(values, (1 / step).unsqueeze(1), out=out)
+        out.sub_(half).round_().add_(half)
+        out.clamp_(-zero_point.unsqueeze(1), (self.top - zero_point).unsqueeze(1))
+        return out.mul_(step.unsqueeze(1))

@@ -1,0 +1,209 @@
+"""What a quantized model is made of: per layer and in total, as a table and as plain values."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.calibration import Forward, eval_mode, run
+from lq.cost import batch_size, count_macs
+from lq.quantizer import Quantizer
+from lq.sites import float_weight, input_quantizer, quantized_layers, require_attached, weight_quantizer
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One quantized layer.
+
+    Args:
+        name: name of the layer in the model.
+        kind: its class, such as "Conv2d".
+        shape: shape of its weight.
+        weight_bits: widths of the weight, ascending (several if channels differ); empty: float.
+        average_bits: mean width over the values of the weight.
+        input_bits: width of its input; None: float.
+        bytes: size as stored: packed codes, steps, zero points and bias.
+        macs: multiply-accumulates per sample; None if no batch was run.
+        bitops: ``macs * weight bits * input bits``.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_bits: tuple[int, ...]
+    average_bits: float
+    input_bits: int | None
+    bytes: int
+    macs: float | None
+    bitops: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A quantized model.
+
+    Args:
+        layers: its quantized layers, in order.
+        bytes: size as stored, in bytes: the layers and everything that stays float.
+        float_bytes: size of the model in float, in bytes.
+        average_bits: mean width over all quantized weights, in bits.
+        bitops: total bit operations per sample of the quantized layers; None if no batch was run.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    bytes: int
+    float_bytes: int
+    average_bits: float
+    bitops: float | None
+
+    @property
+    def compression(self) -> float:
+        """Float size over stored size."""
+        return self.float_bytes / max(self.bytes, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "compression": self.compression}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table's cells, one row per layer."""
+        return [
+            (
+                layer.name,
+                layer.kind,
+                "x".join(map(str, layer.shape)),
+                "/".join(map(str, layer.weight_bits)) or "float",
+                "float" if layer.input_bits is None else str(layer.input_bits),
+                _amount(layer.bytes, "B"),
+                "-" if layer.bitops is None else _amount(layer.bitops, ""),
+            )
+            for layer in self.layers
+        ]
+
+    def total(self) -> str:
+        """The totals in one line."""
+        bitops = "" if self.bitops is None else f", {_amount(self.bitops, '')} bit operations per sample"
+        return (
+            f"{_amount(self.bytes, 'B')} stored, {self.compression:.2f}x smaller than float ({_amount(self.float_bytes, 'B')}), "
+            f"{self.average_bits:.2f} bits per quantized weight{bitops}"
+        )
+
+    def __str__(self) -> str:
+        rows = [HEADER, *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, self.total()])
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(*HEADER, caption=self.total())
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+
+HEADER = ("layer", "kind", "weight", "bits", "input bits", "size", "bit ops")
+
+
+def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = None) -> Summary:
+    """Describe a quantized model: per layer kind, shape, widths and size; total size, average width, compression, BitOps.
+
+    Args:
+        model: a model with quantizers.
+        example: a batch to count operations on; without it those counted by `lq.calibrate` are used.
+        forward: how to run the model on it, as in `lq.calibrate`.
+
+    Raises:
+        StateError: if the model has no quantizers.
+
+    >>> import lq
+    >>> model = lq.attach(nn.Sequential(nn.Linear(16, 16, bias=False)), weights=4, first_last=None)
+    >>> print(summary(model))
+    layer  kind    weight  bits  input bits  size   bit ops
+    0      Linear  16x16   4     float       192 B  -
+    192 B stored, 5.33x smaller than float (1.0 kB), 4.00 bits per quantized weight
+    """
+    require_attached(model, "lq.summary")
+    counted: dict[str, float] | None = None
+    if example is not None:
+        with eval_mode(model), torch.no_grad():
+            counted = count_macs(model, lambda: run(model, example, forward), batch_size(example))
+    layers = []
+    for name, module in quantized_layers(model):
+        macs = _noted_macs(module) if counted is None else counted.get(name)
+        layers.append(_summarize(name, module, macs))
+    quantized = {id(t) for _, module in quantized_layers(model) for t in _own_tensors(module)}
+    quantizer_state = {id(t) for q in model.modules() if isinstance(q, Quantizer) for t in q.state_dict(keep_vars=True).values()}
+    everything = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in quantizer_state}
+    rest = sum(_bytes(t) for key, t in everything.items() if key not in quantized)
+    weights = [(q, w) for _, m in quantized_layers(model) if (q := weight_quantizer(m)) and (w := float_weight(m)) is not None]
+    values = sum(w.numel() for _, w in weights)
+    bitops = [layer.bitops for layer in layers if layer.bitops is not None]
+    return Summary(
+        layers=tuple(layers),
+        bytes=rest + sum(layer.bytes for layer in layers),
+        float_bytes=sum(_bytes(t) for t in everything.values()),
+        average_bits=sum(float(q.bits.mean()) * w.numel() for q, w in weights) / values if values else float(FLOAT_BITS),
+        bitops=sum(bitops) if bitops else None,
+    )
+
+
+def _summarize(name: str, module: nn.Module, macs: float | None) -> LayerSummary:
+    weight, quantizer, site = float_weight(module), weight_quantizer(module), input_quantizer(module)
+    kind = type(module).__name__.removeprefix("Parametrized")
+    shape = () if weight is None else tuple(weight.shape)
+    count = 0 if weight is None else weight.numel()
+    average = float(FLOAT_BITS) if quantizer is None else float(quantizer.bits.mean())
+    input_bits = None if site is None or not site.calibrated else int(site.bits)
+    stored = sum(_bytes(t) for t in _own_tensors(module) if t is not weight)
+    stored += -(-int(count * average) // 8) if quantizer is not None or weight is None else _bytes(weight)
+    for part in (quantizer, site):
+        if part is not None:
+            fixed_zero = part is quantizer and (part.spec is None or part.spec.symmetric)
+            stored += _bytes(part.log2_step) * (1 if fixed_zero else 2)
+    return LayerSummary(
+        name=name,
+        kind=kind,
+        shape=shape,
+        weight_bits=() if quantizer is None else tuple(sorted({int(b) for b in quantizer.bits.flatten().tolist()})),
+        average_bits=average,
+        input_bits=input_bits,
+        bytes=stored,
+        macs=macs,
+        bitops=None if macs is None else macs * average * (input_bits or FLOAT_BITS),
+    )
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a quantized layer itself: weight, bias."""
+    weight = float_weight(module)
+    own = [t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None]
+    return own if weight is None or any(t is weight for t in own) else [weight, *own]
+
+
+def _noted_macs(module: nn.Module) -> float | None:
+    for quantizer in (weight_quantizer(module), input_quantizer(module)):
+        if quantizer is not None and quantizer.macs is not None:
+            return quantizer.macs
+    return None
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _amount(value: float, unit: str) -> str:
+    """A number with a decimal prefix.
+
+    >>> _amount(1234567, "B")
+    '1.2 MB'
+    """
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000 or prefix == "T":
+            break
+        value /= 1000
+    return f"{value:.1f} {prefix}{unit}".strip() if prefix else f"{value:.0f} {unit}".strip()

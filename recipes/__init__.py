@@ -1,0 +1,1 @@
+"""Recipes: YAML fragments, one per file; `lq.recipe(name)` builds their callbacks."""
