@@ -138,7 +138,7 @@ class FineTune(pl.Callback):
             if not 0 < total < math.inf:
                 raise SpecError("schedule='cosine' needs the number of steps; set max_epochs or max_steps on the Trainer")
             trainer.strategy.lr_scheduler_configs = [
-                LRSchedulerConfig(LambdaLR(optimizer, _Cosine(total)), interval="step") for optimizer in trainer.optimizers
+                LRSchedulerConfig(_cosine(optimizer, total), interval="step") for optimizer in trainer.optimizers
             ]
 
     def _start_distilling(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -247,14 +247,13 @@ class FineTune(pl.Callback):
         self._resumed = state_dict
 
 
-class _Cosine:
-    """Factor on the learning rate after a number of steps: half a cosine from 1 to 0."""
-
-    def __init__(self, total: float) -> None:
-        self.total = total
-
-    def __call__(self, step: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * min(step / self.total, 1.0)))
+def _cosine(optimizer: Optimizer, total: float) -> LambdaLR:
+    """A cosine to zero over `total` steps, from the learning rate the optimizer was meant to have at its peak."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group.pop("max_lr", group.get("initial_lr", group["lr"]))
+        for key in ("min_lr", "max_momentum", "base_momentum"):  # left by a cyclic schedule that is replaced
+            group.pop(key, None)
+    return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0))))
 
 
 def _remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
@@ -273,7 +272,7 @@ def _schedule_factor(trainer: pl.Trainer) -> float:
     """Where the user's schedule stands: current over initial learning rate; 1 without a schedule."""
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            initial = group.get("initial_lr")
+            initial = group.get("max_lr", group.get("initial_lr"))  # cyclic schedules start far below their peak
             if initial:
                 return float(group["lr"]) / float(initial)
     return 1.0

@@ -107,7 +107,7 @@ def attach_layer(module: nn.Module, name: str, plan: LayerPlan, *, calibrate: bo
         parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)  # checks would quantize once more
         module.parametrizations.parameter_order = order  # type: ignore[union-attr, assignment]
     if plan.input is not None:
-        site = ActivationQuantizer(plan.input, _join(name, "input"))
+        site = ActivationQuantizer(plan.input, _join(name, "input"), tokens=isinstance(module, nn.Linear))
         if weight is not None:
             site.to(weight.device)
         module.add_module(INPUT, site.train(module.training))

@@ -60,8 +60,7 @@ def calibrate(
         return model
     with eval_mode(model), torch.no_grad():
         try:
-            for site in sites.values():
-                site.observer = Histogram()
+            observed = {name: site.observe() for name, site in sites.items()}
             seen = 0
             for batch in batches:
                 if seen == 0:
@@ -69,7 +68,6 @@ def calibrate(
                 else:
                     run(model, batch, forward)
                 seen += 1
-            observed = {name: site.observer for name, site in sites.items()}
         finally:
             for site in sites.values():
                 site.observer = None
@@ -78,8 +76,6 @@ def calibrate(
     unseen = []
     for name, site in sites.items():
         histogram = observed[name]
-        if histogram is None:
-            continue
         if reduce is not None:
             histogram.reduce(reduce, site.bits.device)
         if histogram.counts is None:

@@ -10,16 +10,17 @@ The range that calibration finds becomes step and zero point (`Levels.fit`); tra
 """
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lq.channels import ChannelLayout
-from lq.errors import DataError, SpecError, StateError
+from lq.errors import SpecError, StateError
 from lq.functional import Bound, fake_quantize, step_size
-from lq.histogram import Histogram
-from lq.ranges import Levels, range_rule
+from lq.histogram import Histogram, raise_if_not_finite
+from lq.ranges import Levels, Samples, range_rule
 from lq.spec import QuantSpec, check_bits
 
 #: How gradients reach the step: not at all (straight-through to the values only), or as in LSQ.
@@ -98,22 +99,23 @@ class Quantizer(nn.Module):
         steps = "per tensor" if self.bits.ndim == 0 else f"{self.bits.numel()} channels"
         return f"bits={widths[0] if len(widths) == 1 else widths}, {steps}, calibrated={self._calibrated}"
 
-    def _set_range(self, values: Tensor, counts: Tensor | None, signed: bool) -> None:
-        """Pick the range of `values` (C, N) by the spec's rule and turn it into step and zero point."""
+    def _set_range(self, samples: Samples, signed: bool, *, weights: bool) -> None:
+        """Pick the range of the samples by the spec's rule and turn it into step and zero point."""
         spec = self.spec or QuantSpec(8, symmetric=bool((self.zero_point == _middle(self.bits)).all()))
+        values = samples.values
         bits = self.bits.reshape(-1).to(values.device)
         step = torch.empty_like(bits)
         zero_point = torch.empty_like(bits)
         low_bits = bits < 8
         # "auto" may mean another rule for each width: one call per rule, all channels of a rule together.
-        rules = {low: range_rule(spec.range, bits=4 if low else 8) for low in (True, False)}
+        rules = {low: range_rule(spec.range, bits=4 if low else 8, weights=weights) for low in (True, False)}
         for low, rule in rules.items():
             rows = low_bits == low
             if not rows.any():
                 continue
             levels = Levels(bits[rows], spec.symmetric, signed, spec.power_of_two)
-            chosen = values if bool(rows.all()) else values[rows]
-            step[rows], zero_point[rows] = levels.fit(*rule(chosen, counts, levels))
+            chosen = samples if bool(rows.all()) else replace(samples, values=values[rows])
+            step[rows], zero_point[rows] = levels.fit(*rule(chosen, levels))
         with torch.no_grad():
             self.log2_step.copy_(torch.log2(step).view(self.log2_step.shape))
             self.zero_point.copy_(zero_point.view(self.zero_point.shape))
@@ -179,7 +181,8 @@ class WeightQuantizer(Quantizer):
         weight = weight.detach().float()
         values = self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
         asked = self.spec.signed if self.spec else True
-        self._set_range(values, None, signed=bool(values.min() < 0) if asked is None else asked)
+        signed = bool(values.min() < 0) if asked is None else asked
+        self._set_range(Samples(values), signed, weights=True)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` rounded to the grid; same shape and dtype."""
@@ -216,19 +219,27 @@ class WeightQuantizer(Quantizer):
 class ActivationQuantizer(Quantizer):
     """Rounds the tensor that flows through a place of the network.
 
-    While it has an ``observer`` it counts values instead, and lets them pass.
+    Args:
+        spec: width and range rule.
+        name: where it sits, for messages.
+        tokens: the tensor holds vectors along its last dimension (the input of a Linear), each a row of its own.
     """
 
-    def __init__(self, spec: QuantSpec, name: str = "activation") -> None:
+    def __init__(self, spec: QuantSpec, name: str = "activation", *, tokens: bool = False) -> None:
         super().__init__(spec, None, name)
+        self.tokens = tokens
         self.observer: Histogram | None = None
+
+    def observe(self) -> Histogram:
+        """Count values from now on, and let them pass, until ``observer`` is None again."""
+        self.observer = Histogram(self.name, tokens=self.tokens)
+        return self.observer
 
     def calibrate(self, histogram: Histogram) -> None:
         """Find the range of the values in `histogram`."""
-        values, counts = histogram.values()
         asked = self.spec.signed if self.spec else None
         signed = histogram.low < 0 if asked is None else asked
-        self._set_range(values.to(self.bits.device), counts.to(self.bits.device), signed)
+        self._set_range(histogram.samples(), signed, weights=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` rounded to the grid; same shape and dtype.
@@ -238,7 +249,6 @@ class ActivationQuantizer(Quantizer):
             DataError: if `x` has NaN or Inf.
         """
         if self.observer is not None:
-            raise_if_not_finite(x, self.name)
             self.observer.update(x)
             return x
         if not self._calibrated:
@@ -247,16 +257,6 @@ class ActivationQuantizer(Quantizer):
         low, high, offset = self._bounds()
         scale = _gradient_scale(x.numel() / max(x.shape[0], 1), high) if self.estimator == "lsq" and x.ndim else 1.0
         return fake_quantize(x, self.log2_step, low, high, offset, gradient_scale=scale)
-
-
-def raise_if_not_finite(x: Tensor, name: str) -> None:
-    """Raise an error that names the tensor if `x` has NaN or Inf."""
-    bad = x.numel() - int(torch.isfinite(x).sum())
-    if bad:
-        raise DataError(
-            f"{name} has {bad} NaN or Inf of {x.numel()} values; look for a too large learning rate, a bad checkpoint "
-            "or bad input data before quantizing"
-        )
 
 
 def _gradient_scale(count: float, high: Bound) -> Bound:

@@ -7,22 +7,23 @@ from lq.ranges.minmax import MinMax as MinMax
 from lq.ranges.percentile import Percentile as Percentile
 from lq.ranges.rule import Levels as Levels
 from lq.ranges.rule import RangeRule as RangeRule
+from lq.ranges.rule import Samples as Samples
 
 _NAMED: dict[str, RangeRule] = {"minmax": MinMax(), "percentile": Percentile(), "lp": Lp(), "lsq": LsqInit()}
 
 
-def range_rule(rule: str | RangeRule, *, bits: int) -> RangeRule:
-    """The rule itself, the rule of that name, or for ``"auto"`` the default at this width.
+def range_rule(rule: str | RangeRule, *, bits: int, weights: bool = True) -> RangeRule:
+    """The rule itself, the rule of that name, or the default: L_p, but min-max for weights of 8 bits and more.
 
     >>> range_rule("auto", bits=8)
     MinMax()
     >>> range_rule("auto", bits=4)
-    Lp(p=2.4, candidates=100)
+    Lp(p=2.4, candidates=100, relative=True)
     """
     if not isinstance(rule, str):
         return rule
     if rule == "auto":
-        return _NAMED["minmax" if bits >= 8 else "lp"]
+        return _NAMED["minmax" if weights and bits >= 8 else "lp"]
     if rule not in _NAMED:
         raise SpecError(f"range={rule!r} is unknown; use 'auto', {', '.join(map(repr, _NAMED))} or a rule object")
     return _NAMED[rule]

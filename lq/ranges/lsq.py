@@ -8,20 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lq.ranges.rule import Levels
+from lq.ranges.rule import Levels, Samples
 
 
 @dataclass(frozen=True)
 class LsqInit:
     """Twice the mean magnitude over the root of the highest level."""
 
-    def __call__(self, values: Tensor, counts: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:
+    def __call__(self, samples: Samples, levels: Levels) -> tuple[Tensor, Tensor]:
         """Return the range of the grid with LSQ's first step, shape (C,) each."""
-        if counts is None:
-            mean = values.abs().mean(1)
-        else:
-            mean = (values.abs() * counts).sum(1) / counts.sum()
-        _, zero_point = levels.fit(values.amin(1), values.amax(1))
+        size = samples.values.abs()
+        mean = size.mean(1) if samples.counts is None else (size * samples.counts).sum(1) / samples.counts.sum()
+        _, zero_point = levels.fit(samples.low, samples.high)
         highest = levels.top - zero_point
         step = 2 * mean / torch.sqrt(highest.clamp(min=0.5))
         return -zero_point * step, highest * step

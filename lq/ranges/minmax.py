@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lq.ranges.rule import Levels
+from lq.ranges.rule import Levels, Samples
 
 
 @dataclass(frozen=True)
 class MinMax:
     """From the smallest to the largest value."""
 
-    def __call__(self, values: Tensor, counts: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:
+    def __call__(self, samples: Samples, levels: Levels) -> tuple[Tensor, Tensor]:
         """Return the extreme values of each row, shape (C,) each."""
-        return values.amin(1), values.amax(1)
+        return samples.low, samples.high

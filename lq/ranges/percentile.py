@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lq.errors import SpecError
-from lq.ranges.rule import Levels
+from lq.ranges.rule import Levels, Samples
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Percentile:
         if not 50 < self.percent <= 100:
             raise SpecError(f"percent={self.percent} is not an upper percentile; use a value above 50, up to 100")
 
-    def __call__(self, values: Tensor, counts: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:
+    def __call__(self, samples: Samples, levels: Levels) -> tuple[Tensor, Tensor]:
         """Return the two percentiles of each row, shape (C,) each."""
-        ordered, order = values.sort(dim=1)
-        weight = torch.ones_like(ordered) if counts is None else counts.to(values.dtype)[order]
+        ordered, order = samples.values.sort(dim=1)
+        weight = torch.ones_like(ordered) if samples.counts is None else samples.counts[order]
         share = weight.cumsum(1, dtype=torch.float64) / weight.sum(1, keepdim=True, dtype=torch.float64)
         tail = 1 - self.percent / 100
-        last = values.shape[1] - 1
+        last = samples.values.shape[1] - 1
         low = (share <= tail).sum(1).clamp(max=last)
         high = (share < 1 - tail).sum(1).clamp(max=last)
         return ordered.gather(1, low[:, None])[:, 0], ordered.gather(1, high[:, None])[:, 0]

@@ -1,7 +1,7 @@
 """What range rules have in common: the levels of a grid, and how a range becomes step and zero point.
 
-Rules see every tensor as rows: ``values`` of shape (C, N), one row per channel, and optionally ``counts`` of shape (N,)
-that say how often a value occurs (a histogram). A rule answers with a range ``low, high`` of shape (C,).
+Rules see every tensor as `Samples`: values of shape (C, N), one row per channel. A rule answers with a range ``low, high`` of
+shape (C,).
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,36 @@ from torch import Tensor
 MIN_STEP = 2.0**-100
 
 
+@dataclass(frozen=True)
+class Samples:
+    """The values a grid will represent.
+
+    Args:
+        values: shape (C, N), one row per channel.
+        counts: how often each value occurs, shape (N,); None: once.
+        sizes: root mean square of the token or sample that a value comes from, shape (N,); None: unknown.
+    """
+
+    values: Tensor
+    counts: Tensor | None = None
+    sizes: Tensor | None = None
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest value of each channel, shape (C,)."""
+        return self.values.amin(1)
+
+    @property
+    def high(self) -> Tensor:
+        """Largest value of each channel, shape (C,)."""
+        return self.values.amax(1)
+
+
 class RangeRule(Protocol):
     """Picks the clipping range of a grid from the values it will represent."""
 
-    def __call__(self, values: Tensor, counts: Tensor | None, levels: "Levels") -> tuple[Tensor, Tensor]:
-        """Return ``low, high`` of shape (C,) for `values` of shape (C, N) that occur `counts` (N,) times."""
+    def __call__(self, samples: Samples, levels: "Levels") -> tuple[Tensor, Tensor]:
+        """Return ``low, high`` of shape (C,)."""
         ...
 
 
