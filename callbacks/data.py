@@ -1,6 +1,7 @@
 """Batches for data-dependent stages, from the Trainer's own loader, strategy and device.
 
-Reading them leaves no trace: random states are restored, so that a run sees the same batches with and without the stage.
+Reading them leaves no trace: random states are restored, so that a run sees the same batches with and without the
+stage.
 """
 
 import math
@@ -38,13 +39,12 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
     module = trainer.lightning_module
     share, seen = math.ceil(samples / trainer.world_size), 0
     with isolate_rng(), _same_generators(loader.flattened):
-        for index, (batch, _, _) in enumerate(_progress(trainer, iter(loader), title)):
+        for index, (loaded, _, _) in enumerate(_progress(trainer, iter(loader), title)):
             if index >= trainer.num_training_batches:
                 break
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(loaded), dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            seen += batch_size(batch)
+            seen += batch_size(loaded)
             if seen >= share:
                 break
 
@@ -52,16 +52,17 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
 def forward_of(trainer: pl.Trainer, module: pl.LightningModule, forward: Forward | None) -> Forward:
     """How to run a batch through `module`, at the Trainer's precision.
 
-    In this order: `forward`; the module's own ``calibration_step(batch)``; its ``forward`` on the batch, or on the batch's first
-    part; the same on the part of it that holds all quantized layers, for modules without a ``forward``.
+    In this order: `forward`; the module's own ``calibration_step(batch)``; its ``forward`` on the batch, or on the
+    batch's first part; the same on the part of it that holds all quantized layers, for modules without a ``forward``.
     """
 
     def call(model: nn.Module, batch: Any) -> Any:
         with trainer.precision_plugin.forward_context():
             if forward is not None:
                 return run(model, batch, forward)
-            if hasattr(model, "calibration_step"):
-                return model.calibration_step(batch)
+            own = getattr(model, "calibration_step", None)
+            if callable(own):
+                return run(model, batch, lambda _, batch: own(batch))
             if type(model).forward is pl.LightningModule.forward:
                 return run(common_module(model)[1], batch)
             return run(model, batch)
@@ -71,7 +72,7 @@ def forward_of(trainer: pl.Trainer, module: pl.LightningModule, forward: Forward
 
 def reduce_over(trainer: pl.Trainer) -> Callable[[Tensor, str], Tensor]:
     """The Trainer's reduction over ranks, by the name of the operation: "sum", "min" or "max"."""
-    return lambda tensor, operation: trainer.strategy.reduce(tensor, reduce_op=operation)  # type: ignore[return-value]
+    return lambda tensor, operation: trainer.strategy.reduce(tensor, reduce_op=operation)
 
 
 @contextmanager
@@ -90,8 +91,8 @@ def _same_generators(loaders: Iterable[Any]) -> Iterator[None]:
 def _progress(trainer: pl.Trainer, batches: Iterable[Any], title: str) -> Iterable[Any]:
     """`batches` behind a progress bar, where the Trainer shows any."""
     bar = trainer.progress_bar_callback
-    if bar is None or not bar.is_enabled or not trainer.is_global_zero:
+    if bar is None or not getattr(bar, "is_enabled", True) or not trainer.is_global_zero:
         return batches
     from tqdm.auto import tqdm
 
-    return tqdm(batches, desc=title, unit="batch", leave=False)  # type: ignore[no-any-return]
+    return tqdm(batches, desc=title, unit="batch", leave=False)

@@ -1,12 +1,13 @@
 """Fine-tune a quantized module: the user's training goes on, quantizer parameters get an optimizer of their own.
 
-The steps of the quantizers are ordinary parameters of the module, but an optimizer that trains weights must not move them (its decay
-and learning rate are meant for weights). They are taken out of the user's optimizers before any optimizer state exists, and stepped
-by an Adam of their own whenever the user's optimizer steps. Its learning rate follows the user's schedule
-in proportion; its state is in the callback's, so that a resumed run continues it.
+The steps of the quantizers are ordinary parameters of the module, but an optimizer that trains weights must not move
+them (its decay and learning rate are meant for weights). They are taken out of the user's optimizers before any
+optimizer state exists, and stepped by an Adam of their own whenever the user's optimizer steps. Its learning rate
+follows the user's schedule in proportion; its state is in the callback's, so that a resumed run continues it.
 """
 
 import math
+import warnings
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -25,16 +26,14 @@ from lq.errors import NoEffectWarning, PatternError, SpecError, StateError
 from lq.quantizer import Estimator
 from lq.sites import common_module, quantizers, require_attached
 
-import warnings
-
 Schedule = Literal["cosine"]
 
 
 class FineTune(pl.Callback):
     """Train a quantized module with the straight-through estimator or with learned steps (LSQ).
 
-    Without further arguments the user's optimizer and scheduler are kept. ``FineTune(lr=0.005, schedule="cosine")`` replaces them
-    by those of MPQCO: SGD with momentum 0.9, weight decay 5e-5, cosine to zero over the whole run.
+    Without further arguments the user's optimizer and scheduler are kept. ``FineTune(lr=0.005, schedule="cosine")``
+    replaces them by those of MPQCO: SGD with momentum 0.9, weight decay 5e-5, cosine to zero over the whole run.
 
     Args:
         estimator: "lsq" learns the steps, "ste" leaves them as calibrated.
@@ -44,10 +43,12 @@ class FineTune(pl.Callback):
         schedule: "cosine" replaces the user's schedulers by a cosine to zero, step by step; None keeps them.
         quantizer_lr: learning rate of the steps' own Adam, in octaves per update; follows the user's schedule.
         freeze_bn_epoch: first epoch in which BatchNorm statistics no longer change; None: they always do.
-        reestimate_bn: training samples to measure BatchNorm statistics on anew when training ends; 0: keep the running ones.
+        reestimate_bn: training samples to measure BatchNorm statistics on anew when training ends; 0: keep the running
+            ones.
         distill: weight of the distillation loss from the float copy; 0: none.
         temperature: of the distillation.
-        distill_from: name of the module whose output are the logits; by default the innermost one with all quantized layers.
+        distill_from: name of the module whose output are the logits; by default the innermost one with all quantized
+            layers.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class FineTune(pl.Callback):
         if self.schedule == "cosine":
             total = float(trainer.estimated_stepping_batches)
             if not 0 < total < math.inf:
-                raise SpecError("schedule='cosine' needs the number of steps; set max_epochs or max_steps on the Trainer")
+                raise SpecError(
+                    "schedule='cosine' needs the number of steps; set max_epochs or max_steps on the Trainer"
+                )
             trainer.strategy.lr_scheduler_configs = [
                 LRSchedulerConfig(_cosine(optimizer, total), interval="step") for optimizer in trainer.optimizers
             ]
@@ -262,8 +265,8 @@ def _remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
         kept = [p for p in group["params"] if id(p) not in ids]
         if len(kept) < len(group["params"]) and hasattr(optimizer, "_params"):
             raise StateError(
-                f"{type(optimizer).__name__} keeps its own list of parameters, so that quantizer parameters cannot be taken out; "
-                "give it only the weights, or use FineTune(estimator='ste')"
+                f"{type(optimizer).__name__} keeps its own list of parameters, so that quantizer parameters cannot be "
+                "taken out; give it only the weights, or use FineTune(estimator='ste')"
             )
         group["params"] = kept
 

@@ -14,7 +14,8 @@ L = TypeVar("L", bound=pl.LightningModule)
 def load_from_checkpoint(module_class: type[L], checkpoint_path: str | Path, **kwargs: Any) -> L:
     """``module_class.load_from_checkpoint`` for a checkpoint of a quantized module: its quantizers are rebuilt first.
 
-    Callbacks do not run in Lightning's ``load_from_checkpoint``, so that a plain module finds unknown keys in the checkpoint.
+    Callbacks do not run in Lightning's ``load_from_checkpoint``, so that a plain module finds unknown keys in the
+    checkpoint.
 
     Args:
         module_class: the LightningModule the checkpoint was saved from.

@@ -1,8 +1,8 @@
 """Attach quantizers when the Trainer sets up, calibrate them when fitting starts.
 
-Attaching happens in ``setup``, for every stage: what is attached there is present when checkpoints are restored, when DDP wraps the model
-and when optimizers are built. Calibration needs data, device and ranks, so it runs in ``on_fit_start``; a resumed run has
-its ranges from the checkpoint and skips it.
+Attaching happens in ``setup``, for every stage: what is attached there is present when checkpoints are restored, when
+DDP wraps the model and when optimizers are built. Calibration needs data, device and ranks, so it runs in
+``on_fit_start``; a resumed run has its ranges from the checkpoint and skips it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lq.attach import attach, attached_plan
@@ -41,8 +41,8 @@ class Quantize(pl.Callback):
         exclude: name patterns of layers to leave in float.
         overrides: other widths by name pattern, such as ``{"model.layer4": {"weights": 2}}``.
         calibration_samples: training samples to calibrate on, over all ranks.
-        forward: called with the module and a batch to calibrate with; by default the module's ``calibration_step(batch)`` if it
-            has one, else its forward on the batch (or the first part of it).
+        forward: called with the module and a batch to calibrate with; by default the module's
+            ``calibration_step(batch)`` if it has one, else its forward on the batch (or the first part of it).
 
     Example::
 
@@ -112,8 +112,8 @@ class Quantize(pl.Callback):
         if present != wanted:
             name = next(name for name in [*wanted, *present] if wanted.get(name) != present.get(name))
             raise StateError(
-                f"{type(module).__name__} is quantized already, and not as this Quantize callback says: at {name!r} it has "
-                f"{present.get(name)}, asked is {wanted.get(name)}; lq.detach(module) first, or use the same arguments"
+                f"{type(module).__name__} is quantized already, and not as this Quantize callback says: at {name!r} it "
+                f"has {present.get(name)}, asked is {wanted.get(name)}; lq.detach(module) first, or use the same arguments"
             )
 
     def _check_order(self, trainer: pl.Trainer) -> None:

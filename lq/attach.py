@@ -2,8 +2,8 @@
 
 `attach` registers a `WeightQuantizer` as parametrization of each weight and an `ActivationQuantizer` as submodule
 ``input_quantizer`` behind a forward pre-hook. The model stays what it was: same classes (``isinstance`` holds), same
-Parameter objects, same forward. `detach` is its exact inverse. Hooks look everything up on the module they are called with,
-so that copies of the model (`copy.deepcopy`) have quantizers of their own.
+Parameter objects, same forward. `detach` is its exact inverse. Hooks look everything up on the module they are called
+with, so that copies of the model (`copy.deepcopy`) have quantizers of their own.
 """
 
 import warnings
@@ -55,8 +55,8 @@ def attach(
         activations: the same for the input of each quantized layer.
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
             The input of the first layer stays float.
-        include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize. Layers
-            of other kinds that have a ``weight`` of two or more dimensions can be named too.
+        include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.
+            Layers of other kinds that have a ``weight`` of two or more dimensions can be named too.
         exclude: name patterns of layers to leave in float.
         overrides: other widths by name pattern, such as ``{"layer4": {"weights": 2}}``; the last match wins.
         estimator: "ste" keeps the steps as calibrated, "lsq" makes them learnable.
@@ -104,8 +104,10 @@ def attach_layer(module: nn.Module, name: str, plan: LayerPlan, *, calibrate: bo
         if calibrate:
             quantizer.calibrate(weight)
         order = list(module._parameters)
-        parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)  # checks would quantize once more
-        module.parametrizations.parameter_order = order  # type: ignore[union-attr, assignment]
+        parametrize.register_parametrization(
+            module, "weight", quantizer, unsafe=True
+        )  # checks would quantize once more
+        module.parametrizations.parameter_order = order  # type: ignore[union-attr]
     if plan.input is not None:
         site = ActivationQuantizer(plan.input, _join(name, "input"), tokens=isinstance(module, nn.Linear))
         if weight is not None:
@@ -121,8 +123,8 @@ def detach(model: M, bake: bool = False) -> M:
     Args:
         model: a model with quantizers.
         bake: False gives back the float weights, bit for bit, and removes every quantizer. True leaves the quantized
-            values in the weights and keeps the activations' quantizers, which no weight can stand for: the forward stays the
-            quantized one, bit for bit. A second ``detach(model)`` removes those too.
+            values in the weights and keeps the activations' quantizers, which no weight can stand for: the forward
+            stays the quantized one, bit for bit. A second ``detach(model)`` removes those too.
 
     Returns:
         The model.
@@ -227,8 +229,8 @@ def accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefi
 def _restore_weight(module: nn.Module, bake: bool) -> None:
     """Remove the parametrization of the weight from this module, and from no copy of it.
 
-    Copies share the class that torch made for the parametrized module, and removal deletes its property: a class of its own
-    keeps that from the copies.
+    Copies share the class that torch made for the parametrized module, and removal deletes its property: a class of its
+    own keeps that from the copies.
     """
     shared = type(module)
     body = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}

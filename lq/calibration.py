@@ -5,6 +5,7 @@ a histogram per site (memory independent of the number of images). `Histogram` i
 that two ranks find the ranges one rank finds on the same images.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,10 +15,8 @@ from torch import Tensor, nn
 
 from lq.cost import batch_size, count_macs
 from lq.errors import DataError, NoEffectWarning
-from lq.histogram import Histogram, Reduce
+from lq.histogram import Reduce
 from lq.sites import float_weight, input_quantizer, quantized_layers, quantizers, require_attached, weight_quantizer
-
-import warnings
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,7 +36,8 @@ def calibrate(
     Args:
         model: a model with quantizers; runs in eval mode, its own modes are restored.
         batches: any iterable of batches, read once. Labels are not used. Not needed if only weights are quantized.
-        forward: called with the model and a batch; by default ``model(batch)``, or ``model(batch[0])`` for tuples and lists.
+        forward: called with the model and a batch; by default ``model(batch)``, or ``model(batch[0])`` for tuples and
+            lists.
         reduce: combines a tensor over ranks: called with it and "sum", "min" or "max".
 
     Returns:
@@ -84,8 +84,8 @@ def calibrate(
             site.calibrate(histogram)
     if unseen:
         warnings.warn(
-            f"the inputs of {len(unseen)} layers were never seen ({', '.join(unseen[:3])}, ...): the model uses their weights "
-            "without calling them; these inputs stay float",
+            f"the inputs of {len(unseen)} layers were never seen ({', '.join(unseen[:3])}, ...): the model uses their "
+            "weights without calling them; these inputs stay float",
             NoEffectWarning,
             stacklevel=2,
         )

@@ -64,5 +64,5 @@ class ChannelLayout:
         """
         if self.dim == 0:
             return weight.flatten(1)
-        blocks = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        blocks: Tensor = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return blocks.reshape(self.channels, -1)

@@ -25,8 +25,10 @@ def load(source: str | Path | Mapping[str, Any], model: M) -> M:
     """Load a quantized checkpoint into a float or quantized model; quantizers are built from the checkpoint.
 
     Args:
-        source: a state dict, a checkpoint with one under "state_dict" (Lightning's), or the path of a file of either kind.
-        model: the model it was saved from, as the float code builds it. BatchNorms that were folded are folded here too.
+        source: a state dict, a checkpoint with one under "state_dict" (Lightning's), or the path of a file of either
+            kind.
+        model: the model it was saved from, as the float code builds it. BatchNorms that were folded are folded here
+            too.
 
     Returns:
         The model, quantized, in place.

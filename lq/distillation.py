@@ -1,7 +1,7 @@
 r"""Distillation from the float copy: ``T^2 * KL(softmax(t / T) || softmax(s / T))``, the mean over samples.
 
-The loss enters training as a gradient added to the student's output during the user's own backward. The training step is not
-touched, no graph is kept and nothing is run backward twice.
+The loss enters training as a gradient added to the student's output during the user's own backward. The training step
+is not touched, no graph is kept and nothing is run backward twice.
 """
 
 import copy
@@ -26,7 +26,7 @@ def float_copy(model: nn.Module) -> nn.Module:
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean over samples of the KL divergence from the teacher's to the student's distribution, times temperature squared.
+    """The mean over samples of ``KL(teacher || student)``, times temperature squared.
 
     Args:
         student: logits, shape (N, ..., C).
@@ -37,7 +37,9 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     True
     """
     target = F.log_softmax(teacher.float() / temperature, dim=-1)
-    divergence = F.kl_div(F.log_softmax(student.float() / temperature, dim=-1), target, log_target=True, reduction="none")
+    divergence = F.kl_div(
+        F.log_softmax(student.float() / temperature, dim=-1), target, log_target=True, reduction="none"
+    )
     return divergence.sum(-1).mean() * temperature**2
 
 

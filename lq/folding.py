@@ -1,10 +1,12 @@
-r"""Fold BatchNorms into the convolutions before them: ``w' = w * g``, ``b' = (b - mean) * g + beta``, ``g = gamma / sqrt(var + eps)``.
+r"""Fold BatchNorms into the convolutions before them.
 
-Pairs are found by tracing each module that holds a BatchNorm, its children taken as they are (torch.fx with every child a
-leaf). This needs no example input and no traceable model: only the few lines between a convolution and its norm must
-be free of control flow on tensors. A pair is folded if the norm is the only reader of the convolution's output and
-both are called once. Convolutions that are not torch's own class (padding variants, weight standardization) are folded
-only if a random input comes out the same.
+``w' = w * g``, ``b' = (b - mean) * g + beta`` with ``g = gamma / sqrt(var + eps)``, computed in float64.
+
+Pairs are found by tracing each module that holds a BatchNorm, its children taken as they are (torch.fx with every child
+a leaf). This needs no example input and no traceable model: only the few lines between a convolution and its norm must
+be free of control flow on tensors. A pair is folded if the norm is the only reader of the convolution's output and both
+are called once. Convolutions that are not torch's own class (padding variants, weight standardization) are folded only
+if a random input comes out the same.
 """
 
 import inspect
@@ -125,7 +127,9 @@ def _same(conv: Any, norm: Any, weight: Tensor, bias: Tensor) -> bool:
     training = norm.training
     norm.eval()
     try:
-        expected = nn.functional.batch_norm(conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        expected = nn.functional.batch_norm(
+            conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
         got = torch.func.functional_call(conv, {"weight": weight} | ({} if conv.bias is None else {"bias": bias}), (x,))
         if conv.bias is None:
             got = got + bias.view(-1, *[1] * len(size))
@@ -136,7 +140,7 @@ def _same(conv: Any, norm: Any, weight: Tensor, bias: Tensor) -> bool:
         norm.train(training)
 
 
-# --- tracing -----------------------------------------------------------------------------------------------------------
+# --- tracing ----------------------------------------------------------------------------------------------------
 
 
 class _ChildrenAreLeaves(fx.Tracer):
@@ -181,7 +185,7 @@ def _has_act(norm: nn.Module) -> bool:
     return bool(names & {"BatchNormAct2d", "SyncBatchNormAct"}) and hasattr(norm, "drop") and hasattr(norm, "act")
 
 
-# --- float checkpoints of the unfolded model -----------------------------------------------------------------------------
+# --- float checkpoints of the unfolded model ----------------------------------------------------------------------
 
 
 def _remember(model: nn.Module, pair: FoldablePair, eps: float) -> None:

@@ -6,10 +6,11 @@ Forward: ``x^ = (clamp(round(x / s + z), 0, 2^b - 1) - z) * s``, computed in flo
 Backward (Esser et al., Learned Step Size Quantization, equations 3 to 5), ``v = x / s``:
 
 - to the values, straight through inside the grid: ``dx^/dx = 1`` if ``low < v < high``, else 0;
-- to the step: ``dx^/ds = round(v) - v`` inside, ``low`` below, ``high`` above, times a gradient scale ``1 / sqrt(N * Qp)``.
+- to the step: ``dx^/ds = round(v) - v`` inside, ``low`` below, ``high`` above, times a gradient scale ``1 / sqrt(N *
+  Qp)``.
 
-Both lines together are ``s * dL/ds = sum(g * x^ - g_x * x)``, with ``g_x`` the gradient to the values: two dot products instead
-of a tensor of partial derivatives. Steps are given by their logarithm, so ``dL/d(log2 s) = ln 2 * s * dL/ds``.
+Both lines together are ``s * dL/ds = sum(g * x^ - g_x * x)``, with ``g_x`` the gradient to the values: two dot products
+instead of a tensor of partial derivatives. Steps are given by their logarithm, so ``dL/d(log2 s) = ln 2 * s * dL/ds``.
 Symmetric two-level grids lie at half steps: `offset` is 0.5 for them and 0 for the rest.
 """
 
@@ -73,7 +74,7 @@ def fake_quantize(
     tensor(1.4000)
     """
     if torch.is_grad_enabled() and (x.requires_grad or log2_step.requires_grad):
-        return _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale)  # type: ignore[no-any-return, no-untyped-call]
+        return _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale)  # type: ignore[no-any-return]
     return round_to_grid(x.float(), step_size(log2_step), low, high, offset).to(x.dtype)
 
 
@@ -92,7 +93,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, y = ctx.saved_tensors
         low, high, offset = ctx.grid
@@ -112,10 +113,8 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_step, None, None, None, None
 
 
-def _gradients(
-    grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, offset: Bound
-) -> tuple[Tensor, Tensor]:
-    """The gradient to `x`, and ``sum(grad * x^ - grad_x * x)`` over all elements that share a step, shaped like `step`."""
+def _gradients(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, offset: Bound) -> tuple[Tensor, Tensor]:
+    """The gradient to `x`; and ``sum(grad * x^ - grad_x * x)`` over elements that share a step, shaped like `step`."""
     levels = x * step.reciprocal()
     grad_x = _inside(grad, levels, low, high)
     passed = (grad_x * levels).sum_to_size(step.shape)

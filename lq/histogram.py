@@ -1,9 +1,10 @@
 r"""A histogram that does not depend on the order of its data, so that ranks and batches add up exactly.
 
-The bins split ``[-2**e, 2**e)`` evenly, where ``2**e`` is the smallest power of two that holds every value seen. When a larger value
-comes, neighbouring bins merge: the grid of a smaller exponent is a refinement of that of a larger one. Values are counted apart
-by the octave of their row's root mean square (rows are tokens or samples), so that a range rule can weigh rows by size.
-Counts are integers: the result is a function of the rows alone, the same for one rank or many, in any order.
+The bins split ``[-2**e, 2**e)`` evenly, where ``2**e`` is the smallest power of two that holds every value seen. When a
+larger value comes, neighbouring bins merge: the grid of a smaller exponent is a refinement of that of a larger one.
+Values are counted apart by the octave of their row's root mean square (rows are tokens or samples), so that a range
+rule can weigh rows by size. Counts are integers: the result is a function of the rows alone, the same for one rank or
+many, in any order.
 """
 
 import math

@@ -88,7 +88,7 @@ class Quantizer(nn.Module):
             old, new = (torch.exp2(b.clamp(min=1)) - 1 for b in (self.bits, widths))
             zero_point = (self.zero_point * new / old).round()
             signed_middle = self.zero_point == _middle(self.bits)
-            self.log2_step += torch.log2(old / new)
+            self.log2_step.add_(torch.log2(old / new))
             self.zero_point.copy_(torch.where(signed_middle, _middle(widths), zero_point).where(widths > 0, 0.0))
             self.bits.copy_(widths)
         self._read_state()
@@ -143,12 +143,12 @@ class Quantizer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Quantizer":
         """Move, but keep float32: a step in half precision would be another grid."""
-        return super()._apply(  # type: ignore[no-any-return, no-untyped-call]
+        return super()._apply(  # type: ignore[no-any-return]
             lambda t: t.to(device=fn(t).device) if t.is_floating_point() else fn(t), recurse
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self._read_state()
 
 
@@ -194,7 +194,7 @@ class WeightQuantizer(Quantizer):
         return self._kept[1]
 
     def train(self, mode: bool = True) -> "WeightQuantizer":
-        """Set the mode and forget the kept weight: code that swaps weights behind autograd's back does it between modes."""
+        """Set the mode, and forget the kept weight: code that swaps weights unseen by autograd does it between modes."""
         self._kept = None
         return super().train(mode)
 
@@ -204,9 +204,7 @@ class WeightQuantizer(Quantizer):
 
     def _quantize(self, weight: Tensor) -> Tensor:
         self._check_finite(weight)
-        low, high, offset = (
-            self.layout.spread(b, weight) if isinstance(b, Tensor) else b for b in self._bounds()
-        )
+        low, high, offset = (self.layout.spread(b, weight) if isinstance(b, Tensor) else b for b in self._bounds())
         scale: Bound = 1.0
         if self.estimator == "lsq":
             shared = weight.numel() / max(self.bits.numel(), 1)
@@ -252,7 +250,9 @@ class ActivationQuantizer(Quantizer):
             self.observer.update(x)
             return x
         if not self._calibrated:
-            raise StateError(f"{self.name} has no range yet: run lq.calibrate(model, batches) or load a quantized checkpoint")
+            raise StateError(
+                f"{self.name} has no range yet: run lq.calibrate(model, batches) or load a quantized checkpoint"
+            )
         self._check_finite(x)
         low, high, offset = self._bounds()
         scale = _gradient_scale(x.numel() / max(x.shape[0], 1), high) if self.estimator == "lsq" and x.ndim else 1.0

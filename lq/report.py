@@ -87,7 +87,8 @@ class Summary:
         """The totals in one line."""
         bitops = "" if self.bitops is None else f", {_amount(self.bitops, '')} bit operations per sample"
         return (
-            f"{_amount(self.bytes, 'B')} stored, {self.compression:.2f}x smaller than float ({_amount(self.float_bytes, 'B')}), "
+            f"{_amount(self.bytes, 'B')} stored, "
+            f"{self.compression:.2f}x smaller than float ({_amount(self.float_bytes, 'B')}), "
             f"{self.average_bits:.2f} bits per quantized weight{bitops}"
         )
 
@@ -110,7 +111,7 @@ HEADER = ("layer", "kind", "weight", "bits", "input bits", "size", "bit ops")
 
 
 def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = None) -> Summary:
-    """Describe a quantized model: per layer kind, shape, widths and size; total size, average width, compression, BitOps.
+    """Describe a quantized model: kind, shape, widths and size of each layer; total size, average width, BitOps.
 
     Args:
         model: a model with quantizers.
@@ -137,17 +138,23 @@ def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = 
         macs = _noted_macs(module) if counted is None else counted.get(name)
         layers.append(_summarize(name, module, macs))
     quantized = {id(t) for _, module in quantized_layers(model) for t in _own_tensors(module)}
-    quantizer_state = {id(t) for q in model.modules() if isinstance(q, Quantizer) for t in q.state_dict(keep_vars=True).values()}
+    quantizer_state = {
+        id(t) for q in model.modules() if isinstance(q, Quantizer) for t in q.state_dict(keep_vars=True).values()
+    }
     everything = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in quantizer_state}
     rest = sum(_bytes(t) for key, t in everything.items() if key not in quantized)
-    weights = [(q, w) for _, m in quantized_layers(model) if (q := weight_quantizer(m)) and (w := float_weight(m)) is not None]
+    weights = [
+        (q, w) for _, m in quantized_layers(model) if (q := weight_quantizer(m)) and (w := float_weight(m)) is not None
+    ]
     values = sum(w.numel() for _, w in weights)
     bitops = [layer.bitops for layer in layers if layer.bitops is not None]
     return Summary(
         layers=tuple(layers),
         bytes=rest + sum(layer.bytes for layer in layers),
         float_bytes=sum(_bytes(t) for t in everything.values()),
-        average_bits=sum(float(q.bits.mean()) * w.numel() for q, w in weights) / values if values else float(FLOAT_BITS),
+        average_bits=sum(float(q.bits.mean()) * w.numel() for q, w in weights) / values
+        if values
+        else float(FLOAT_BITS),
         bitops=sum(bitops) if bitops else None,
     )
 

@@ -1,8 +1,8 @@
 """Which tensors of a model get which spec: layer kinds, name patterns, first and last layers.
 
-"First and last" follows BRECQ and QDrop: the first layer's weight, the last layer's weight and the last layer's input have at
-least 8 bits; the network's input is not quantized (an image has 256 levels already). A timm model says which layers
-these are; for others they are the first and last in the order of registration.
+"First and last" follows BRECQ and QDrop: the first layer's weight, the last layer's weight and the last layer's input
+have at least 8 bits; the network's input is not quantized (an image has 256 levels already). A timm model says which
+layers these are; for others they are the first and last in the order of registration.
 """
 
 from collections.abc import Mapping, Sequence

@@ -32,7 +32,7 @@ def float_weight(module: nn.Module) -> nn.Parameter | None:
     None if it has none, or if a parametrization that is not lq's (weight norm, say) makes it.
     """
     if weight_quantizer(module) is not None:
-        return module.parametrizations["weight"].original  # type: ignore[index, union-attr, return-value]
+        return module.parametrizations["weight"].original  # type: ignore[index, union-attr, no-any-return]
     return module._parameters.get("weight")
 
 
@@ -60,7 +60,7 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def weight_quantizer(module: nn.Module) -> WeightQuantizer | None:
     """The quantizer of a layer's weight, if it has one."""
     if parametrize.is_parametrized(module, "weight"):
-        for parametrization in module.parametrizations["weight"]:  # type: ignore[index, union-attr]
+        for parametrization in module.parametrizations["weight"]:  # type: ignore[index]
             if isinstance(parametrization, WeightQuantizer):
                 return parametrization
     return None

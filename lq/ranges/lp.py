@@ -1,13 +1,13 @@
 r"""L_p: the range whose grid is nearest to the values, ``argmin sum_i w_i * |Q(v_i) - v_i| ** p``.
 
 The rule of BRECQ and QDrop with p = 2.4; p = 2 is the mean squared error. Candidates are shrinks of the min-max range.
-The published codes walk over channels and candidates in Python; here all channels go through each candidate at
-once, and two-sided ranges with a zero point are searched one end at a time (high, low, high, low) instead of on a plane.
+The published codes walk over channels and candidates in Python; here all channels go through each candidate at once,
+and two-sided ranges with a zero point are searched one end at a time (high, low, high, low) instead of on a plane.
 
-What deviates, for activations: an error counts relative to the size of its row, ``w = (max(rms, median rms)) ** -p`` with the root
-mean square of the token (or sample) the value comes from. A few huge tokens, as vision transformers have them, would
-otherwise set the range of all others. On the ViT-Tiny, ResNet-20 and EfficientNet-Lite0 this was measured on it is
-never clearly worse and often much better: at W8A8 the KL to the float ViT-Tiny falls from 0.14 to 0.03.
+What deviates, for activations: an error counts relative to the size of its row, ``w = (max(rms, median rms)) ** -p``
+with the root mean square of the token (or sample) the value comes from. A few huge tokens, as vision transformers have
+them, would otherwise set the range of all others. On the ViT-Tiny, ResNet-20 and EfficientNet-Lite0 this was measured
+on it is never clearly worse and often much better: at W8A8 the KL to the float ViT-Tiny falls from 0.14 to 0.03.
 """
 
 from collections.abc import Callable

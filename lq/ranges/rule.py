@@ -1,7 +1,7 @@
 """What range rules have in common: the levels of a grid, and how a range becomes step and zero point.
 
-Rules see every tensor as `Samples`: values of shape (C, N), one row per channel. A rule answers with a range ``low, high`` of
-shape (C,).
+Rules see every tensor as `Samples`: values of shape (C, N), one row per channel. A rule answers with a range ``low,
+high`` of shape (C,).
 """
 
 from dataclasses import dataclass

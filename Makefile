@@ -1,0 +1,38 @@
+# Each target makes what it needs: a virtual environment in .venv with lq installed from this folder.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint format clean
+
+demo: .venv/demo.stamp
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/dev.stamp
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/dev.stamp
+	$(BIN)/pytest -m slow
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/demo.stamp: .venv/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[demo]"
+	touch $@
+
+.venv/dev.stamp: .venv/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@ .venv/demo.stamp
