@@ -113,7 +113,8 @@ class Quantize(pl.Callback):
             name = next(name for name in [*wanted, *present] if wanted.get(name) != present.get(name))
             raise StateError(
                 f"{type(module).__name__} is quantized already, and not as this Quantize callback says: at {name!r} it "
-                f"has {present.get(name)}, asked is {wanted.get(name)}; lq.detach(module) first, or use the same arguments"
+                f"has {present.get(name)}, asked is {wanted.get(name)}; "
+                "lq.detach(module) first, or use the same arguments"
             )
 
     def _check_order(self, trainer: pl.Trainer) -> None:

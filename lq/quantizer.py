@@ -194,7 +194,7 @@ class WeightQuantizer(Quantizer):
         return self._kept[1]
 
     def train(self, mode: bool = True) -> "WeightQuantizer":
-        """Set the mode, and forget the kept weight: code that swaps weights unseen by autograd does it between modes."""
+        """Set the mode and forget the kept weight: weights that are swapped unseen by autograd are so between modes."""
         self._kept = None
         return super().train(mode)
 

@@ -1,0 +1,136 @@
+"""Time one quantized training step against the float step: W4A4 with learned steps.
+
+Forward, backward and SGD step on random images, batch 8: resnet18 at 128 px, vit_tiny at 224 px; NVIDIA ModelOpt beside
+lq if it is installed. Steps of all variants run in turn in one process; the ratio is the median over rounds. Memory is
+the growth of the peak of the process by three steps, each variant in a process of its own.
+
+    python examples/benchmarks/training_step.py --rounds 20
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lq
+
+WORK: dict[str, tuple[dict[str, Any], int]] = {
+    "resnet18": ({"zero_init_last": False}, 128),
+    "vit_tiny_patch16_224": ({}, 224),
+}
+BATCH = 8
+
+
+def build(name: str, variant: str) -> nn.Module:
+    """The model of one variant: "float", "lq" or "modelopt"."""
+    torch.manual_seed(0)
+    options, size = WORK[name]
+    model: nn.Module = timm.create_model(name, **options).train()
+    images = torch.randn(BATCH, 3, size, size)
+    if variant == "lq":
+        lq.attach(model, weights=4, activations=4, estimator="lsq")
+        lq.calibrate(model, [images])
+    elif variant == "modelopt":
+        import modelopt.torch.quantization as mtq
+
+        config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
+        _set_bits(config["quant_cfg"], 4)
+        model = mtq.quantize(model, config, lambda m: m(images))
+    return model
+
+
+def stepper(name: str, model: nn.Module) -> Callable[[], None]:
+    """One training step of the model."""
+    size = WORK[name][1]
+    images, labels = torch.randn(BATCH, 3, size, size), torch.randint(0, 1000, (BATCH,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare(name: str, variants: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round's step, by variant; variants take turns."""
+    steps = {variant: stepper(name, build(name, variant)) for variant in variants}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    for turn in range(rounds + 3):
+        for variant, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if turn >= 3:
+                seconds[variant].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory(name: str, variant: str, threads: int) -> float:
+    """Memory that three training steps take above what the model takes at rest, at their peak, in MB (Linux only)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (name, variant, threads))
+
+
+def _peak_memory(name: str, variant: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    step = stepper(name, build(name, variant))
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    for _ in range(3):
+        step()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """A figure of this process, in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def _set_bits(config: Any, bits: int) -> None:
+    """Set every width in a ModelOpt configuration."""
+    for value in config.values() if isinstance(config, dict) else config:
+        if isinstance(value, dict) and isinstance(value.get("num_bits"), int):
+            value["num_bits"] = bits
+        elif isinstance(value, (dict, list)):
+            _set_bits(value, bits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="write the figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    variants = ["float", "lq"] + (["modelopt"] if importlib.util.find_spec("modelopt") else [])
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    print(f"{'model':22} {'variant':10} {'median s':>9} {'/ float':>8} {'step MB':>8}")
+    for name in WORK:
+        seconds = compare(name, variants, options.rounds)
+        figures[name] = {}
+        for variant in variants:
+            ratios = [mine / other for mine, other in zip(seconds[variant], seconds["float"], strict=True)]
+            median, ratio = statistics.median(seconds[variant]), statistics.median(ratios)
+            memory = peak_memory(name, variant, options.threads)
+            figures[name][variant] = {"seconds": median, "ratio": ratio, "megabytes": memory}
+            print(f"{name:22} {variant:10} {median:9.4f} {ratio:8.3f} {memory:8.0f}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

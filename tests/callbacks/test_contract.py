@@ -1,0 +1,193 @@
+"""What every callback of lq.callbacks promises, checked on all of them by introspection."""
+
+import inspect
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+import lq
+import lq.callbacks
+from lq.callbacks import FineTune, Quantize
+from tests.helpers import QUIET, assert_same, fit, hooks, loader, quantizer_ids, steps, tiny, trainer
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+
+CALLBACKS = [
+    value
+    for _, value in sorted(vars(lq.callbacks).items())
+    if inspect.isclass(value) and issubclass(value, pl.Callback)
+]
+every = pytest.mark.parametrize("cls", CALLBACKS, ids=lambda cls: cls.__name__)
+
+
+def chain(cls: type[pl.Callback], **kwargs: Any) -> list[pl.Callback]:
+    """The callback with default arguments, behind the Quantize that it builds on."""
+    return [cls(**kwargs)] if cls is Quantize else [Quantize(), cls(**kwargs)]
+
+
+def arguments(cls: type[pl.Callback]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(cls).parameters)
+
+
+def test_all_are_found():
+    assert {Quantize, FineTune} <= set(CALLBACKS)
+
+
+@every
+def test_arguments_are_typed_plain_and_have_defaults(cls):
+    hints = typing.get_type_hints(cls.__init__)
+    for name, parameter in arguments(cls).items():
+        assert parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL), name
+        assert name in hints and hints[name] is not Any, f"{name} has no type"
+        assert parameter.default is not parameter.empty, f"{name} has no default"
+        assert json.loads(json.dumps(parameter.default)) == parameter.default, name
+
+
+@every
+def test_arguments_are_documented(cls):
+    section = inspect.cleandoc(cls.__doc__).split("Args:\n")[1]
+    documented = re.findall(r"^    (\w+): ", section, re.MULTILINE)
+    assert documented == list(arguments(cls))
+
+
+@every
+def test_lightning_cli_builds_it_from_yaml(cls, tmp_path, monkeypatch):
+    from lightning.pytorch.cli import LightningCLI
+
+    defaults = {name: p.default for name, p in arguments(cls).items()}
+    entry = {"class_path": f"lq.callbacks.{cls.__name__}", "init_args": defaults}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [entry]}}))
+    monkeypatch.chdir(tmp_path)
+    from tests.helpers import Tiny
+
+    cli = LightningCLI(Tiny, run=False, args=["--config", str(config)], save_config_callback=None)
+    built = [c for c in cli.trainer.callbacks if type(c) is cls]
+    assert len(built) == 1
+    for name, value in defaults.items():
+        if hasattr(built[0], name):
+            assert getattr(built[0], name) == value
+
+
+@every
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [({"fast_dev_run": True}, 1), ({"limit_train_batches": 2}, 2), ({"max_epochs": 0}, 0)],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_trainer_options(cls, options, batches):
+    module, read = tiny(), []
+
+    class Watched(torch.utils.data.TensorDataset):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    data = torch.utils.data.DataLoader(Watched(*loader().dataset.tensors), batch_size=8)
+    fit(module, chain(cls), data, **options)
+    assert len(module.seen) == batches
+    assert all(q.isfinite().all() for q in steps(module))
+    limit = {"fast_dev_run": 8, "limit_train_batches": 16}.get(next(iter(options)), 32)
+    assert max(read) < limit  # calibration keeps to the Trainer's limits too
+
+
+@every
+def test_evaluates_before_and_after_fit(cls):
+    callbacks = [Quantize(activations=None)] + ([] if cls is Quantize else [cls()])
+    module, made = tiny(), trainer(callbacks)
+    before = made.validate(module, loader(), verbose=False)[0]["val_loss"]
+    quantizers = quantizer_ids(module)
+    assert quantizers
+    made.test(module, loader(), verbose=False)
+    assert len(made.predict(module, loader())) == 4
+    made.fit(module, loader())
+    assert quantizer_ids(module) == quantizers
+    after = made.validate(module, loader(), verbose=False)[0]["val_loss"]
+    assert after < before
+    assert made.test(module, loader(), verbose=False)[0]["test_loss"] == after
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    made.predict(module, loader())
+    assert_same(dict(module.state_dict()), state)
+
+
+@every
+def test_evaluating_without_ranges_names_the_fix(cls):
+    made = trainer(chain(cls))
+    with pytest.raises(lq.StateError, match="has no range yet: run lq.calibrate"):
+        made.validate(tiny(), loader(), verbose=False)
+
+
+@every
+def test_setup_is_idempotent(cls):
+    callbacks, module = chain(cls), tiny()
+    made = trainer(callbacks)
+    made.strategy.connect(module)
+    for callback in callbacks:
+        callback.setup(made, module, "fit")
+    first, keys, hooked = quantizer_ids(module), list(module.state_dict()), hooks(module)
+    for callback in callbacks:
+        for stage in ("fit", "validate", "test", "predict"):
+            callback.setup(made, module, stage)
+    assert (quantizer_ids(module), list(module.state_dict()), hooks(module)) == (first, keys, hooked)
+
+
+@every
+def test_checkpoint_holds_plain_state(cls, tmp_path):
+    callbacks, module = chain(cls), tiny()
+    made = fit(module, callbacks)
+    made.save_checkpoint(tmp_path / "saved.ckpt")
+    checkpoint = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    for callback in callbacks:
+        state = callback.state_dict()
+        if state:
+            assert_same(checkpoint["callbacks"][callback.state_key], state)
+    assert {k for k in checkpoint["state_dict"] if k.endswith("log2_step")}
+
+
+VARIANTS = [(Quantize, {}), *[(cls, {}) for cls in CALLBACKS if cls is not Quantize]]
+VARIANTS += [(FineTune, {"distill": 1.0}), (FineTune, {"lr": 0.01, "schedule": "cosine"})]
+
+
+@pytest.mark.parametrize(("cls", "kwargs"), VARIANTS, ids=lambda v: getattr(v, "__name__", None) or ",".join(v))
+def test_no_trace_after_fit(cls, kwargs):
+    module, reference = tiny(), tiny()
+    made = fit(module, chain(cls, **kwargs))
+    lq.attach(lq.fold_batchnorm(reference) and reference, 8, 8)
+    assert hooks(module) == hooks(reference)
+    assert [n for n, _ in module.named_modules()] == [n for n, _ in reference.named_modules()]
+    assert list(module.state_dict()) == list(reference.state_dict())
+    assert type(module) is type(reference)
+    assert all(q.observer is None for n, q in module.named_modules() if hasattr(q, "observer"))
+    extra = set(vars(module)) ^ set(vars(reference))
+    assert not extra, extra
+    assert made.strategy.lightning_module is module
+
+
+@pytest.mark.parametrize("generator", [False, True], ids=["global", "own"])
+@every
+def test_batches_are_the_same_with_and_without(cls, generator):
+    seen, states = [], []
+    for with_it in (False, True):
+        module = tiny()
+        own = torch.Generator().manual_seed(5) if generator else None
+        data = loader(shuffle=True, generator=own)
+        pl.seed_everything(7, verbose=False)
+        fit(module, chain(cls) if with_it else [], data, max_epochs=2)
+        seen.append(module.seen)
+        states.append((torch.get_rng_state(), own.get_state() if own else 0))
+    assert_same(seen[0], seen[1])
+    assert not torch.equal(seen[0][0], next(iter(loader()))[0])  # it was shuffled
+    assert_same(states[0], states[1])
+
+
+@every
+def test_same_import_path_as_recipes(cls):
+    assert cls.__module__.startswith("lq.callbacks.")
+    assert Path(inspect.getfile(cls)).parent.name == "callbacks"

@@ -1,0 +1,210 @@
+"""Quantize: attaching, calibrating, refusing, and honest numbers."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lq
+from lq.callbacks import FineTune, Quantize, load_from_checkpoint
+from lq.sites import is_attached, quantizers
+from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, loader, steps, tiny, trainer
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+
+
+class Probe(pl.Callback):
+    """Notes what the module looks like when setup and on_fit_start are over."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.attached = is_attached(pl_module)
+        self.norms = [m for m in pl_module.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.calibrated_in_setup = all(q.calibrated for q in quantizers(pl_module))
+
+    def on_fit_start(self, trainer, pl_module):
+        self.calibrated = all(q.calibrated for q in quantizers(pl_module))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_attaches_in_setup_and_calibrates_when_fitting_starts(fold):
+    probe, module = Probe(), tiny()
+    fit(module, [Quantize(4, 4, fold_bn=fold), probe], max_epochs=0)
+    assert probe.attached
+    assert len(probe.norms) == (0 if fold else 2)
+    assert not probe.calibrated_in_setup
+    assert probe.calibrated
+
+
+def test_ranges_are_those_of_calibrate():
+    module, by_hand = tiny(), tiny()
+    fit(module, [Quantize(4, 4, calibration_samples=16)], max_epochs=0)
+    lq.fold_batchnorm(by_hand)
+    lq.attach(by_hand, 4, 4)
+    lq.calibrate(by_hand, list(loader())[:2])
+    assert_same(dict(module.state_dict()), dict(by_hand.state_dict()))
+
+
+def test_second_fit_with_the_same_arguments_changes_nothing():
+    module = tiny()
+    fit(module, [Quantize(4, 4)], max_epochs=0)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    fit(module, [Quantize(4, 4)], loader(samples=8), max_epochs=0)
+    assert_same(dict(module.state_dict()), state)
+
+
+@pytest.mark.parametrize("other", [Quantize(2, 4), Quantize(4, 8), Quantize(4, 4, exclude="net.3")])
+def test_second_fit_with_other_arguments_is_an_error(other):
+    module = tiny()
+    fit(module, [Quantize(4, 4)], max_epochs=0)
+    with pytest.raises(lq.StateError, match=r"quantized already.*lq.detach\(module\) first"):
+        fit(module, [other], max_epochs=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [WeightAveraging, lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(swa_lrs=0.01)],
+    ids=["average", "ema", "swa"],
+)
+def test_averaging_before_quantize_is_an_error(make):
+    with pytest.raises(lq.StateError, match="list Quantize before it in Trainer"):
+        fit(tiny(), [make(), Quantize()])
+
+
+def test_averaging_after_quantize_works():
+    module = tiny()
+    fit(module, [Quantize(4, 4), EMAWeightAveraging(decay=0.5)])
+    assert all(q.calibrated for q in quantizers(module))
+    assert all((q.bits == q.bits.round()).all() for q in quantizers(module))
+
+
+def test_empty_loader():
+    empty = DataLoader(TensorDataset(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.long)), batch_size=8)
+    with pytest.raises(lq.DataError, match="the loader is empty; give lq.calibrate at least one batch"):
+        fit(tiny(), [Quantize()], empty, max_epochs=0)
+
+
+def test_no_batches_by_limit():
+    with pytest.raises(lq.DataError, match="got no batches"):
+        fit(tiny(), [Quantize()], limit_train_batches=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_data_that_are_not_finite(value):
+    x, y = (t.clone() for t in dataset().tensors)
+    x[3] = value
+    with pytest.raises(lq.DataError, match=r"net\.\d.*(NaN|Inf|inf|nan)"):
+        fit(tiny(), [Quantize()], DataLoader(TensorDataset(x, y), batch_size=8), max_epochs=0)
+
+
+class Images(torch.utils.data.Dataset):
+    """Samples as dictionaries."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        x, y = dataset(16)[index]
+        return {"image": x, "label": y}
+
+
+class OnDicts(Tiny):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch["image"]), batch["label"])
+
+
+class WithCalibrationStep(OnDicts):
+    def calibration_step(self, batch):
+        self.calibrated_on = batch["image"].shape
+        return self(batch["image"])
+
+
+def test_a_batch_the_module_does_not_take():
+    with pytest.raises(lq.DataError, match=r"did not take a batch of dict\(image: Tensor.*; pass forward="):
+        fit(OnDicts(), [Quantize()], DataLoader(Images(), batch_size=8))
+
+
+def reference_ranges(module):
+    lq.fold_batchnorm(module)
+    lq.attach(module, 8, 8)
+    lq.calibrate(module, [dataset(16).tensors[0]])
+    return steps(module)
+
+
+def test_forward_argument_runs_such_a_batch():
+    module, given = tiny_of(OnDicts), []
+
+    def forward(model, batch):
+        given.append(model)
+        return model(batch["image"])
+
+    fit(module, [Quantize(forward=forward)], DataLoader(Images(), batch_size=8), max_epochs=0)
+    assert given == [module, module]
+    assert_same(steps(module), reference_ranges(tiny()))
+
+
+def test_calibration_step_of_the_module():
+    module = tiny_of(WithCalibrationStep)
+    fit(module, [Quantize()], DataLoader(Images(), batch_size=8), max_epochs=0)
+    assert module.calibrated_on == (8, 1, 6, 6)
+    assert_same(steps(module), reference_ranges(tiny()))
+
+
+def test_forward_argument_wins_over_calibration_step():
+    module = tiny_of(WithCalibrationStep)
+    quantize = Quantize(forward=lambda model, batch: model(batch["image"]))
+    fit(module, [quantize], DataLoader(Images(), batch_size=8), max_epochs=0)
+    assert not hasattr(module, "calibrated_on")
+
+
+def test_module_without_forward():
+    class NoForward(Tiny):
+        forward = pl.LightningModule.forward
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module, usual = tiny_of(NoForward), tiny()
+    fit(module, [Quantize(4, 4)], max_epochs=0)
+    fit(usual, [Quantize(4, 4)], max_epochs=0)
+    assert_same(steps(module), steps(usual))
+
+
+def tiny_of(kind):
+    torch.manual_seed(0)
+    return kind()
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples_is_an_error_at_once(samples):
+    with pytest.raises(lq.SpecError, match="calibration needs at least 1"):
+        Quantize(calibration_samples=samples)
+
+
+@pytest.mark.parametrize("bits", [9, 3.5, "4"])
+def test_wrong_width_is_an_error_at_once(bits):
+    with pytest.raises(lq.SpecError, match="use an integer from 0 to 8, or 16"):
+        Quantize(weights=bits)
+
+
+def test_wrong_pattern_names_near_misses():
+    with pytest.raises(lq.PatternError, match="did you mean 'net.3'"):
+        fit(tiny(), [Quantize(exclude="net.33")])
+
+
+@pytest.mark.parametrize("extra", [[], [FineTune()]], ids=["ptq", "finetuned"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_numbers_are_honest(tmp_path, fold, extra):
+    module = tiny()
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    made = trainer([Quantize(4, 4, fold_bn=fold), *extra, saver], enable_checkpointing=True)
+    made.fit(module, loader(), loader(24))
+    logged = made.validate(module, loader(24), verbose=False)
+    loaded = load_from_checkpoint(Tiny, tmp_path / "last.ckpt")
+    assert loaded is not module
+    assert trainer().validate(loaded, loader(24), verbose=False) == logged
+    assert made.callback_metrics["val_loss"] == logged[0]["val_loss"]
+    x = dataset(8, seed=9).tensors[0]
+    assert torch.equal(loaded.eval()(x), module.eval()(x))

@@ -1,0 +1,60 @@
+"""The examples run, and the README's Python parses and names what exists."""
+
+import ast
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import lq
+import lq.callbacks
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
+
+
+def test_quickstart_in_short(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "examples/quickstart.py"))["main"]
+    results = {row.name: row for row in main(["--output", str(tmp_path), "--epochs", "3", "--no-progress"])}
+    assert results["float"].accuracy > 80
+    assert results["W8A8 post-training"].accuracy > results["float"].accuracy - 3
+    assert results["W2A2 fine-tuned"].size < results["W4A4 fine-tuned"].size < results["float"].size / 6
+    assert (tmp_path / "digits_w2a2.ckpt").is_file()
+    assert (tmp_path / "accuracy_vs_size.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_goals(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "examples/quickstart.py"))["main"]
+    accuracy = {row.name: row.accuracy for row in main(["--output", str(tmp_path), "--no-progress"])}
+    assert accuracy["float"] >= 97
+    assert accuracy["W4A4 fine-tuned"] >= accuracy["float"] - 1
+    assert accuracy["W2A2 fine-tuned"] >= accuracy["float"] - 5
+
+
+def test_benchmark_of_the_training_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = runpy.run_path(str(ROOT / "examples/benchmarks/training_step.py"), run_name="training_step")
+    monkeypatch.setitem(benchmark["WORK"], "test_resnet", ({}, 32))
+    seconds = benchmark["compare"]("test_resnet", ["float", "lq"], rounds=2)
+    assert [len(times) for times in seconds.values()] == [2, 2]
+    assert all(time > 0 for times in seconds.values() for time in times)
+
+
+def test_readme_python_parses_and_names_what_exists() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lq":
+                assert hasattr(lq, node.attr), node.attr
+            if isinstance(node, ast.ImportFrom) and node.module == "lq.callbacks":
+                assert all(hasattr(lq.callbacks, alias.name) for alias in node.names)
+
+
+def test_readme_shows_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in text
+    assert "make test" in text
+    assert sys.version_info >= (3, 10)
