@@ -80,7 +80,7 @@ def foldable_pairs(model: nn.Module) -> list[FoldablePair]:
         names.setdefault(id(module), []).append(name)
     pairs = []
     for prefix, parent in model.named_modules():
-        if any(_is_norm(child) for child in parent.children()):
+        if any(_is_norm(parent.get_submodule(_end_of(parent, name, 0))) for name, _ in parent.named_children()):
             for conv, norm in _pairs_inside(parent):
                 modules = parent.get_submodule(conv), parent.get_submodule(norm)
                 if all(len(names[id(module)]) == 1 for module in modules):  # shared modules have other readers
@@ -167,10 +167,21 @@ def _pairs_inside(parent: nn.Module) -> Iterator[tuple[str, str]]:
         before = node.args[0]
         if before.op != "call_module" or len(before.users) != 1:
             continue
-        conv, norm = str(before.target), str(node.target)
-        once = calls[conv] == calls[norm] == 1 and not {conv, norm} & read
-        if once and isinstance(parent.get_submodule(conv), _CONVS) and _is_norm(parent.get_submodule(norm)):
+        once = calls[before.target] == calls[node.target] == 1
+        conv, norm = _end_of(parent, str(before.target), -1), _end_of(parent, str(node.target), 0)
+        if not once or {conv, norm} & read:
+            continue
+        if isinstance(parent.get_submodule(conv), _CONVS) and _is_norm(parent.get_submodule(norm)):
             yield conv, norm
+
+
+def _end_of(parent: nn.Module, name: str, index: int) -> str:
+    """The first (0) or last (-1) module of a Sequential, and of Sequentials in it; any other module is its own end."""
+    module = parent.get_submodule(name)
+    while type(module) is nn.Sequential and len(module):
+        child = list(module._modules)[index]
+        name, module = f"{name}.{child}", module[index]
+    return name
 
 
 def _is_norm(module: nn.Module) -> bool:

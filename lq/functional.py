@@ -105,7 +105,7 @@ class _FakeQuantize(torch.autograd.Function):
             plain = x32.is_contiguous() and grad32.is_contiguous() and not isinstance(low, Tensor)
             if plain and y is not None:
                 grad_x, inner = _tensor_gradients(grad32, x32, y, step, low, high)
-            elif plain and x.device.type == "cpu" and step.numel() == step.shape[0]:
+            elif plain and x.device.type == "cpu" and step.ndim and step.numel() == step.shape[0]:
                 grad_x, inner = _channel_gradients(grad32, x32, step, low, high, offset)
             else:
                 grad_x, inner = _gradients(grad32, x32, step, low, high, offset)

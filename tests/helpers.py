@@ -19,7 +19,7 @@ QUIET = (
     "ignore:.*Trainer.fit. stopped.*:UserWarning",
     "ignore:.*smaller than the logging interval:UserWarning",
     "ignore:Checkpoint directory .* exists and is not empty:UserWarning",
-    "ignore:GPU available but not used:UserWarning",
+    "ignore:.*have no .val_dataloader.:UserWarning",
 )
 
 

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 import lq
 
 DATA = os.environ.get("LQ_DATA")
-pytestmark = pytest.mark.skipif(DATA is None, reason="LQ_DATA is not set: checks on real weights and images are skipped")
+pytestmark = pytest.mark.skipif(
+    DATA is None, reason="LQ_DATA is not set: checks on real weights and images are skipped"
+)
 
 
 def reader() -> Any:

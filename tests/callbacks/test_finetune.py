@@ -1,0 +1,449 @@
+"""FineTune: what is learned, by which optimizer, at which rate; BatchNorm, distillation and resume."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import lq
+from lq.callbacks import FineTune, Quantize
+from lq.calibration import eval_mode
+from lq.distillation import float_copy
+from lq.sites import float_weight, quantized_layers, quantizers
+from tests.helpers import (
+    QUIET,
+    Tiny,
+    assert_same,
+    fit,
+    loader,
+    most_values_over_limit,
+    quantizer_ids,
+    steps,
+    tiny,
+    trainer,
+)
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+
+
+def quantize(**kwargs):
+    return Quantize(4, 4, fold_bn=False, **kwargs)
+
+
+class Watch(pl.Callback):
+    """Notes learning rates of the own optimizer, own updates and user's updates, step by step."""
+
+    def __init__(self, tuner):
+        self.tuner, self.rates, self.user_rates, self.updates, self.user_updates = tuner, [], [], 0, 0
+
+    def on_fit_start(self, trainer, pl_module):
+        self.count(self.tuner._optimizer, "updates")
+        self.count(trainer.optimizers[0], "user_updates")
+        self.begin = steps(pl_module)
+
+    def count(self, optimizer, name):
+        if optimizer is not None:
+            optimizer.register_step_post_hook(lambda *_: setattr(self, name, getattr(self, name) + 1))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.user_rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if self.tuner._optimizer is not None:
+            self.rates.append(self.tuner._optimizer.param_groups[0]["lr"])
+
+
+def tune(module, tuner, data=None, **kwargs):
+    """Fit and return the Trainer and what a `Watch` saw."""
+    watch = Watch(tuner)
+    return fit(module, [quantize(), tuner, watch], data, **kwargs), watch
+
+
+# --- what is learned ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("estimator", "moves"), [("lsq", True), ("ste", False)])
+def test_lsq_moves_steps_and_ste_does_not(estimator, moves):
+    module = tiny()
+    _, watch = tune(module, FineTune(estimator))
+    for begin, end in zip(watch.begin, steps(module), strict=True):
+        assert bool((begin != end).all()) is moves
+    assert (watch.updates > 0) is moves
+    weights = {name: float_weight(layer) for name, layer in quantized_layers(tiny_attached())}
+    for name, layer in quantized_layers(module):
+        assert not torch.equal(float_weight(layer), weights[name])
+
+
+def tiny_attached():
+    return lq.attach(tiny(), 4, None)
+
+
+@pytest.mark.parametrize("estimator", ["lsq", "ste"])
+def test_users_optimizer_never_holds_quantizer_parameters(estimator):
+    module = tiny()
+    made, _ = tune(module, FineTune(estimator))
+    ours = quantizer_ids(module)
+    given = [id(p) for group in made.optimizers[0].param_groups for p in group["params"]]
+    assert ours and not ours & set(given)
+    assert set(given) == {id(p) for p in module.parameters()} - ours
+    assert not ours & {id(p) for p in made.optimizers[0].state}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_leaves_steps_alone(optimizer):
+    module = tiny(optimizer=optimizer, lr=0.01, weight_decay=10.0)
+    _, watch = tune(module, FineTune("ste"), loader(8))
+    assert_same(steps(module), watch.begin)
+    module = tiny(optimizer=optimizer, lr=0.01, weight_decay=10.0)
+    _, watch = tune(module, FineTune("lsq", quantizer_lr=1e-3), loader(8))
+    for begin, end in zip(watch.begin, steps(module), strict=True):
+        assert (begin - end).abs().max() <= 1.01e-3  # one Adam update, no decay on top
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, [0, 2, 4, 1]])
+def test_weights_keep_to_their_levels(bits):
+    module = tiny()
+    width = bits if isinstance(bits, int) else lq.QuantSpec(tuple(bits), signed=True)
+    overrides = {"net.3": {"weights": width}}
+    fit(module, [Quantize(2, 4, fold_bn=False, first_last=None, overrides=overrides), FineTune()], max_epochs=2)
+    assert 0 < most_values_over_limit(module) <= 1
+    module.eval()
+    assert 0 < most_values_over_limit(module) <= 1
+
+
+def test_steps_stay_positive_at_an_absurd_rate():
+    module = tiny()
+    _, watch = tune(module, FineTune(quantizer_lr=50.0), max_epochs=2)
+    assert any((b - e).abs().max() > 20 for b, e in zip(watch.begin, steps(module), strict=True))
+    for quantizer in quantizers(module):
+        assert (quantizer.step > 0).all() and quantizer.step.isfinite().all()
+
+
+# --- learning rates -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [None, "step", "onecycle"])
+def test_own_rate_follows_the_users_schedule(scheduler):
+    module = tiny(scheduler=scheduler, lr=0.02)
+    _, watch = tune(module, FineTune(quantizer_lr=1e-3), max_epochs=3)
+    assert len(watch.rates) == 12
+    assert watch.rates == pytest.approx([rate / 0.02 * 1e-3 for rate in watch.user_rates])
+    if scheduler == "step":
+        assert watch.rates[::4] == pytest.approx([1e-3, 1e-4, 1e-5])
+    if scheduler == "onecycle":
+        assert max(watch.rates) == pytest.approx(1e-3, rel=0.05) and watch.rates[0] == pytest.approx(1e-3 / 25)
+
+
+@pytest.mark.parametrize("scheduler", [None, "step", "onecycle"])
+def test_lr_and_schedule_replace_optimizer_and_schedulers(scheduler):
+    module = tiny(optimizer="adamw", scheduler=scheduler)
+    made, watch = tune(module, FineTune(lr=0.005, schedule="cosine"), max_epochs=2)
+    (optimizer,) = made.optimizers
+    assert type(optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-5)
+    expected = [0.005 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+    assert watch.user_rates == pytest.approx(expected)
+    assert watch.rates == pytest.approx([e / 0.005 * 1e-3 for e in expected])
+    assert group["lr"] == pytest.approx(0, abs=1e-12)
+    assert not quantizer_ids(module) & {id(p) for p in group["params"]}
+
+
+def test_momentum_and_decay_are_arguments():
+    made, _ = tune(tiny(), FineTune(lr=0.005, momentum=0.5, weight_decay=0.1))
+    (group,) = made.optimizers[0].param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.005, 0.5, 0.1)
+    assert made.lr_scheduler_configs == []
+
+
+@pytest.mark.parametrize("scheduler", [None, "onecycle"])
+def test_schedule_alone_keeps_the_users_optimizer(scheduler):
+    made, watch = tune(tiny(optimizer="adamw", lr=0.01, scheduler=scheduler), FineTune(schedule="cosine"))
+    assert type(made.optimizers[0]) is torch.optim.AdamW
+    assert watch.user_rates == pytest.approx([0.01 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
+
+
+def test_cosine_without_an_end_is_an_error():
+    with pytest.raises(lq.SpecError, match="set max_epochs or max_steps on the Trainer"):
+        tune(tiny(), FineTune(schedule="cosine"), max_epochs=-1)
+
+
+@pytest.mark.parametrize(("accumulate", "updates"), [(1, 8), (2, 4), (3, 4)])
+def test_one_update_per_step_of_the_users_optimizer(accumulate, updates):
+    module = tiny()
+    made, watch = tune(module, FineTune(), max_epochs=2, accumulate_grad_batches=accumulate)
+    assert (watch.updates, watch.user_updates, made.global_step) == (updates, updates, updates)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    ends = []
+    for data, accumulate in [(loader(16, batch=16), 1), (loader(16, batch=8), 2)]:
+        module = tiny(norm=False)
+        fit(module, [Quantize(4, None), FineTune()], data, accumulate_grad_batches=accumulate)
+        ends.append(steps(module))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_without_quantize():
+    with pytest.raises(lq.StateError, match="put the Quantize callback before this one"):
+        fit(tiny(), [FineTune()])
+
+
+def test_before_quantize():
+    with pytest.raises(lq.StateError, match="put the Quantize callback before this one"):
+        fit(tiny(), [FineTune(), Quantize()])
+
+
+def test_lbfgs():
+    with pytest.raises(lq.StateError, match="LBFGS keeps its own list of parameters"):
+        fit(tiny(optimizer="lbfgs"), [quantize(), FineTune()])
+
+
+@pytest.mark.parametrize("kwargs", [{"lr": 0.1}, {"schedule": "cosine"}])
+def test_replacing_the_optimizer_of_manual_optimization(kwargs):
+    module = tiny()
+    module.automatic_optimization = False
+    with pytest.raises(lq.StateError, match="leave them out and set both in configure_optimizers"):
+        fit(module, [quantize(), FineTune(**kwargs)])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"estimator": "pact"}, "estimator='pact' is unknown; use one of"),
+        ({"schedule": "linear"}, "schedule='linear' is unknown; use one of"),
+        ({"lr": 0.0}, "lr=0.0 must be positive"),
+        ({"quantizer_lr": -1}, "quantizer_lr=-1 must be positive"),
+        ({"temperature": 0}, "temperature=0 must be positive"),
+    ],
+)
+def test_wrong_arguments(kwargs, text):
+    with pytest.raises(lq.SpecError, match=text):
+        FineTune(**kwargs)
+
+
+# --- BatchNorm ------------------------------------------------------------------------------------------------------
+
+
+class Statistics(pl.Callback):
+    """Running means of the first BatchNorm and its weight at the end of every epoch."""
+
+    def __init__(self):
+        self.means, self.weights = [], []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.means.append(pl_module.net[1].running_mean.clone())
+        self.weights.append(pl_module.net[1].weight.detach().clone())
+
+
+def test_freeze_bn_epoch_keeps_running_statistics():
+    statistics = Statistics()
+    fit(tiny(), [quantize(), FineTune(freeze_bn_epoch=2), statistics], max_epochs=4)
+    one, two, three, four = statistics.means
+    assert not torch.equal(one, two)
+    assert torch.equal(two, three) and torch.equal(three, four)
+    assert not torch.equal(statistics.weights[2], statistics.weights[3])  # the affine part is still trained
+
+
+def test_reestimated_statistics_are_the_mean_over_batches():
+    module = tiny()
+    fit(module, [quantize(), FineTune(reestimate_bn=32)], max_epochs=2)
+    conv, norm = module.net[0], module.net[1]
+    batches = [x for x, _ in loader()]
+    with eval_mode(module), torch.no_grad():
+        mean = torch.stack([conv(x).mean((0, 2, 3)) for x in batches]).mean(0)
+        var = torch.stack([conv(x).var((0, 2, 3)) for x in batches]).mean(0)
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, var, rtol=1e-5, atol=1e-6)
+    assert norm.momentum == 0.1
+
+
+def test_last_validation_sees_reestimated_statistics():
+    module = tiny()
+    made = trainer([quantize(), FineTune(reestimate_bn=32)])
+    made.fit(module, loader(), loader(24))
+    assert made.callback_metrics["val_loss"] == made.validate(module, loader(24), verbose=False)[0]["val_loss"]
+
+
+@pytest.mark.parametrize("kwargs", [{"freeze_bn_epoch": 0}, {"reestimate_bn": 8}])
+def test_nothing_to_freeze_is_a_warning(kwargs):
+    with pytest.warns(lq.NoEffectWarning, match=r"use Quantize\(fold_bn=False\) to keep them"):
+        fit(tiny(), [Quantize(), FineTune(**kwargs)])
+
+
+# --- distillation ---------------------------------------------------------------------------------------------------
+
+
+def by_hand_loss(module, teacher, batch, weight, temperature):
+    """Loss of the training step plus the distillation loss, in one graph."""
+    x, y = batch
+    logits = module.net(x)
+    with torch.no_grad():
+        target = teacher(x)
+    student, target = (F.log_softmax(t / temperature, -1) for t in (logits, target))
+    divergence = (target.exp() * (target - student)).sum(-1).mean()
+    return F.cross_entropy(logits, y) + weight * temperature**2 * divergence
+
+
+class Gradients(pl.Callback):
+    """Gradients right before the first optimizer step; takes no step further."""
+
+    def on_after_backward(self, trainer, pl_module):
+        self.found = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.5, 4.0), (3.0, 2.0)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradient_is_that_of_the_summed_loss(weight, temperature, accumulate):
+    module, watched = tiny(), Gradients()
+    tuner = FineTune(distill=weight, temperature=temperature)
+    data = loader(8 * accumulate, batch=8)
+    options = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
+    fit(module, [quantize(calibration_samples=8), tuner, watched], data, **options)
+
+    other = tiny()
+    fit(other, [quantize(calibration_samples=8)], data, max_epochs=0)
+    lq.set_estimator(other, "lsq")
+    teacher = float_copy(other.net)
+    other.train()
+    for batch in data:
+        (by_hand_loss(other, teacher, batch, weight, temperature) / accumulate).backward()
+    expected = {n: p.grad for n, p in other.named_parameters() if p.grad is not None}
+    plain = tiny()
+    assert watched.found.keys() == expected.keys() and len(expected) > len(list(plain.parameters()))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(watched.found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_distillation_changes_training():
+    ends = []
+    for weight in (0.0, 5.0):
+        module = tiny()
+        fit(module, [quantize(), FineTune(distill=weight)])
+        ends.append(module.net[0].bias.detach())
+    assert not torch.equal(*ends)
+
+
+def test_distill_loss_is_logged_and_teacher_is_float():
+    module, tuner = tiny(), FineTune(distill=1.0)
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.teacher = tuner._distiller.teacher
+            self.weight = float_weight(pl_module.net[0]).detach().clone()
+
+    look = Look()
+    made = fit(module, [quantize(), tuner, look])
+    assert made.callback_metrics["distill_loss"] > 0
+    assert not list(quantizers(look.teacher))
+    assert torch.equal(look.teacher[0].weight, look.weight)  # it did not learn
+    assert not look.teacher.training
+    assert tuner._distiller is None
+
+
+@pytest.mark.parametrize("name", ["net", "net.8"])
+def test_distill_from_names_the_module(name):
+    made = fit(tiny(), [quantize(), FineTune(distill=1.0, distill_from=name)])
+    assert made.callback_metrics["distill_loss"] >= 0
+
+
+def test_distill_from_an_unknown_module():
+    with pytest.raises(lq.PatternError, match="distill_from='nett' is no module of Tiny; it has net"):
+        fit(tiny(), [quantize(), FineTune(distill=1.0, distill_from="nett")])
+
+
+def test_distill_from_a_module_that_is_not_called():
+    class Unused(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Sequential(nn.Linear(2, 2))
+
+    module = Unused()
+    with pytest.raises(lq.StateError, match="name one that it calls, and that gives the logits, with distill_from="):
+        fit(module, [quantize(exclude="spare"), FineTune(distill=1.0, distill_from="spare")])
+
+
+def test_distill_from_a_module_without_logits():
+    class Pair(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), None
+
+    module = tiny()
+    module.net = Pair(*module.net)
+    module.forward = lambda x: module.net(x)[0]
+    with pytest.raises(lq.StateError, match="gives a tuple; name the module that gives logits with distill_from="):
+        fit(module, [quantize(), FineTune(distill=1.0)])
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+RESUMES = {
+    "lsq": ({}, {}),
+    "ste": ({}, {"estimator": "ste"}),
+    "adamw": ({"optimizer": "adamw", "lr": 0.01}, {}),
+    "schedule": ({"scheduler": "step"}, {}),
+    "onecycle": ({"scheduler": "onecycle"}, {}),
+    "replaced": ({"optimizer": "adamw"}, {"lr": 0.01, "schedule": "cosine"}),
+    "teacher": ({}, {"distill": 1.0, "temperature": 2.0}),
+    "batchnorm": ({}, {"freeze_bn_epoch": 3, "reestimate_bn": 16}),
+}
+
+
+class StopAfter(pl.Callback):
+    """Ends training after some epochs of a longer run."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+@pytest.mark.parametrize(("case", "fold"), [*((case, False) for case in RESUMES), ("lsq", True), ("teacher", True)])
+def test_resumed_run_equals_a_straight_one(tmp_path, case, fold):
+    ours, theirs = RESUMES[case][1], RESUMES[case][0]
+    paths = {}
+
+    def run(folder, seed, *, stop=None, ckpt_path=None):
+        saver = ModelCheckpoint(tmp_path / folder, save_last=True)
+        extra = [StopAfter(stop)] if stop else []
+        module = tiny(seed, **theirs)
+        chain = [Quantize(4, 4, fold_bn=fold), FineTune(**ours), *extra, saver]
+        fit(module, chain, max_epochs=4, enable_checkpointing=True, ckpt_path=ckpt_path)
+        paths[folder] = tmp_path / folder / "last.ckpt"
+
+    run("straight", 0)
+    run("half", 0, stop=2)
+    run("resumed", 3, ckpt_path=paths["half"])  # other initial weights: all must come from the checkpoint
+    straight, half, resumed = (torch.load(path, weights_only=True) for path in paths.values())
+    assert (half["epoch"], straight["epoch"], resumed["epoch"]) == (1, 3, 3)
+    assert_same(resumed["state_dict"], straight["state_dict"])
+    assert_same(resumed["optimizer_states"], straight["optimizer_states"])
+    assert_same(resumed["lr_schedulers"], straight["lr_schedulers"])
+    own = [key for key in straight["callbacks"] if key.startswith("FineTune")]
+    assert_same([resumed["callbacks"].get(k) for k in own], [straight["callbacks"].get(k) for k in own])
+    assert bool(own) is (case != "ste")
+    moved = half["state_dict"], straight["state_dict"]
+    assert any(not torch.equal(moved[0][k], moved[1][k]) for k in moved[0])
+
+
+def test_two_epochs_then_a_trainer_with_four(tmp_path):
+    ends = []
+    for epochs in ([4], [2, 4]):
+        path = None
+        for index, count in enumerate(epochs):
+            saver = ModelCheckpoint(tmp_path / f"{len(epochs)}{index}", save_last=True)
+            module = tiny(index)
+            chain = [quantize(), FineTune(), saver]
+            fit(module, chain, max_epochs=count, enable_checkpointing=True, ckpt_path=path)
+            path = tmp_path / f"{len(epochs)}{index}" / "last.ckpt"
+        ends.append(dict(module.state_dict()))
+    assert_same(ends[0], ends[1])
