@@ -4,6 +4,7 @@ Reading them leaves no trace: random states are restored, so that a run sees the
 stage.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,9 +40,8 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
     module = trainer.lightning_module
     share, seen = math.ceil(samples / trainer.world_size), 0
     with isolate_rng(), _same_generators(loader.flattened):
-        for index, (loaded, _, _) in enumerate(_progress(trainer, iter(loader), title)):
-            if index >= trainer.num_training_batches:
-                break
+        limit = None if math.isinf(trainer.num_training_batches) else int(trainer.num_training_batches)
+        for loaded, _, _ in itertools.islice(_progress(trainer, iter(loader), title), limit):
             batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(loaded), dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             seen += batch_size(loaded)

@@ -77,7 +77,7 @@ class Quantize(pl.Callback):
             "overrides": overrides,
         }
         if weights is not None or activations is not None or overrides:
-            plan_layers(torch.nn.Linear(1, 1), weights, activations, first_last=first_last)  # wrong widths fail here
+            plan_layers(torch.nn.Identity(), weights, activations, first_last=first_last)  # wrong widths fail here
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -19,6 +19,7 @@ QUIET = (
     "ignore:.*Trainer.fit. stopped.*:UserWarning",
     "ignore:.*smaller than the logging interval:UserWarning",
     "ignore:Checkpoint directory .* exists and is not empty:UserWarning",
+    "ignore:.isinstance.treespec, LeafSpec:FutureWarning",
     "ignore:.*have no .val_dataloader.:UserWarning",
 )
 

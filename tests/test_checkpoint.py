@@ -16,10 +16,13 @@ def resnet(name: str = "test_resnet") -> nn.Module:
     model = timm.create_model(name, num_classes=5)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, (low, high) in {
-                module.running_mean: (-1, 1), module.running_var: (0.5, 2), module.weight: (0.5, 2), module.bias: (-1, 1)
-            }.items():  # fmt: skip
-                tensor.data.uniform_(low, high)
+            for tensor, low in (
+                (module.running_mean, -1),
+                (module.bias, -1),
+                (module.running_var, 0.5),
+                (module.weight, 0.5),
+            ):
+                tensor.data.uniform_(low, 2)
     return model.eval()
 
 

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import lq
-from lq.callbacks import FineTune, Quantize
 from lq.calibration import eval_mode
+from lq.callbacks import FineTune, Quantize
 from lq.distillation import float_copy
 from lq.sites import float_weight, quantized_layers, quantizers
 from tests.helpers import (

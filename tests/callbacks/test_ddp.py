@@ -1,0 +1,76 @@
+"""Two ranks: the same ranges as one rank on the same data, and training that keeps the ranks equal."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.helpers import assert_same
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+
+sys.path.insert(0, sys.argv[3])
+import torch
+from lq.callbacks import FineTune, Quantize
+from tests.helpers import dataset, fit, tiny
+from torch.utils.data import DataLoader
+
+torch.set_num_threads(1)
+ranks, out = int(sys.argv[1]), sys.argv[2]
+options = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+
+
+def data():
+    return DataLoader(dataset(32), batch_size=16 // ranks)
+
+
+def save(trainer, module, name):
+    torch.save(module.state_dict(), f"{out}/{name}-{ranks}-{trainer.global_rank}.pt")
+
+
+module = tiny()
+made = fit(module, [Quantize(4, 4, fold_bn=False, calibration_samples=32)], data(), max_epochs=0, **options)
+save(made, module, "calibrated")
+if ranks > 1:
+    module = tiny()
+    tuner = FineTune("lsq", distill=1.0, reestimate_bn=16)
+    made = fit(module, [Quantize(4, 4, fold_bn=False), tuner], data(), max_epochs=2, **options)
+    assert made.world_size == 2 and made.global_step == 4
+    save(made, module, "trained")
+"""
+
+
+def run(script: Path, ranks: int, out: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(ranks), str(out), str(ROOT)]
+    done = subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_calibrate_as_one_and_train(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    run(script, 1, tmp_path)
+    run(script, 2, tmp_path)
+
+    def load(name):
+        return torch.load(tmp_path / f"{name}.pt", weights_only=True)
+
+    one, first, second = load("calibrated-1-0"), load("calibrated-2-0"), load("calibrated-2-1")
+    assert sum(key.endswith("log2_step") for key in one) == 5
+    assert_same(first, one)
+    assert_same(second, one)
+    trained = load("trained-2-0")
+    assert_same(load("trained-2-1"), trained)
+    for key, value in trained.items():
+        if key.endswith(("log2_step", "original")):
+            assert not torch.equal(value, one[key]), f"{key} did not move"
