@@ -1,6 +1,6 @@
 r"""A histogram that does not depend on the order of its data, so that ranks and batches add up exactly.
 
-The bins split ``[-2**e, 2**e)`` evenly, where ``2**e`` is the smallest power of two that holds every value seen. When a
+The bins split ``[-2**e, 2**e)`` evenly, where ``2**e`` is the smallest power of two above every value seen. When a
 larger value comes, neighbouring bins merge: the grid of a smaller exponent is a refinement of that of a larger one.
 Values are counted apart by the octave of their row's root mean square (rows are tokens or samples), so that a range
 rule can weigh rows by size. Counts are integers: the result is a function of the rows alone, the same for one rank or
@@ -117,8 +117,8 @@ class Histogram:
 
 
 def _exponent(largest: float) -> int:
-    """The smallest e with ``largest <= 2**e``."""
-    return max(_MIN_EXPONENT, math.ceil(math.log2(largest))) if largest > 0 else _MIN_EXPONENT
+    """The smallest e with ``largest < 2**e``: a value at the very end would change its bin when bins merge."""
+    return max(_MIN_EXPONENT, math.frexp(largest)[1]) if largest > 0 else _MIN_EXPONENT
 
 
 def raise_if_not_finite(x: Tensor, name: str) -> None:

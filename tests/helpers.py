@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ QUIET = (
     "ignore:.*smaller than the logging interval:UserWarning",
     "ignore:Checkpoint directory .* exists and is not empty:UserWarning",
     "ignore:.isinstance.treespec, LeafSpec:FutureWarning",
+    "ignore:The dirpath has changed from:UserWarning",
+    "ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning",
+    "ignore:Total length of .(DataLoader|CombinedLoader). across ranks is zero:UserWarning",
     "ignore:.*have no .val_dataloader.:UserWarning",
 )
 
@@ -124,6 +128,17 @@ def fit(module: pl.LightningModule, callbacks: Sequence[pl.Callback], data: Any 
     made = trainer(callbacks, **kwargs)
     made.fit(module, loader() if data is None else data, ckpt_path=ckpt_path)
     return made
+
+
+def cli(*configs: Path) -> Any:
+    """A LightningCLI of `Tiny` built from YAML files, later ones over earlier ones; it runs nothing."""
+    from lightning.pytorch.cli import LightningCLI
+
+    args = [part for path in configs for part in ("--config", str(path))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["program"])
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of jsonargparse, not ours
+        return LightningCLI(Tiny, run=False, args=args, save_config_callback=None, seed_everything_default=False)
 
 
 def steps(module: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Attach and detach are inverses on every layer kind; patterns, widths, copies, export, the weight cache."""
+"""attach and detach are exact inverses, on every layer kind; what lies between them."""
 
 import copy
 
@@ -7,194 +7,459 @@ import torch
 from torch import nn
 
 import lq
-from lq.sites import input_quantizer, weight_quantizer
+from lq.errors import DataError, PatternError, SpecError, StateError
+from lq.quantizer import WeightQuantizer
+from lq.sites import input_quantizer, quantized_layers, weight_quantizer
+from tests.test_quantizer import grids
 
-LAYERS = [
-    (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
-    (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 9, 9)),
-    (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5)),
-    (lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 9)),
-    (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 9, 9)),
-    (lambda: nn.ConvTranspose3d(4, 6, 3), (2, 4, 5, 5, 5)),
-    (lambda: nn.Linear(4, 6), (2, 4)),
-    (lambda: nn.Embedding(10, 6), None),
-]
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
-
-
-def ready(weights: int = 4, activations: int | None = 4, **options: object) -> tuple[nn.Sequential, torch.Tensor]:
-    model, images = net(), torch.randn(4, 3, 8, 8)
-    return lq.calibrate(lq.attach(model, weights, activations, **options), [images]).eval(), images
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 8)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 8, 8)),
+    "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 8)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 8)),
+    "transposed2d": (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 5)),
+    "transposed2d in groups": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+    "transposed2d depthwise": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), (2, 4, 5, 5)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(4, 6, 3, groups=2), (2, 4, 5, 5, 5)),
+    "linear": (lambda: nn.Linear(4, 6), (3, 4)),
+    "linear without bias": (lambda: nn.Linear(4, 6, bias=False), (3, 4)),
+    "embedding": (lambda: nn.Embedding(7, 5), None),
+}
+every_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 2, 3, 4, 8, 16])
-@pytest.mark.parametrize(("build", "shape"), LAYERS)
-def test_detach_is_exact_and_weights_take_few_values(build, shape, bits) -> None:
-    layer = build()
-    before = {key: value.clone() for key, value in layer.state_dict().items()}
-    parameters, kind = dict(layer.named_parameters()), type(layer)
-    lq.attach(layer, weights=bits, first_last=None)
-    assert isinstance(layer, kind)
-    rows = weight_quantizer(layer).layout.rows(layer.weight.detach())
-    assert rows.shape[0] == 10 if isinstance(layer, nn.Embedding) else rows.shape[0] == 6
-    assert all(row.unique().numel() <= 2**bits for row in rows)
-    if bits == 0:
-        assert layer.weight.abs().max() == 0
-    lq.detach(layer)
-    assert type(layer) is kind
-    assert list(layer.state_dict()) == list(before)
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
-    assert all(value is parameters[key] for key, value in layer.named_parameters())
-    assert not layer._forward_pre_hooks
-    assert not layer._load_state_dict_pre_hooks
+def layer_and_input(kind, seed=0):
+    torch.manual_seed(seed)
+    make, shape = LAYERS[kind]
+    return make(), torch.randint(0, 7, (3,)) if shape is None else torch.randn(shape)
 
 
-@pytest.mark.parametrize("activations", [None, 8])
-def test_bake_keeps_the_quantized_forward(activations) -> None:
-    model, images = ready(4, activations)
+def small(seed=0):
+    """A network with first, middle and last layers."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3)
+    )
+
+
+def images(n=4, seed=1):
+    return torch.randn(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(**options):
+    """A calibrated network in eval mode."""
+    options = {"weights": 4, "activations": 8, **options}
+    return lq.calibrate(lq.attach(small(), **options), [images(16, 2)]).eval()
+
+
+def identity(model):
+    """Everything that detach has to give back."""
+    return (
+        [(name, id(parameter)) for name, parameter in model.named_parameters()],
+        list(model.state_dict()),
+        {key: value.clone() for key, value in model.state_dict().items()},
+        [(name, type(module)) for name, module in model.named_modules()],
+        [(len(m._forward_pre_hooks), len(m._load_state_dict_pre_hooks)) for m in model.modules()],
+    )
+
+
+def assert_identical(now, before):
+    assert now[0] == before[0]
+    assert now[1] == before[1]
+    assert all(torch.equal(now[2][key], value) for key, value in before[2].items())
+    assert now[3:] == before[3:]
+
+
+def widths_of(model):
+    """Widths of weight and input by layer name."""
+    found = {}
+    for name, module in quantized_layers(model):
+        weight, site = weight_quantizer(module), input_quantizer(module)
+        found[name] = (weight and int(weight.bits.flatten()[0]), site and int(site.bits))
+    return found
+
+
+# --- inverses ---------------------------------------------------------------------------------------------------
+
+
+def channel(layer, weight, c):
+    """The part of a weight that makes output channel `c`; rows of an embedding."""
+    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return weight[c]
+    per_group, inputs = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    group = c // per_group
+    return weight[group * inputs : (group + 1) * inputs, c % per_group]
+
+
+@every_layer
+def test_attach_quantizes_each_channel(kind):
+    layer, x = layer_and_input(kind)
+    weight = layer.weight.detach().clone()
+    count = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) or layer.num_embeddings
+    bits = [0, 1, 2, 3, 4, 8, 2][:count]
+    lq.attach(layer, lq.QuantSpec(tuple(bits), signed=True), first_last=None)
+    assert isinstance(layer, LAYERS[kind][0]().__class__)
+    quantizer = weight_quantizer(layer)
+    for c, (step, low, high, offset) in enumerate(grids(quantizer, len(bits))):
+        values, original = channel(layer, layer.weight.detach(), c), channel(layer, weight, c)
+        assert values.unique().numel() <= 2 ** bits[c]
+        expected = ((original.double() / step - offset).round() + offset).clamp(low, high) * step
+        torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-12)
+    assert torch.isfinite(layer(x)).all()
+
+
+@every_layer
+@pytest.mark.parametrize("estimator", ["ste", "lsq"])
+def test_detach_is_the_inverse(kind, estimator):
+    layer, x = layer_and_input(kind)
+    model = nn.Sequential(layer)
+    before, output = identity(model), model(x)
+    activations = None if kind == "embedding" else 8
+    lq.attach(model, 2, first_last=None, overrides={"0": {"activations": activations}}, estimator=estimator)
+    lq.calibrate(model, [x])
+    assert not torch.equal(model(x), output)
+    assert layer.weight.grad_fn is not None
+    lq.detach(model)
+    assert_identical(identity(model), before)
+    assert torch.equal(model(x), output)
+    assert layer.weight.is_leaf
+
+
+def test_detach_leaves_no_flag_of_its_hook():
+    model = lq.detach(quantized())
+    assert not any(module._forward_pre_hooks_with_kwargs for module in model.modules())
+
+
+@every_layer
+@pytest.mark.parametrize("training", [True, False])
+def test_baked_forward_is_the_quantized_one(kind, training):
+    layer, x = layer_and_input(kind)
+    model = nn.Sequential(layer).train(training)
+    keys = list(model.state_dict())
+    lq.attach(model, 3, first_last=None)
     with torch.no_grad():
-        quantized = model(images)
-        assert torch.equal(lq.detach(model, bake=True)(images), quantized)
-    assert weight_quantizer(model[0]) is None
-    if activations is not None:
-        lq.detach(model)
-    assert not lq.sites.is_attached(model)
+        expected = model(x)
+    lq.detach(model, bake=True)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), expected)
+    assert isinstance(layer.weight, nn.Parameter)
 
 
-def test_first_and_last_layers_have_eight_bits_and_the_input_is_float() -> None:
-    model = lq.attach(net(), weights=2, activations=2)
-    assert [int(weight_quantizer(model[i]).bits.max()) for i in (0, 2, 5)] == [8, 2, 8]
-    assert input_quantizer(model[0]) is None
-    assert [int(input_quantizer(model[i]).bits) for i in (2, 5)] == [2, 8]
+def test_baked_models_keep_their_input_quantizers_until_the_second_detach():
+    model, x = quantized(), images()
+    expected, baked = model(x), lq.detach(quantized(), bake=True)
+    assert torch.equal(baked(x), expected)
+    assert list(widths_of(baked).values()) == [(None, 8)] * 3
+    lq.detach(baked)
+    assert not any(True for _ in quantized_layers(baked))
+    assert not torch.equal(baked(x), expected)
 
 
-def test_patterns_choose_layers() -> None:
-    model = lq.attach(net(), 4, exclude="2", overrides={"5": {"weights": 3}}, first_last=None)
-    assert weight_quantizer(model[2]) is None
-    assert int(weight_quantizer(model[5]).bits[0]) == 3
-    model = lq.attach(net(), 4, include=["2"])
-    assert [weight_quantizer(model[i]) is None for i in (0, 2, 5)] == [True, False, True]
+def test_baked_model_trains_after_inference_mode():
+    model = quantized(activations=None)
+    with torch.inference_mode():
+        model(images())
+    expected = model(images())
+    lq.detach(model, bake=True)
+    assert torch.equal(model(images()), expected)
+    model(images()).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert not torch.equal(model(images()), expected)
 
 
-def test_a_pattern_without_a_match_names_near_misses() -> None:
-    model = nn.ModuleDict({"layer1": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
-    with pytest.raises(
-        lq.PatternError, match=r"exclude pattern 'layr1' matches none of the 2 layers; did you mean 'layer1'"
-    ):
-        lq.attach(model, 4, exclude="layr1")
-    with pytest.raises(lq.PatternError, match="include pattern"):
-        lq.attach(model, 4, include="nothing*")
+def test_training_between_attach_and_detach_moves_the_float_weights():
+    model = quantized()
+    parameter = weight_quantizer(model[0]) and model[0].parametrizations.weight.original
+    before = parameter.detach().clone()
+    model.train()
+    model(images()).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    lq.detach(model)
+    assert model[0].weight is parameter
+    assert not torch.equal(parameter, before)
 
 
-@pytest.mark.parametrize("bits", [9, -1, 15, 2.5, True, "4"])
-def test_wrong_bits(bits) -> None:
-    with pytest.raises(lq.SpecError, match=r"is not a width; use an integer from 0 to 8, or 16"):
-        lq.attach(net(), weights=bits)
-
-
-def test_wrong_states() -> None:
-    with pytest.raises(lq.StateError, match="has no layer to quantize"):
-        lq.attach(nn.ReLU())
-    with pytest.raises(lq.StateError, match="has quantizers already"):
-        lq.attach(lq.attach(net()))
-    for call in (lq.detach, lq.calibrate, lq.summary):
-        with pytest.raises(lq.StateError, match="needs a model with quantizers"):
-            call(net())
-    with pytest.raises(lq.StateError, match=r"2.input has no range yet: run lq.calibrate"):
-        lq.attach(net(), 4, 4)(torch.randn(1, 3, 8, 8))
-    with pytest.raises(lq.SpecError, match="leave nothing to quantize"):
-        lq.attach(net(), None, None)
-
-
-def test_copies_have_quantizers_of_their_own() -> None:
-    model, images = ready()
+@pytest.mark.parametrize("detach_original", [True, False])
+def test_copies_are_independent(detach_original):
+    model, x = quantized(), images()
+    expected = model(x).detach()
+    clone = copy.deepcopy(model)
+    gone, kept = (model, clone) if detach_original else (clone, model)
+    lq.detach(gone)
+    assert torch.equal(kept(x), expected)
+    assert torch.equal(gone(x), small()(x))
     with torch.no_grad():
-        expected = model(images)
-        other = copy.deepcopy(model)
-        lq.detach(model)
-        assert torch.equal(other(images), expected)
-        third = copy.deepcopy(other)
-        lq.set_bits(other, {"2": 1})
-        assert torch.equal(third(images), expected)
-        assert not torch.equal(other(images), expected)
+        gone[0].weight.zero_()
+    assert torch.equal(kept(x), expected)
+    lq.detach(kept)
+    assert torch.equal(kept(x), small()(x))
+    assert type(kept[0]) is type(gone[0]) is nn.Conv2d
 
 
-def test_export_gives_the_same_numbers() -> None:
-    model, images = ready()
+def test_copies_calibrate_on_their_own():
+    model = quantized()
+    step = input_quantizer(model[2]).step.item()
+    clone = lq.calibrate(copy.deepcopy(model), [images(8) * 100])
+    assert input_quantizer(clone[2]).step.item() > 2 * step
+    assert input_quantizer(model[2]).step.item() == step
+
+
+def test_attach_again_after_detach():
+    model = lq.detach(quantized())
+    lq.calibrate(lq.attach(model, 4, 8), [images(16, 2)])
+    assert torch.equal(model.eval()(images()), quantized()(images()))
+
+
+# --- which layers, which widths ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"0": (8, None), "2": (4, 4), "5": (4, 4), "6": (8, 8)}),
+        ({"first_last": None}, {"0": (4, None), "2": (4, 4), "5": (4, 4), "6": (4, 4)}),
+        ({"first_last": 6}, {"0": (6, None), "2": (4, 4), "5": (4, 4), "6": (6, 6)}),
+        ({"include": ["2", "6"]}, {"2": (4, 4), "6": (8, 8)}),
+        ({"exclude": "5"}, {"0": (8, None), "2": (4, 4), "6": (8, 8)}),
+        ({"include": "?", "exclude": ["0", "2"]}, {"5": (4, 4), "6": (8, 8)}),
+        ({"activations": None}, {"0": (8, None), "2": (4, None), "5": (4, None), "6": (8, None)}),
+        ({"weights": None}, {"2": (None, 4), "5": (None, 4), "6": (None, 8)}),
+        (
+            {"overrides": {"*": {"weights": 3}, "5": {"weights": 2, "activations": None}, "0": {"activations": 8}}},
+            {"0": (3, 8), "2": (3, 4), "5": (2, None), "6": (3, 8)},
+        ),
+        ({"weights": None, "activations": None, "overrides": {"5": {"weights": 2}}}, {"5": (2, None)}),
+        ({"overrides": {"5": {"weights": None, "activations": None}}}, {"0": (8, None), "2": (4, 4), "6": (8, 8)}),
+    ],
+)
+def test_widths(options, expected):
+    assert widths_of(lq.attach(small(), **{"weights": 4, "activations": 4, **options})) == expected
+
+
+def test_a_timm_model_says_which_layer_is_last():
+    model = small()
+    model.pretrained_cfg = {"first_conv": "2", "classifier": ["5"]}
+    assert widths_of(lq.attach(model, 4, 4)) == {"0": (4, 4), "2": (8, None), "5": (8, 8), "6": (4, 4)}
+
+
+def test_a_layer_of_another_kind_can_be_named():
+    model = nn.Sequential(nn.Bilinear(2, 3, 4), nn.Linear(4, 2))
+    assert widths_of(lq.attach(copy.deepcopy(model))) == {"1": (8, None)}
+    assert widths_of(lq.attach(model, include="0")) == {"0": (4, None)}
+    assert model[0].weight[0].unique().numel() <= 16
+
+
+def test_set_bits_finds_the_ranges_of_the_new_width():
+    model, fresh = lq.attach(small(), 4), lq.attach(small(), 4, overrides={"5": {"weights": 2}})
+    lq.set_bits(model, {"5": 2, "2": [0, 1, 2, 8]})
+    assert torch.equal(model[5].weight, fresh[5].weight)
+    assert [row.unique().numel() <= 2**b for row, b in zip(model[2].weight, (0, 1, 2, 8), strict=True)] == [True] * 4
+    assert model[2].weight[0].abs().max() == 0
+
+
+def test_set_estimator_reaches_every_quantizer():
+    model = quantized(estimator="lsq")
+    steps = [p for name, p in model.named_parameters() if name.endswith("log2_step")]
+    assert len(steps) == 7
+    assert all(p.requires_grad for p in steps)
+    model.train()(images()).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in steps)
+    lq.set_estimator(model, "ste")
+    assert not any(p.requires_grad for p in steps)
+
+
+def test_inputs_by_keyword_are_quantized():
+    model = quantized()
+    x = torch.randn(3, 8)
+    assert torch.equal(model[6](input=x), model[6](x))
+    lq.detach(model)
+    assert model[6](input=x).shape == (3, 3)
+
+
+# --- the kept weight -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the weights that were quantized, one entry each time."""
+    found = []
+    original = WeightQuantizer._quantize
+
+    def quantize(self, weight):
+        found.append(self.name)
+        return original(self, weight)
+
+    monkeypatch.setattr(WeightQuantizer, "_quantize", quantize)
+    return found
+
+
+CHANGES = {
+    "weight": lambda m: m[2].parametrizations.weight.original.mul_(3),
+    "step": lambda m: weight_quantizer(m[2]).log2_step.add_(1),
+    "bits": lambda m: lq.set_bits(m, {"2": 2}),
+    "checkpoint": lambda m: m.load_state_dict(quantized_from(5).state_dict()),
+    "mode": lambda m: m.train().eval(),
+    "swap": lambda m: swap(m[2].parametrizations.weight.original),
+}
+
+
+def quantized_from(seed):
+    return lq.calibrate(lq.attach(small(seed), 4, 8), [images(16, 2)])
+
+
+def swap(parameter):
+    parameter.data = parameter.data * 2
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_kept_weights_follow_changes(change, calls):
+    model, x = quantized(), images()
+    calls.clear()
+    before = model(x)
+    assert sorted(calls) == ["0.weight", "2.weight", "5.weight", "6.weight"]
+    assert torch.equal(model(x), before)
+    assert len(calls) == 4
+    CHANGES[change](model)
+    after = model(x)
+    assert calls.count("2.weight") >= 2
+    assert torch.equal(after, before) == (change == "mode")
+    fresh = lq.load(copy.deepcopy(model.state_dict()), small()).eval()
+    assert torch.equal(fresh(x), after)
+
+
+def test_kept_weights_are_not_used_with_gradients(calls):
+    model = quantized()
     with torch.no_grad():
-        exported = torch.export.export(model, (images,)).module()
-        assert torch.equal(exported(images), model(images))
+        model(images())
+    model(images()).sum().backward()
+    assert model[2].parametrizations.weight.original.grad.abs().sum() > 0
 
 
-def test_mixed_widths_in_one_tensor() -> None:
-    model, _ = ready(4, None, first_last=None)
-    lq.set_bits(model, {"2": [0, 1, 2, 3, 4, 5, 8, 16]})
-    rows = model[2].weight.detach().flatten(1)
-    assert all(row.unique().numel() <= 2**bits for row, bits in zip(rows, (0, 1, 2, 3, 4, 5, 8, 16), strict=True))
-    assert rows[0].abs().max() == 0
-    assert rows[1].unique().numel() == 2
-    assert rows[1].unique().sum() == 0
-    with pytest.raises(lq.SpecError, match=r"3 widths were given for 8 channels"):
+def test_weights_are_quantized_in_float32_under_autocast():
+    model, x = quantized(), images()
+    plain = [model[i].weight.detach().clone() for i in (0, 2, 5, 6)]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = [model[i].weight.detach().clone() for i in (0, 2, 5, 6)]
+        assert model(x).dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+    assert all(w.dtype == torch.float32 for w in inside)
+
+
+@pytest.mark.parametrize("estimator", ["ste", "lsq"])
+def test_training_under_autocast(estimator):
+    model = quantized(estimator=estimator).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images()).float().square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_half_precision_models_keep_float32_steps():
+    model = quantized(estimator="lsq").to(torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        kept = name.endswith(("log2_step", "zero_point", "bits"))
+        assert tensor.dtype == (torch.float32 if kept else torch.bfloat16)
+    model.train()(images().bfloat16()).sum().backward()
+    assert weight_quantizer(model[0]).log2_step.grad.dtype == torch.float32
+
+
+# --- export ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": lq.QuantSpec(3), "first_last": None}, {"activations": None}])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_exported_model_is_the_eager_one(options):
+    model, x = quantized(**options), images()
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(small()(x), model(x), rtol=1e-3)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"include": "leyer"}, PatternError, "include pattern 'leyer' matches none of the 4 layers; did you mean"),
+        ({"exclude": "7"}, PatternError, "exclude pattern '7' matches none of the 4 layers; did you mean"),
+        ({"overrides": {"fc": {"weights": 2}}}, PatternError, "overrides pattern 'fc' matches none of the 4 layers"),
+        ({"overrides": {"5": 2}}, SpecError, r"overrides\['5'\]=2; expected a mapping with 'weights' and/or"),
+        ({"overrides": {"5": {}}}, SpecError, r"overrides\['5'\]={}; expected a mapping"),
+        ({"overrides": {"5": {"weight": 2}}}, SpecError, "expected a mapping with 'weights' and/or 'activations'"),
+        ({"weights": 9}, SpecError, "bits=9 is not a width"),
+        ({"activations": 12}, SpecError, "bits=12 is not a width"),
+        ({"first_last": 9}, SpecError, "bits=9 is not a width"),
+        ({"weights": None}, SpecError, "weights=None and activations=None leave nothing to quantize"),
+        ({"activations": lq.QuantSpec(8)}, SpecError, "activations are quantized per tensor"),
+        ({"estimator": "pact"}, SpecError, "estimator='pact' is unknown"),
+        ({"weights": lq.QuantSpec((2, 4))}, SpecError, "0.weight: 2 widths were given for 4 channels"),
+    ],
+)
+def test_errors_of_attach_leave_the_model_alone(options, error, message):
+    model = small()
+    before = identity(model)
+    with pytest.raises(error, match=message):
+        lq.attach(model, **options)
+    assert_identical(identity(model), before)
+
+
+@pytest.mark.parametrize("index", [0, 5])
+def test_weights_that_are_not_finite_leave_the_model_alone(index):
+    model = small()
+    with torch.no_grad():
+        model[index].weight[0, 0] = torch.nan
+    before = list(model.state_dict())
+    with pytest.raises(DataError, match=f"^{index}.weight has "):
+        lq.attach(model)
+    assert list(model.state_dict()) == before
+
+
+def test_attach_twice():
+    with pytest.raises(StateError, match=r"has quantizers already; lq.detach\(model\) first"):
+        lq.attach(quantized())
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.BatchNorm2d(3), nn.Sequential()])
+def test_nothing_to_quantize(model):
+    with pytest.raises(StateError, match="has no layer to quantize; attach after its layers are built"):
+        lq.attach(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lq.detach, "lq.detach"),
+        (lambda m: lq.set_bits(m, {"0": 4}), "lq.set_bits"),
+        (lambda m: lq.set_estimator(m, "lsq"), "lq.set_estimator"),
+        (lambda m: lq.calibrate(m, []), "lq.calibrate"),
+        (lq.summary, "lq.summary"),
+    ],
+)
+def test_unattached_models(call, name):
+    with pytest.raises(StateError, match=rf"{name} needs a model with quantizers, Sequential has none; call lq.attach"):
+        call(small())
+
+
+def test_set_bits_errors():
+    model = quantized()
+    with pytest.raises(PatternError, match="set_bits pattern 'fc' matches none of the 4 layers"):
+        lq.set_bits(model, {"fc": 4})
+    with pytest.raises(SpecError, match="2.weight: 3 widths were given for 4 channels"):
         lq.set_bits(model, {"2": [1, 2, 3]})
 
 
-def test_the_quantized_weight_is_kept_until_something_changes(monkeypatch) -> None:
-    model, images = ready()
-    calls = []
-    kept = lq.quantizer.WeightQuantizer._quantize
-    monkeypatch.setattr(
-        lq.quantizer.WeightQuantizer, "_quantize", lambda self, w: calls.append(self.name) or kept(self, w)
-    )
+def test_activations_before_calibration():
+    with pytest.raises(StateError, match="2.input has no range yet"):
+        lq.attach(small(), 4, 8)(images())
+
+
+def test_not_finite_in_the_forward_names_the_layer():
+    model = quantized()
+    with pytest.raises(DataError, match="^6.input has 1 NaN or Inf of 8 values"):
+        model[6](torch.tensor([1.0] * 7 + [float("nan")]))
     with torch.no_grad():
-        first = model(images)
-        count = len(calls)
-        assert torch.equal(model(images), first)
-        assert len(calls) == count == 3
-        model[2].parametrizations.weight.original.mul_(2)
-        assert not torch.equal(model(images), first)
-        assert len(calls) == count + 1
-        weight_quantizer(model[2]).log2_step.add_(1)
-        model(images)
-        assert len(calls) == count + 2
-        model.train().eval()(images)
-        assert len(calls) == 2 * count + 2
-    model(images)
-    assert len(calls) == 3 * count + 2
-
-
-def test_half_precision_leaves_the_grid_alone() -> None:
-    model, images = ready()
-    with torch.no_grad():
-        expected = model[2].weight.clone()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(model[2].weight, expected)
-    model.to(torch.bfloat16)
-    assert weight_quantizer(model[2]).log2_step.dtype == torch.float32
-    assert model(images.bfloat16()).dtype == torch.bfloat16
-
-
-def test_not_finite_numbers_are_named() -> None:
-    broken = net()
-    broken[2].weight.data[0, 0, 0, 0] = torch.nan
-    with pytest.raises(lq.DataError, match=r"2.weight has 1 NaN or Inf of 576 values"):
-        lq.attach(broken)
-    model, images = ready()
-    images[0, 0, 0, 0] = torch.inf
-    with pytest.raises(lq.DataError, match=r"2.input has \d+ NaN or Inf"):
-        model(images)
-    with pytest.raises(lq.DataError, match=r"2.input has \d+ NaN or Inf"):
-        lq.calibrate(model, [images])
-
-
-def test_steps_stay_positive_whatever_moves_them() -> None:
-    model, images = ready(estimator="lsq")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e6)
-    model.train()(images).square().sum().backward()
-    optimizer.step()
-    steps = torch.cat([q.step.flatten() for q in lq.sites.quantizers(model)])
-    assert (steps > 0).all()
-    assert torch.isfinite(steps).all()
+        model[5].parametrizations.weight.original[0, 0] = torch.inf
+    with pytest.raises(DataError, match="^5.weight has 1 NaN or Inf of 128 values"):
+        model(images())

@@ -1,132 +1,193 @@
-"""Calibration: the same ranges in any order and split; one huge token does not set them; bad data is named."""
+"""Calibration: ranges against the formula, any batches and ranks, and what each error says."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import lq
-from lq.histogram import Histogram
-from lq.ranges import Levels, Lp, MinMax, Percentile, Samples
-from lq.sites import input_quantizer
+from lq.calibration import describe, eval_mode, needs_calibration
+from lq.errors import DataError, NoEffectWarning
+from lq.sites import input_quantizer, quantizers, weight_quantizer
+from tests.test_histogram import Ranks
+
+MINMAX = lq.QuantSpec(8, per_channel=False, symmetric=False, range="minmax")
 
 
-def net() -> nn.Sequential:
+class Network(nn.Module):
+    """Two linear layers with a ReLU between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.second = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def attached(activations=MINMAX, first=MINMAX):
+    """A network whose two inputs are both quantized."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    return lq.attach(Network(), 4, activations, overrides={"first": {"activations": first}} if first else None)
 
 
-def levels(bits: int, signed: bool = True, symmetric: bool = True) -> Levels:
-    return Levels(torch.tensor([float(bits)]), symmetric, signed)
+def batches_of(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 4, generator=generator) * (i + 1) for i, n in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-def test_histogram_depends_on_the_values_alone(tokens) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(4, 6, generator=generator) * 10.0**k for k in (-2, 1, 0, 2)]
-    whole, backwards = Histogram(tokens=tokens), Histogram(tokens=tokens)
-    halves = Histogram(tokens=tokens), Histogram(tokens=tokens)
-    for i, batch in enumerate(batches):
-        whole.update(batch)
-        backwards.update(batches[-1 - i])
-        halves[i % 2].update(batch)
-    ends = [torch.tensor([-h.low, h.high, h.exponent, -h.octave, h.octave + len(h.counts) - 1]) for h in halves]
-
-    def over_ranks(tensor: torch.Tensor, operation: str) -> torch.Tensor:
-        if operation == "max":
-            return torch.maximum(*ends).to(tensor)
-        other = halves[1]._make_room(halves[0].exponent, halves[0].octave, halves[0].octave + len(tensor) - 1, "cpu")
-        return tensor + other
-
-    halves[0].reduce(over_ranks, torch.device("cpu"))
-    for other in (backwards, halves[0]):
-        assert (other.low, other.high, other.exponent, other.octave) == (
-            whole.low,
-            whole.high,
-            whole.exponent,
-            whole.octave,
-        )
-        assert torch.equal(other.counts, whole.counts)
-    assert whole.total == sum(batch.numel() for batch in batches)
-    assert whole.low == min(float(batch.min()) for batch in batches)
+def ranges(model):
+    return {q.name: (q.log2_step.clone(), q.zero_point.clone()) for q in quantizers(model)}
 
 
-def test_lp_finds_the_best_shrink_by_brute_force() -> None:
-    values = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)) ** 3
-    low, high = Lp()(Samples(values), Levels(torch.full((3,), 3.0), True, True))
-    for row, high_found in zip(values.double().numpy(), high.tolist(), strict=True):
-        errors = {}
-        for i in range(1, 101):
-            step = max(row.max() / 3, -row.min() / 4) * i / 100
-            rounded = np.clip(np.round(row / step), -4, 3) * step
-            errors[i] = (np.abs(rounded - row) ** 2.4).sum()
-        best = min(errors, key=errors.get)
-        assert high_found / row.max() == pytest.approx(best / 100, abs=0.011)
-    assert (low < 0).all()
+def assert_same_ranges(a, b):
+    a, b = ranges(a), ranges(b)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
 
 
-def test_percentile_is_that_of_numpy() -> None:
-    values = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
-    low, high = Percentile(99.0)(Samples(values), levels(8))
-    expected = np.quantile(values.numpy(), [0.01, 0.99], axis=1, method="inverted_cdf")
-    np.testing.assert_allclose(high, expected[1], atol=0.05)
-    np.testing.assert_allclose(low, expected[0], atol=0.05)
+def test_ranges_are_those_of_the_data():
+    batches = batches_of(8, 3, 5)
+    model = lq.calibrate(attached(), batches)
+    x = torch.cat(batches)
+    step = (x.max() - x.min()).item() / 255
+    site = input_quantizer(model.first)
+    assert site.step.item() == pytest.approx(step, rel=1e-6)
+    assert site.zero_point.item() == round(-x.min().item() / step)
+    with torch.no_grad():
+        hidden = nn.functional.linear(x, model.first.weight, model.first.bias).relu()
+    site = input_quantizer(model.second)
+    assert site.zero_point == 0
+    assert site.step.item() == pytest.approx(hidden.max().item() / 255, rel=1e-5)
+    assert torch.equal(weight_quantizer(model.first).log2_step, weight_quantizer(attached().first).log2_step)
 
 
-def test_asymmetric_grids_represent_zero_and_unsigned_data_are_found() -> None:
-    step, zero_point = levels(4, symmetric=False).fit(torch.tensor([-1.0]), torch.tensor([2.0]))
-    assert step.item() == pytest.approx(0.2)
-    assert zero_point.item() == 5
-    model = lq.attach(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), 4, 8)
-    lq.calibrate(model, [torch.randn(64, 4)])
-    assert input_quantizer(model[2]).zero_point == 0
+@pytest.mark.parametrize("activations", [4, 8, MINMAX])
+def test_order_and_batches_do_not_matter(activations):
+    batches = batches_of(8, 3, 5)
+    whole = lq.calibrate(attached(activations), [torch.cat(batches)])
+    assert_same_ranges(lq.calibrate(attached(activations), iter(batches)), whole)
+    assert_same_ranges(lq.calibrate(attached(activations), batches[::-1]), whole)
 
 
-def test_one_huge_token_does_not_set_the_range_of_the_others() -> None:
-    torch.manual_seed(0)
-    tokens = torch.randn(1000, 64)
-    tokens[0] *= 300
-    found = {}
-    for relative in (True, False):
-        histogram = Histogram(tokens=True)
-        histogram.update(tokens)
-        _, high = Lp(relative=relative)(histogram.samples(), levels(8, symmetric=False))
-        found[relative] = float(high)
-    assert found[True] < 15
-    assert found[False] > 150
-    assert float(MinMax()(histogram.samples(), levels(8))[1]) == float(tokens.max())
+def test_two_ranks_find_the_ranges_of_one():
+    batches = batches_of(8, 3, 5)
+    one = lq.calibrate(attached(8), batches)
+    models = [attached(8), attached(8)]
+    Ranks(2).run(lambda rank, reduce: lq.calibrate(models[rank], batches[rank::2], reduce=reduce))
+    for model in models:
+        assert_same_ranges(model, one)
 
 
-def test_bad_data_gives_clear_errors() -> None:
-    model = lq.attach(net(), 4, 8)
-    with pytest.raises(lq.DataError, match="calibration got no batches"):
-        lq.calibrate(model, [])
-    with pytest.raises(lq.DataError, match=r"did not take a batch of dict\(image: Tensor\(2, 8\)\).*pass forward="):
-        lq.calibrate(model, [{"image": torch.zeros(2, 8)}])
-    with pytest.raises(lq.DataError, match=r"did not take a batch of Tensor\(2, 9\)"):
-        lq.calibrate(model, [torch.zeros(2, 9)])
-    lq.calibrate(model, [{"image": torch.randn(2, 8)}], forward=lambda m, batch: m(batch["image"]))
-    assert torch.isfinite(model(torch.randn(2, 8))).all()
+@pytest.mark.parametrize("pack", [tuple, list])
+def test_labels_are_not_used(pack):
+    batches = batches_of(8, 3)
+    model = lq.calibrate(attached(), [pack([x, "label"]) for x in batches])
+    assert_same_ranges(model, lq.calibrate(attached(), batches))
 
 
-def test_calibration_restores_modes_and_reads_batches_once() -> None:
-    model = lq.attach(nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4)), 4, 8).train()
-    model[1].eval()
-    lq.calibrate(model, (torch.randn(8, 4) for _ in range(3)))
+def test_other_batches_need_a_forward():
+    batches = batches_of(8, 3)
+    model = lq.calibrate(attached(), [{"image": x} for x in batches], forward=lambda m, batch: m(batch["image"]))
+    assert_same_ranges(model, lq.calibrate(attached(), batches))
+
+
+def test_calibrating_again_starts_anew():
+    model = lq.calibrate(attached(), [100 * x for x in batches_of(8, 3)])
+    assert_same_ranges(lq.calibrate(model, batches_of(8, 3)), lq.calibrate(attached(), batches_of(8, 3)))
+
+
+def test_weights_are_calibrated_as_they_are_now():
+    model = attached()
+    before = weight_quantizer(model.second).log2_step.clone()
+    with torch.no_grad():
+        model.second.parametrizations.weight.original.mul_(4)
+    lq.calibrate(model, batches_of(8))
+    torch.testing.assert_close(weight_quantizer(model.second).log2_step, before + 2)
+
+
+def test_weights_alone_need_no_batches():
+    model = lq.attach(Network(), 4)
+    with torch.no_grad():
+        weight_quantizer(model.first).log2_step.fill_(9)
+    lq.calibrate(model)
+    assert not needs_calibration(model)
+    assert (weight_quantizer(model.first).log2_step < 9).all()
+
+
+def test_needs_calibration():
+    model = attached()
+    assert needs_calibration(model)
+    assert not needs_calibration(lq.calibrate(model, batches_of(8)))
+
+
+def test_modes_and_gradients_are_restored():
+    model = attached().train()
+    model.second.eval()
+    seen = []
+    model.first.register_forward_hook(lambda m, *_: seen.append((m.training, torch.is_grad_enabled())))
+    lq.calibrate(model, batches_of(8, 3))
+    assert seen == [(False, False)] * 2
+    assert (model.training, model.first.training, model.second.training) == (True, True, False)
+
+
+def test_eval_mode_restores_after_an_error():
+    model = Network()
+
+    def fail():
+        with eval_mode(model):
+            assert not model.first.training
+            raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert model.first.training
+
+
+def test_inputs_that_are_never_seen_stay_float():
+    model = attached()
+    with pytest.warns(NoEffectWarning, match=r"the inputs of 1 layers were never seen \(second, ...\)"):
+        lq.calibrate(model, batches_of(8), forward=lambda m, x: m.first(x))
+    assert input_quantizer(model.first).calibrated
+    assert not input_quantizer(model.second).calibrated
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "calibration got no batches: the loader is empty; give lq.calibrate at least one batch"),
+        ([torch.ones(2, 7)], r"Network did not take a batch of Tensor\(2, 7\): .*; pass forward=, a callable"),
+        ([{"x": torch.ones(2, 4), "n": 1}], r"batch of dict\(x: Tensor\(2, 4\), n: int\): the default forward takes"),
+        ([[]], r"Network did not take a batch of list\(\): the default forward takes a tensor"),
+        ([torch.ones(2, 4), torch.full((2, 4), torch.nan)], "^first.input has 8 NaN or Inf of 8 values"),
+        ([torch.tensor([[1.0, 2, 3, torch.inf]])], "^first.input has 1 NaN or Inf of 4 values"),
+    ],
+)
+def test_errors(batches, message):
+    model = attached().train()
+    with pytest.raises(DataError, match=message):
+        lq.calibrate(model, batches)
     assert model.training
-    assert not model[1].training
+    assert all(input_quantizer(m).observer is None for m in (model.first, model.second))
+    assert_same_ranges(lq.calibrate(model, batches_of(8)), lq.calibrate(attached(), batches_of(8)))
 
 
-def test_layers_that_are_never_called_are_told() -> None:
-    class Functional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+def test_weights_that_are_not_finite():
+    model = attached()
+    with torch.no_grad():
+        model.second.parametrizations.weight.original[1, 2] = torch.nan
+    with pytest.raises(DataError, match="^second.weight has 1 NaN or Inf of 18 values"):
+        lq.calibrate(model, batches_of(8))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.c(nn.functional.linear(self.a(x), self.b.weight))
 
-    model = lq.attach(Functional(), 4, 8)
-    with pytest.warns(lq.NoEffectWarning, match="the inputs of 1 layers were never seen"):
-        lq.calibrate(model, [torch.randn(8, 4)])
-    assert torch.isfinite(model(torch.randn(2, 4))).all()
+def test_one_huge_token_does_not_set_the_range():
+    tokens = torch.randn(16, 20, 4, generator=torch.Generator().manual_seed(3))
+    usual = lq.calibrate(attached(8, 8), [tokens])
+    huge = tokens.clone()
+    huge[3, 7] *= 500
+    found = lq.calibrate(attached(8, 8), [huge])
+    assert input_quantizer(found.first).step < 3 * input_quantizer(usual.first).step
+
+
+def test_describe():
+    assert describe((torch.ones(1), [2.0])) == "tuple(Tensor(1,), list(float))"

@@ -1,127 +1,181 @@
-"""State dicts in all directions, BatchNorm folding on the way, and what is told when they do not fit."""
+"""Checkpoints: float and quantized ones, into float and quantized models."""
 
 import copy
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 import lq
+from lq.checkpoint import read_state_dict
+from lq.errors import DataError
+from lq.sites import weight_quantizer
+from tests.test_attach import images, quantized, small
+from tests.test_folding import convnet, randomize
 
 
-def resnet(name: str = "test_resnet") -> nn.Module:
-    """A small timm network whose BatchNorms have seen data."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low in (
-                (module.running_mean, -1),
-                (module.bias, -1),
-                (module.running_var, 0.5),
-                (module.weight, 0.5),
-            ):
-                tensor.data.uniform_(low, 2)
-    return model.eval()
+def saved():
+    """A quantized model with a width for each channel of a layer."""
+    model = quantized()
+    lq.set_bits(model, {"2": [0, 1, 2, 8], "5": 2})
+    return model
 
 
-IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def save(state_dict, tmp_path):
+    torch.save(state_dict, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "resnet10t"])
-def test_folding_is_exact(name) -> None:
-    model = resnet(name)
-    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    with torch.no_grad():
-        before = model(IMAGES)
-        assert len(lq.fold_batchnorm(model)) == norms > 5
-        assert float((model(IMAGES) - before).abs().max() / before.abs().max()) <= 1e-5
+SOURCES = {
+    "state dict": lambda state, path: state,
+    "checkpoint": lambda state, path: {"state_dict": state, "epoch": 3},
+    "file": save,
+    "name of a file": lambda state, path: str(save(state, path)),
+    "checkpoint file": lambda state, path: save({"state_dict": state, "epoch": 3}, path),
+}
 
 
-def test_folding_leaves_what_it_cannot_fold() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-            self.other, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.conv(x)
-            return self.last(self.other(self.norm(y) + y))
-
-    assert lq.fold_batchnorm(Shared()) == [lq.folding.FoldablePair("other", "last")]
-    transposed = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)).eval()
-    transposed[1].running_var.uniform_(0.5, 2)
-    x = torch.randn(1, 4, 5, 5)
-    with torch.no_grad():
-        before = transposed(x)
-        assert len(lq.fold_batchnorm(transposed)) == 1
-        torch.testing.assert_close(transposed(x), before)
+@pytest.mark.parametrize("source", SOURCES)
+def test_load_into_a_float_model(source, tmp_path):
+    model = saved()
+    fresh = small(seed=9).eval()
+    assert lq.load(SOURCES[source](model.state_dict(), tmp_path), fresh) is fresh
+    assert torch.equal(fresh(images()), model(images()))
+    assert list(fresh.state_dict()) == list(model.state_dict())
+    assert weight_quantizer(fresh[2]).bits.tolist() == [0, 1, 2, 8]
+    assert torch.equal(lq.detach(fresh)(images()), small().eval()(images()))
 
 
-def test_folding_after_attach_is_refused() -> None:
-    with pytest.raises(lq.StateError, match=r"cannot be folded .* lq.detach\(model\), lq.fold_batchnorm\(model\)"):
-        lq.fold_batchnorm(lq.attach(resnet()))
+@pytest.mark.parametrize("options", [{}, {"weights": 8, "activations": 3}, {"exclude": "5", "first_last": None}])
+def test_load_into_a_model_quantized_otherwise(options):
+    model = quantized()
+    other = quantized(**options)
+    lq.load(model.state_dict(), other)
+    if "exclude" in options:
+        assert weight_quantizer(other[5]) is not None
+    assert torch.equal(other(images()), model(images()))
 
 
-def quantized(fold: bool) -> nn.Module:
-    model = resnet()
-    if fold:
-        lq.fold_batchnorm(model)
-    return lq.calibrate(lq.attach(model, 4, 8), [IMAGES])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        lq.QuantSpec(3, per_channel=False),
+        lq.QuantSpec(3, symmetric=False),
+        lq.QuantSpec(1),
+        lq.QuantSpec(4, power_of_two=True),
+    ],
+)
+def test_every_kind_of_grid_comes_back(spec):
+    model = quantized(weights=spec, first_last=None)
+    fresh = lq.load(model.state_dict(), small(seed=9).eval())
+    assert torch.equal(fresh(images()), model(images()))
 
 
-@pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("form", ["mapping", "file", "lightning"])
-def test_a_quantized_checkpoint_loads_by_itself(fold, form, tmp_path) -> None:
-    model = quantized(fold)
-    lq.set_bits(model, {"layer1.0.conv1": [i % 5 for i in range(32)]})
-    source = {"state_dict": model.state_dict()} if form == "lightning" else model.state_dict()
-    if form == "file":
-        torch.save(source, tmp_path / "model.pt")
-        source = tmp_path / "model.pt"
-    loaded = lq.load(source, timm.create_model("test_resnet", num_classes=5)).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(IMAGES), model(IMAGES))
-    assert loaded.state_dict().keys() == model.state_dict().keys()
+def test_activations_alone_come_back():
+    model = quantized(weights=None)
+    fresh = lq.load(model.state_dict(), small(seed=9).eval())
+    assert weight_quantizer(fresh[2]) is None
+    assert torch.equal(fresh(images()), model(images()))
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_a_float_checkpoint_loads_into_a_quantized_model(fold) -> None:
-    model = quantized(fold)
-    with torch.no_grad():
-        expected = model(IMAGES)
-    other = timm.create_model("test_resnet", num_classes=5).eval()
-    if fold:
-        lq.fold_batchnorm(other)
-    lq.calibrate(lq.attach(other, 4, 8), [IMAGES])
-    with pytest.warns(UserWarning, match="ranges were kept; run lq.calibrate"):
-        other.load_state_dict(resnet().state_dict())
-    lq.calibrate(other, [IMAGES])
-    with torch.no_grad():
-        assert torch.equal(other(IMAGES), expected)
-
-
-def test_a_quantized_checkpoint_loads_into_other_widths() -> None:
-    model = quantized(fold=False)
-    other = lq.attach(timm.create_model("test_resnet", num_classes=5), 2, 4).eval()
+def test_quantized_into_quantized():
+    model, other = quantized(), lq.attach(small(seed=9), 4, 8).eval()
     other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        assert torch.equal(other(IMAGES), model(IMAGES))
-    assert lq.summary(other).average_bits == lq.summary(model).average_bits
+    assert torch.equal(other(images()), model(images()))
 
 
-def test_checkpoints_that_do_not_fit() -> None:
-    with pytest.raises(lq.DataError, match="the checkpoint has no quantizers"):
-        lq.load(resnet().state_dict(), resnet())
-    with pytest.raises(lq.DataError, match=r"quantizes a layer 'conv1.0' that Sequential does not have"):
-        lq.load(quantized(fold=False).state_dict(), nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(lq.DataError, match="expected a state dict"):
-        lq.load({"state_dict": 3}, resnet())
+def test_a_loaded_model_calibrates_and_learns():
+    fresh = lq.load(saved().state_dict(), small(seed=9))
+    lq.calibrate(fresh, [images(16, 2)])
+    lq.set_estimator(fresh, "lsq")
+    fresh.train()(images()).square().sum().backward()
+    assert all(p.grad is not None for name, p in fresh.named_parameters() if name.endswith("log2_step"))
+    assert weight_quantizer(fresh[2]).bits.tolist() == [0, 1, 2, 8]
+    assert fresh[2].weight[0].abs().max() == 0
 
 
-def test_state_dict_of_a_copy_is_the_same() -> None:
-    model = quantized(fold=True)
-    twin = copy.deepcopy(model)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+def test_float_into_quantized_finds_the_ranges_of_the_loaded_weights():
+    model = lq.attach(small(), 4).eval()
+    expected = lq.attach(small(seed=9), 4).eval()
+    model.load_state_dict(small(seed=9).state_dict())
+    assert torch.equal(model(images()), expected(images()))
+    assert torch.equal(lq.detach(model)(images()), small(seed=9)(images()))
+
+
+def test_float_into_a_calibrated_model_keeps_the_ranges_of_activations():
+    model = quantized()
+    before = model[6].input_quantizer.step.item()
+    with pytest.warns(UserWarning, match="without activation ranges was loaded into a calibrated model"):
+        model.load_state_dict(small(seed=9).state_dict())
+    assert model[6].input_quantizer.step.item() == before
+    assert torch.equal(lq.detach(model)(images()), small(seed=9)(images()))
+
+
+def test_loading_leaves_the_given_state_dict_alone():
+    state = small(seed=9).state_dict()
+    keys, copies = list(state), copy.deepcopy(state)
+    lq.attach(small(), 4).load_state_dict(state)
+    assert list(state) == keys
+    assert all(torch.equal(state[key], copies[key]) for key in keys)
+
+
+def test_other_shapes_are_torchs_error():
+    state = small().state_dict()
+    state["5.weight"] = torch.ones(8, 17)
+    with pytest.raises(RuntimeError, match="size mismatch for 5.parametrizations.weight.original"):
+        lq.attach(small(), 4).load_state_dict(state)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.ModuleDict({"net": m})])
+def test_a_folded_checkpoint_folds_the_model_it_is_loaded_into(wrap):
+    model = wrap(convnet()).eval()
+    lq.fold_batchnorm(model)
+    lq.attach(model, 4)
+    fresh = wrap(randomize(convnet(), 5)).eval()
+    lq.load(model.state_dict(), fresh)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fresh.modules())
+    x = images(2)
+    net = [m["net"] if isinstance(m, nn.ModuleDict) else m for m in (fresh, model)]
+    assert torch.equal(net[0](x), net[1](x))
+
+
+def test_a_checkpoint_that_was_not_folded_keeps_its_norms():
+    model = lq.attach(convnet().eval(), 4)
+    fresh = lq.load(model.state_dict(), randomize(convnet(), 5).eval())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in fresh.modules())
+    assert torch.equal(fresh(images(2)), model(images(2)))
+
+
+def test_an_unfolded_float_checkpoint_into_a_folded_and_quantized_model():
+    model = convnet().eval()
+    lq.fold_batchnorm(model)
+    lq.attach(model, 4)
+    other = randomize(convnet(), 5).eval()
+    model.load_state_dict(other.state_dict())
+    lq.fold_batchnorm(other)
+    lq.attach(other, 4)
+    assert torch.equal(model(images(2)), other(images(2)))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: small().state_dict(), "has no quantizers: it is a float one; use model.load_state_dict"),
+        (lambda: {"state_dict": [1]}, "expected a state dict or a checkpoint with one, got a list"),
+        (
+            lambda: {**quantized().state_dict(), "9.input_quantizer.bits": torch.tensor(8.0)},
+            "the checkpoint quantizes a layer '9' that Sequential does not have; build the model",
+        ),
+    ],
+)
+def test_errors(source, message):
+    model = small()
+    keys = list(model.state_dict())
+    with pytest.raises(DataError, match=message):
+        lq.load(source(), model)
+    assert list(model.state_dict()) == keys
+
+
+def test_files_of_other_kinds(tmp_path):
+    with pytest.raises(DataError, match="expected a state dict or a checkpoint with one, got a Tensor"):
+        read_state_dict(save(torch.ones(2), tmp_path))

@@ -5,13 +5,12 @@ import inspect
 import lightning.pytorch as pl
 import pytest
 import yaml
-from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.callbacks import LearningRateMonitor
 
 import lq
 from lq.callbacks import FineTune, Quantize
 from lq.recipe import recipe_path
-from tests.helpers import QUIET, Tiny, fit, steps, tiny
+from tests.helpers import QUIET, cli, fit, steps, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
@@ -59,21 +58,18 @@ def test_a_recipe_runs(name):
 
 
 @every
-def test_cli_appends_a_recipe_to_the_users_callbacks(name, tmp_path, monkeypatch):
+def test_cli_appends_a_recipe_to_the_users_callbacks(name, tmp_path):
     mine = tmp_path / "mine.yaml"
-    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"verbose": False}}
-    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": [timer]}
+    monitor = {
+        "class_path": "lightning.pytorch.callbacks.LearningRateMonitor",
+        "init_args": {"logging_interval": "step"},
+    }
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": [stop]}
     mine.write_text(yaml.safe_dump({"trainer": options}))
-    monkeypatch.setattr("sys.argv", ["program"])
-    cli = LightningCLI(
-        Tiny,
-        run=False,
-        save_config_callback=None,
-        args=["--config", str(mine), "--config", str(recipe_path(name))],
-    )
-    kinds = [type(c) for c in cli.trainer.callbacks if isinstance(c, (Timer, Quantize, FineTune))]
-    assert kinds == [Timer, *(type(c) for c in lq.recipe(name))]
-    built = [c for c in cli.trainer.callbacks if type(c) in (Quantize, FineTune)]
+    callbacks = cli(mine, recipe_path(name)).trainer.callbacks
+    kinds = [type(c) for c in callbacks if isinstance(c, (LearningRateMonitor, Quantize, FineTune))]
+    assert kinds == [LearningRateMonitor, *(type(c) for c in lq.recipe(name))]
+    built = [c for c in callbacks if type(c) in (Quantize, FineTune)]
     for callback, entry in zip(built, entries(name), strict=True):
         for argument, value in entry["init_args"].items():
             assert getattr(callback, argument) == value

@@ -1,37 +1,141 @@
-"""The summary against sizes and operations counted by hand."""
+"""The summary against counts by hand."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import lq
+from lq.report import FLOAT_BITS
 
 
-def test_sizes_and_operations_by_hand() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10, bias=False))
-    lq.attach(model, weights=4, activations=8, first_last=None)
-    assert lq.summary(model).bitops is None
-    lq.calibrate(model, [torch.randn(5, 3, 8, 8)])
-    found = lq.summary(model)
-    conv = 8 * 27 * 4 // 8 + 8 * 4 + 8 * 4
-    linear = 10 * 288 * 4 // 8 + 10 * 4 + 2 * 4
-    assert [layer.bytes for layer in found.layers] == [conv, linear]
-    assert found.bytes == conv + linear
-    assert found.float_bytes == 4 * (8 * 27 + 8 + 10 * 288)
-    assert found.bitops == 8 * 27 * 36 * 4 * 32 + 2880 * 4 * 8
-    assert found.average_bits == 4
-    assert found.compression == pytest.approx(found.float_bytes / found.bytes)
-    assert json.loads(json.dumps(found.to_dict()))["layers"][0]["kind"] == "Conv2d"
-    assert "3x3" in str(found)
-    assert lq.summary(model, torch.randn(2, 3, 8, 8)).bitops == found.bitops
+def model(**options):
+    """A conv of 8x3x3x3, a norm of 8, a linear of 5x8."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+    return lq.attach(net, **{"weights": 4, "activations": None, "first_last": None, **options})
 
 
-def test_average_bits_weigh_channels_by_size() -> None:
-    model = lq.attach(nn.Sequential(nn.Linear(4, 4, bias=False)), 4, first_last=None)
-    lq.set_bits(model, {"0": [8, 0, 0, 0]})
-    found = lq.summary(model)
-    assert found.average_bits == 2
-    assert found.layers[0].weight_bits == (0, 8)
-    assert found.bytes == 4 * 8 // 8 + 4 * 4
+IMAGES = torch.ones(2, 3, 6, 6)
+NORM = 4 * 8 * 4 + 8  # four float vectors and an int64 counter
+FLOAT = (216 + 8) * 4 + NORM + (40 + 5) * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "conv", "linear"),
+    [
+        ({}, 216 * 4 // 8 + 8 * 4 + 8 * 4, 40 * 4 // 8 + 5 * 4 + 5 * 4),
+        ({"weights": 1}, 216 // 8 + 8 * 4 + 8 * 4, 40 // 8 + 5 * 4 + 5 * 4),
+        ({"weights": 0}, 8 * 4 + 8 * 4, 5 * 4 + 5 * 4),
+        ({"weights": lq.QuantSpec(4, per_channel=False)}, 108 + 4 + 32, 20 + 4 + 20),
+        ({"weights": lq.QuantSpec(4, symmetric=False)}, 108 + 2 * 32 + 32, 20 + 2 * 20 + 20),
+        ({"overrides": {"5": {"weights": lq.QuantSpec((0, 1, 2, 3, 8))}}}, 172, 8 * 14 // 8 + 20 + 20),
+        ({"overrides": {"5": {"weights": None, "activations": 8}}}, 172, 160 + 20 + 4 + 4),
+    ],
+)
+def test_bytes(options, conv, linear):
+    summary = lq.summary(model(**options))
+    assert [layer.bytes for layer in summary.layers] == [conv, linear]
+    assert summary.bytes == conv + linear + NORM
+    assert summary.float_bytes == FLOAT
+    assert summary.compression == pytest.approx(FLOAT / (conv + linear + NORM))
+
+
+@pytest.mark.parametrize("widths", [(2, 3, 2), (1, 1, 1), (1, 0, 0), (8, 1, 2)])
+@pytest.mark.parametrize("inputs", [1, 3, 7, 11])
+def test_packed_codes_fill_whole_bytes(widths, inputs):
+    net = lq.attach(nn.Sequential(nn.Linear(inputs, 3, bias=False)), lq.QuantSpec(widths), first_last=None)
+    assert lq.summary(net).bytes == (sum(widths) * inputs + 7) // 8 + 3 * 4
+
+
+def test_average_bits_counts_values():
+    summary = lq.summary(model(overrides={"5": {"weights": lq.QuantSpec((0, 1, 2, 3, 8))}}))
+    assert summary.layers[1].average_bits == pytest.approx(14 / 5)
+    assert summary.layers[1].weight_bits == (0, 1, 2, 3, 8)
+    assert summary.average_bits == pytest.approx((216 * 4 + 8 * 14) / 256)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(None, FLOAT_BITS), (8, 8), (1, 1), (0, 0)])
+def test_bit_operations(bits, expected):
+    net = model(activations=bits)
+    if bits is not None:
+        lq.calibrate(net, [IMAGES])
+    summary = lq.summary(net, IMAGES)
+    conv, linear = summary.layers
+    assert (conv.macs, linear.macs) == (16 * 216, 40)
+    assert conv.bitops == 16 * 216 * 4 * FLOAT_BITS
+    assert linear.bitops == 40 * 4 * expected
+    assert summary.bitops == conv.bitops + linear.bitops
+
+
+def test_operations_noted_by_calibration():
+    net = model(activations=8)
+    assert lq.summary(net).bitops is None
+    lq.calibrate(net, [IMAGES, IMAGES])
+    assert lq.summary(net).bitops == lq.summary(net, IMAGES).bitops > 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Conv1d(4, 6, 3, groups=2), (5, 4, 8), 6 * 6 * 2 * 3),
+        (nn.Conv2d(4, 6, 3, stride=2), (5, 4, 9, 9), 16 * 6 * 4 * 9),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), (5, 4, 5, 5), 25 * 4 * 3 * 9),
+        (nn.Linear(4, 6), (5, 7, 4), 7 * 24),
+        (nn.Embedding(9, 6), None, 0),
+    ],
+)
+def test_operations_of_each_kind(layer, shape, macs):
+    net = lq.attach(nn.Sequential(layer), first_last=None)
+    x = torch.zeros(5, 7, dtype=torch.int64) if shape is None else torch.ones(shape)
+    assert lq.summary(net, x).layers[0].macs == macs
+
+
+def test_to_dict_is_json():
+    summary = lq.summary(lq.calibrate(model(activations=8), [IMAGES]))
+    loaded = json.loads(json.dumps(summary.to_dict()))
+    assert [layer["name"] for layer in loaded["layers"]] == ["0", "5"]
+    assert [layer["kind"] for layer in loaded["layers"]] == ["Conv2d", "Linear"]
+    assert loaded["layers"][0]["shape"] == [8, 3, 3, 3]
+    assert [layer["input_bits"] for layer in loaded["layers"]] == [None, 8]
+    assert loaded["bytes"] == summary.bytes
+    assert loaded["compression"] == summary.compression
+
+
+def test_table():
+    lines = str(lq.summary(lq.calibrate(model(activations=8), [IMAGES]))).splitlines()
+    assert re.split(r"\s{2,}", lines[0]) == ["layer", "kind", "weight", "bits", "input bits", "size", "bit ops"]
+    assert re.split(r"\s{2,}", lines[1]) == ["0", "Conv2d", "8x3x3x3", "4", "float", "172 B", "442.4 k"]
+    assert re.split(r"\s{2,}", lines[2])[:5] == ["5", "Linear", "5x8", "4", "8"]
+    assert lines[3].startswith("376 B stored, 3.22x smaller than float (1.2 kB), 4.00 bits per quantized weight, ")
+
+
+def test_rich_table():
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=200, record=True, file=io.StringIO())
+    console.print(lq.summary(model()))
+    text = console.export_text()
+    assert "8x3x3x3" in text
+    assert "bits per quantized weight" in " ".join(text.split())
+
+
+def test_the_model_is_left_as_it_was():
+    net = model().train()
+    mean = net[1].running_mean.clone()
+    lq.summary(net, IMAGES)
+    assert net.training
+    assert torch.equal(net[1].running_mean, mean)
+    assert not net[0]._forward_hooks
+
+
+def test_tied_tensors_count_once():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.LayerNorm(4), nn.LayerNorm(4))
+    net[2].weight = net[1].weight
+    lq.attach(net, 4, first_last=None)
+    assert lq.summary(net).float_bytes == 64 + 3 * 16

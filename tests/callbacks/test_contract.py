@@ -15,7 +15,7 @@ import yaml
 import lq
 import lq.callbacks
 from lq.callbacks import FineTune, Quantize
-from tests.helpers import QUIET, Tiny, assert_same, fit, hooks, loader, quantizer_ids, steps, tiny, trainer
+from tests.helpers import QUIET, assert_same, cli, fit, hooks, loader, quantizer_ids, steps, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
@@ -58,16 +58,12 @@ def test_arguments_are_documented(cls):
 
 
 @every
-def test_lightning_cli_builds_it_from_yaml(cls, tmp_path, monkeypatch):
-    from lightning.pytorch.cli import LightningCLI
-
+def test_lightning_cli_builds_it_from_yaml(cls, tmp_path):
     defaults = {name: p.default for name, p in arguments(cls).items()}
     entry = {"class_path": f"lq.callbacks.{cls.__name__}", "init_args": defaults}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [entry]}}))
-    monkeypatch.setattr("sys.argv", ["program"])
-    cli = LightningCLI(Tiny, run=False, args=["--config", str(config)], save_config_callback=None)
-    built = [c for c in cli.trainer.callbacks if type(c) is cls]
+    built = [c for c in cli(config).trainer.callbacks if type(c) is cls]
     assert len(built) == 1
     for name, value in defaults.items():
         if hasattr(built[0], name):

@@ -19,6 +19,7 @@ class Reader(pl.Callback):
         self.samples = samples
 
     def on_fit_start(self, trainer, pl_module):
+        trainer.fit_loop.setup_data()  # draws a seed for the loader in any fit
         before = torch.get_rng_state()
         self.batches = list(training_batches(trainer, self.samples, "Reading"))
         self.left_alone = torch.equal(before, torch.get_rng_state())

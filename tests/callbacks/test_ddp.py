@@ -43,6 +43,8 @@ if ranks > 1:
     made = fit(module, [Quantize(4, 4, fold_bn=False), tuner], data(), max_epochs=2, **options)
     assert made.world_size == 2 and made.global_step == 4
     save(made, module, "trained")
+    made.strategy.barrier()
+    torch.distributed.destroy_process_group()  # its threads must end before the interpreter does
 """
 
 

@@ -1,0 +1,128 @@
+"""Distillation: its loss against the formula, its gradient against one loss in one graph."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lq
+from lq.distillation import Distiller, float_copy, kl_divergence
+from lq.errors import StateError
+from lq.sites import is_attached
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def batch():
+    return torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+
+def grads(model):
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def softmax(logits, temperature):
+    powers = [math.exp(v / temperature) for v in logits]
+    return [v / sum(powers) for v in powers]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_divergence_is_that_of_a_loop(temperature):
+    student, teacher = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(2)) * 3
+    total = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        pairs = zip(softmax(t, temperature), softmax(s, temperature), strict=True)
+        total += sum(p * math.log(p / q) for p, q in pairs)
+    expected = temperature**2 * total / 5
+    assert kl_divergence(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
+    assert kl_divergence(student.bfloat16(), teacher.bfloat16(), temperature).dtype == torch.float32
+
+
+def test_divergence_is_the_mean_over_positions():
+    student, teacher = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(3))
+    flat = kl_divergence(student.flatten(0, 1), teacher.flatten(0, 1))
+    torch.testing.assert_close(kl_divergence(student, teacher), flat)
+
+
+@pytest.mark.parametrize(("weight", "temperature", "scale"), [(1.0, 1.0, 1.0), (0.5, 4.0, 1.0), (2.0, 2.0, 16.0)])
+def test_gradient_is_that_of_the_sum_of_losses(weight, temperature, scale):
+    student, teacher, plain = network(0), network(1), network(0)
+    distiller = Distiller(student, teacher, weight=weight, temperature=temperature, gradient_scale=lambda: scale)
+    student.train()(batch()).square().mean().mul(scale).backward()
+    output = plain(batch())
+    loss = kl_divergence(output, teacher(batch()).detach(), temperature)
+    ((output.square().mean() + weight * loss) * scale).backward()
+    torch.testing.assert_close(grads(student), grads(plain))
+    torch.testing.assert_close(distiller.loss, loss.detach())
+    assert not distiller.loss.requires_grad
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_removed_it_leaves_the_student_alone():
+    student, plain = network(), network()
+    Distiller(student, network(1), weight=1.0, temperature=1.0).remove()
+    for model in (student, plain):
+        model(batch()).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(grads(student), grads(plain), strict=True))
+
+
+@pytest.mark.parametrize("context", ["eval", "no_grad", "frozen"])
+def test_without_training_the_teacher_is_not_run(context):
+    student, teacher = network(), network(1)
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    distiller = Distiller(student, teacher, weight=1.0, temperature=1.0)
+    student.train(context != "eval")
+    if context == "frozen":
+        student.requires_grad_(False)
+    with torch.set_grad_enabled(context != "no_grad"):
+        student(batch())
+    assert calls == []
+    assert distiller.loss is None
+
+
+def test_half_precision_outputs():
+    student = network().bfloat16()
+    Distiller(student, network(1).bfloat16(), weight=1.0, temperature=1.0)
+    student(batch().bfloat16()).sum().backward()
+    assert all(g.dtype == torch.bfloat16 for g in grads(student))
+
+
+def test_keyword_arguments_reach_the_teacher():
+    student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    distiller = Distiller(student, teacher, weight=1.0, temperature=1.0)
+    student(input=batch())
+    torch.testing.assert_close(distiller.loss, kl_divergence(student(batch()), teacher(batch())).detach())
+
+
+def test_outputs_other_than_a_tensor():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    student = Pair(4, 3)
+    Distiller(student, Pair(4, 3), weight=1.0, temperature=1.0)
+    with pytest.raises(
+        StateError, match="needs a tensor of logits, Pair gives a tuple; name the module .* distill_from="
+    ):
+        student(batch())
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_float_copy(attach):
+    model = network()
+    expected = model(batch()).detach()
+    if attach:
+        lq.attach(model, 2, 4)
+        lq.calibrate(model, [batch()])
+    teacher = float_copy(model)
+    assert is_attached(model) == attach
+    assert not is_attached(teacher)
+    assert torch.equal(teacher(batch()), expected)
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith("log2_step"))
