@@ -164,3 +164,19 @@ def test_gradient_scale_per_channel():
 def test_steps_are_positive_and_finite(log2_step, expected):
     assert step_size(torch.tensor(log2_step)).item() == expected
     assert math.isfinite(1 / step_size(torch.tensor(log2_step)).item())
+
+
+BOUNDS = {
+    "tensor": (torch.tensor(0.0), -2.0, 1.0),
+    "channels": (torch.zeros(1, 1).expand(2, 1).contiguous(), -2.0, 1.0),
+    "mixed widths": (torch.zeros(2, 1), torch.tensor([[-2.0], [-2.0]]), torch.tensor([[1.0], [1.0]])),
+}
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_mask_is_open_at_both_bounds(kind, learned):
+    log2_step, low, high = BOUNDS[kind]
+    x = torch.tensor([[-2.125, -2.0, -1.875, 0.0, 0.875, 1.0, 1.125]] * 2, requires_grad=True)
+    fake_quantize(x, log2_step.clone().requires_grad_(learned), low, high).sum().backward()
+    assert x.grad.tolist() == [[0, 0, 1, 1, 1, 0, 0]] * 2

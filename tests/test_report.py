@@ -96,6 +96,18 @@ def test_operations_of_each_kind(layer, shape, macs):
     assert lq.summary(net, x).layers[0].macs == macs
 
 
+def test_operations_of_a_layer_called_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, 6, 3)
+
+        def forward(self, x):
+            return self.up(input=x)
+
+    assert lq.summary(lq.attach(Net()), torch.ones(2, 4, 5, 5)).layers[0].macs == 25 * 4 * 6 * 9
+
+
 def test_to_dict_is_json():
     summary = lq.summary(lq.calibrate(model(activations=8), [IMAGES]))
     loaded = json.loads(json.dumps(summary.to_dict()))
