@@ -89,9 +89,14 @@ def attach(
             f"{type(model).__name__} has no layer to quantize; attach after its layers are built, "
             "or name layers of other kinds with include="
         )
-    for name, layer in plan.items():
-        attach_layer(model.get_submodule(name), name, layer)
-    set_estimator(model, estimator)
+    try:
+        for name, layer in plan.items():
+            attach_layer(model.get_submodule(name), name, layer)
+        set_estimator(model, estimator)
+    except Exception:
+        if is_attached(model):
+            detach(model)
+        raise
     return model
 
 
@@ -145,7 +150,8 @@ def detach(model: M, bake: bool = False) -> M:
             module._parameters = {key: module._parameters[key] for key in order}
         if not bake and input_quantizer(module) is not None:
             delattr(module, INPUT)
-            _remove_hooks(module._forward_pre_hooks, _quantize_input)
+            for key in _remove_hooks(module._forward_pre_hooks, _quantize_input):
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
         if input_quantizer(module) is None:
             _remove_hooks(module._load_state_dict_pre_hooks, accept_float_checkpoint)
     return model
@@ -239,10 +245,12 @@ def _restore_weight(module: nn.Module, bake: bool) -> None:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=bake)
 
 
-def _remove_hooks(hooks: dict[int, Any], function: Any) -> None:
-    """Drop `function` from a module's hook table, wrapped or not."""
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
+def _remove_hooks(hooks: dict[int, Any], function: Any) -> list[int]:
+    """Drop `function` from a module's hook table, wrapped or not; return the keys it had."""
+    keys = [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]
+    for key in keys:
         del hooks[key]
+    return keys
 
 
 def _join(name: str, tensor: str) -> str:

@@ -39,7 +39,8 @@ def reestimate_batchnorm(
     """
     norms = batchnorms(model)
     momenta = [norm.momentum for norm in norms]
-    seen = 0
+    before = [{key: value.clone() for key, value in norm.named_buffers()} for norm in norms]
+    seen, done = 0, False
     with eval_mode(model), torch.no_grad():
         try:
             for norm in norms:
@@ -49,9 +50,12 @@ def reestimate_batchnorm(
             for batch in batches:
                 run(model, batch, forward)
                 seen += 1
+            done = seen > 0
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
+                if not done:
+                    norm.load_state_dict(buffers, strict=False)
     if not seen:
         raise DataError("re-estimating BatchNorm got no batches: the loader is empty")
     if reduce is not None:

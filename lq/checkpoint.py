@@ -67,18 +67,20 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     inputs = _sites(state_dict, INPUT + ".bits")
     if not weights and not inputs:
         raise DataError("the checkpoint has no quantizers: it is a float one; use model.load_state_dict")
-    if not is_attached(model):
-        for pair in foldable_pairs(model):
-            if not any(key.startswith(f"{pair.norm}.running_") for key in state_dict):
-                fold_pair(model, pair)
+    modules: dict[str, nn.Module] = {}
     for name in dict.fromkeys([*weights, *inputs]):
         try:
-            module = model.get_submodule(name)
+            modules[name] = model.get_submodule(name)
         except AttributeError as error:
             raise DataError(
                 f"the checkpoint quantizes a layer {name!r} that {type(model).__name__} does not have; "
                 "build the model the checkpoint was saved from"
             ) from error
+    if not is_attached(model):
+        for pair in foldable_pairs(model):
+            if not any(key.startswith(f"{pair.norm}.running_") for key in state_dict):
+                fold_pair(model, pair)
+    for name, module in modules.items():
         missing_weight = name in weights and weight_quantizer(module) is None
         missing_input = name in inputs and input_quantizer(module) is None
         plan = LayerPlan(

@@ -17,10 +17,13 @@ def count_macs(model: nn.Module, forward: Callable[[], Any], samples: int) -> di
     handles = []
     for name, module in quantized_layers(model):
 
-        def count(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            macs[name] = macs.get(name, 0.0) + _macs(module, args, output) / max(samples, 1)
+        def count(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name
+        ) -> None:
+            given = args[0] if args else kwargs.get("input")
+            macs[name] = macs.get(name, 0.0) + _macs(module, given, output) / max(samples, 1)
 
-        handles.append(module.register_forward_hook(count))
+        handles.append(module.register_forward_hook(count, with_kwargs=True))
     try:
         forward()
     finally:
@@ -45,15 +48,15 @@ def batch_size(batch: Any) -> int:
     return 1
 
 
-def _macs(module: nn.Module, args: tuple[Any, ...], output: Any) -> float:
+def _macs(module: nn.Module, given: Any, output: Any) -> float:
     """MACs of one call: each weight is used once per output position (input position if transposed)."""
     weight = float_weight(module)
     if weight is None or not isinstance(output, Tensor) or isinstance(module, nn.Embedding):
         return 0.0
     if isinstance(module, _CONV):
         positions = output.numel() / module.out_channels
-    elif isinstance(module, _TRANSPOSED) and args:
-        positions = args[0].numel() / module.in_channels
+    elif isinstance(module, _TRANSPOSED) and isinstance(given, Tensor):
+        positions = given.numel() / module.in_channels
     else:
         positions = output.numel() / weight.shape[0]
     return float(positions * weight.numel())

@@ -78,14 +78,23 @@ def foldable_pairs(model: nn.Module) -> list[FoldablePair]:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     pairs = []
     for prefix, parent in model.named_modules():
         if any(_is_norm(parent.get_submodule(_end_of(parent, name, 0))) for name, _ in parent.named_children()):
             for conv, norm in _pairs_inside(parent):
                 modules = parent.get_submodule(conv), parent.get_submodule(norm)
-                if all(len(names[id(module)]) == 1 for module in modules):  # shared modules have other readers
+                alone = all(len(names[id(module)]) == 1 for module in modules)  # shared modules have other readers
+                if alone and _owns_its_parameters(modules[0], owners):
                     pairs.append(FoldablePair(_join(prefix, conv), _join(prefix, norm)))
     return pairs
+
+
+def _owns_its_parameters(conv: nn.Module, owners: Counter[int]) -> bool:
+    """Whether the weight is a plain Parameter (not computed, as by weight norm or pruning) and shared with no other."""
+    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+    computed = weight is None or len(conv._forward_pre_hooks) > 0
+    return not computed and all(p is None or owners[id(p)] == 1 for p in (weight, bias))
 
 
 def fold_pair(model: nn.Module, pair: FoldablePair) -> bool:

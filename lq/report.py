@@ -167,7 +167,7 @@ def _summarize(name: str, module: nn.Module, macs: float | None) -> LayerSummary
     average = float(FLOAT_BITS) if quantizer is None else float(quantizer.bits.mean())
     input_bits = None if site is None or not site.calibrated else int(site.bits)
     stored = sum(_bytes(t) for t in _own_tensors(module) if t is not weight)
-    stored += -(-int(count * average) // 8) if quantizer is not None or weight is None else _bytes(weight)
+    stored += -(-_code_bits(quantizer, count) // 8) if quantizer is not None or weight is None else _bytes(weight)
     for part in (quantizer, site):
         if part is not None:
             fixed_zero = part is quantizer and (part.spec is None or part.spec.symmetric)
@@ -181,8 +181,15 @@ def _summarize(name: str, module: nn.Module, macs: float | None) -> LayerSummary
         input_bits=input_bits,
         bytes=stored,
         macs=macs,
-        bitops=None if macs is None else macs * average * (input_bits or FLOAT_BITS),
+        bitops=None if macs is None else macs * average * (FLOAT_BITS if input_bits is None else input_bits),
     )
+
+
+def _code_bits(quantizer: Quantizer | None, count: int) -> int:
+    """Bits of the codes of a weight of `count` values."""
+    if quantizer is None:
+        return 0
+    return int(quantizer.bits.double().sum()) * (count // max(quantizer.bits.numel(), 1))
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:

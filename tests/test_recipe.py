@@ -60,11 +60,9 @@ def test_a_recipe_runs(name):
 @every
 def test_cli_appends_a_recipe_to_the_users_callbacks(name, tmp_path):
     mine = tmp_path / "mine.yaml"
-    monitor = {
-        "class_path": "lightning.pytorch.callbacks.LearningRateMonitor",
-        "init_args": {"logging_interval": "step"},
-    }
-    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": [stop]}
+    name_of = "lightning.pytorch.callbacks.LearningRateMonitor"
+    monitor = {"class_path": name_of, "init_args": {"logging_interval": "step"}}
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": [monitor]}
     mine.write_text(yaml.safe_dump({"trainer": options}))
     callbacks = cli(mine, recipe_path(name)).trainer.callbacks
     kinds = [type(c) for c in callbacks if isinstance(c, (LearningRateMonitor, Quantize, FineTune))]
