@@ -67,7 +67,7 @@ def test_resnet20() -> None:
 
 @pytest.mark.slow
 def test_efficientnet_lite0() -> None:
-    """The goal at W8A8 is 1.0 point; 4-bit weights need more than nearest rounding here (W4A8 was measured at 10.0 %)."""
+    """The goal at W8A8 is 1.0 point; 4-bit weights need more than nearest rounding (W4A8: 10.0 %)."""
     (w8a8,) = losses("tf_efficientnet_lite0", [(8, 8)])
     assert w8a8 <= 1.0
 
