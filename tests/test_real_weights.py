@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 import lq
 
 DATA = os.environ.get("LQ_DATA")
-pytestmark = pytest.mark.skipif(
-    DATA is None, reason="LQ_DATA is not set: checks on real weights and images are skipped"
-)
+pytestmark = [
+    pytest.mark.skipif(DATA is None, reason="LQ_DATA is not set: checks on real weights and images are skipped"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 def reader() -> Any:
