@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lq.calibration import Forward, run
 from lq.cost import batch_size
@@ -47,6 +48,33 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
             seen += batch_size(loaded)
             if seen >= share:
                 break
+
+
+def first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+    """A small batch from the data of the stage that is being set up, on the CPU; None if there is none to read.
+
+    Before the loaders are set up, and without a trace: nothing is drawn from a sampler, and random states are restored.
+    """
+    loop: Any = trainer.fit_loop if trainer.state.fn == "fit" else trainer._active_loop
+    defined = getattr(loop, "_data_source", None)
+    if defined is None or not defined.is_defined():
+        return None
+    with isolate_rng():
+        source = defined.dataloader()
+        if (
+            isinstance(source, DataLoader)
+            and hasattr(source.dataset, "__getitem__")
+            and source.batch_sampler is not None
+        ):
+            samples: Any = source.dataset
+            batch = source.collate_fn([samples[i] for i in range(min(2, len(samples)))]) if len(samples) else None
+        elif isinstance(source, Iterator):
+            return None  # reading from it would take the batch away
+        else:
+            loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, "max_size_cycle")
+            with _same_generators(loader.flattened):
+                batch = next(iter(loader), (None, 0, 0))[0]
+        return None if batch is None else module._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
 
 
 def forward_of(trainer: pl.Trainer, module: pl.LightningModule, forward: Forward | None) -> Forward:

@@ -1,27 +1,35 @@
 """Attach quantizers when the Trainer sets up, calibrate them when fitting starts.
 
 Attaching happens in ``setup``, for every stage: what is attached there is present when checkpoints are restored, when
-DDP wraps the model and when optimizers are built. Calibration needs data, device and ranks, so it runs in
-``on_fit_start``; a resumed run has its ranges from the checkpoint and skips it.
+DDP wraps the model and when optimizers are built. What there is to quantize is found by running the module once
+(`lq.inspect`) on its ``example_input_array`` or on two samples of the stage's data. Layers that the module builds in
+its own ``setup`` or in ``configure_model`` come later, but before all that: there, attaching follows
+``configure_model``. Calibration needs data, device and ranks, so it runs in ``on_fit_start``; a resumed run has its
+ranges from the checkpoint and skips it.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lq.attach import attach, attached_plan
 from lq.calibration import Forward, calibrate, needs_calibration
-from lq.callbacks.data import forward_of, reduce_over, training_batches
-from lq.errors import SpecError, StateError
+from lq.callbacks.data import first_batch, forward_of, reduce_over, training_batches
+from lq.checkpoint import planned_by, rebuild
+from lq.errors import DataError, SpecError, StateError
 from lq.folding import fold_batchnorm
+from lq.inspection import inspect
 from lq.report import summary
-from lq.scheme import Override, plan_layers
-from lq.sites import is_attached
+from lq.scheme import Override, plan_sites
+from lq.sites import common_module, input_quantizer, is_attached, layers
 from lq.spec import QuantSpec
+from lq.structure import Structure
 
 _COPYING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
 
@@ -33,7 +41,11 @@ class Quantize(pl.Callback):
 
     Args:
         weights: width in bits (0..8, 16), a `QuantSpec`, or None to leave weights in float.
-        activations: the same for the input of each quantized layer.
+        activations: the same for the input of each quantized layer and for the operands of attention.
+        structure: a `Structure`, or the path of one saved as JSON, instead of running the module once; its names may
+            start at a submodule.
+        skip: also quantize the tensors on skip paths (see `lq.attach`).
+        share_concats: one range for all parts of a concatenation.
         fold_bn: fold BatchNorms into the convolutions before them. Post-training work wants this; training from
             few bits is more stable with BatchNorms kept.
         first_last: least width of the first and last layers; None: no exception.
@@ -54,6 +66,9 @@ class Quantize(pl.Callback):
         weights: int | QuantSpec | None = 8,
         activations: int | QuantSpec | None = 8,
         *,
+        structure: Structure | str | Path | None = None,
+        skip: bool = False,
+        share_concats: bool = False,
         fold_bn: bool = True,
         first_last: int | None = 8,
         include: Sequence[str] | str | None = None,
@@ -70,14 +85,17 @@ class Quantize(pl.Callback):
         self.fold_bn = fold_bn
         self.calibration_samples = calibration_samples
         self.forward = forward
+        self.structure = structure
+        self._found: Structure | None = None
         self._choice: dict[str, Any] = {
             "first_last": first_last,
             "include": include,
             "exclude": exclude,
             "overrides": overrides,
         }
+        self._flow = {"skip": skip, "share_concats": share_concats}
         if weights is not None or activations is not None or overrides:
-            plan_layers(torch.nn.Identity(), weights, activations, first_last=first_last)  # wrong widths fail here
+            plan_sites(torch.nn.Identity(), weights, activations, first_last=first_last)  # wrong widths fail here
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -86,9 +104,10 @@ class Quantize(pl.Callback):
             self._check_same(pl_module)
             return
         self._check_order(trainer)
-        if self.fold_bn:
-            fold_batchnorm(pl_module)
-        attach(pl_module, self.weights, self.activations, **self._choice)
+        if is_overridden("configure_model", pl_module) or not any(layers(pl_module)):
+            self._attach_after_configuring(trainer, pl_module)
+        else:
+            self._attach(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,12 +122,68 @@ class Quantize(pl.Callback):
         )
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
 
+    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.fold_bn:
+            fold_batchnorm(module)
+        self._found = self._structure(trainer, module)
+        flow: dict[str, Any] = self._flow if self._found is not None else {}
+        attach(module, self.weights, self.activations, structure=self._found, **flow, **self._choice)
+
+    def _attach_after_configuring(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Attach when ``configure_model``, which may build the layers, has run."""
+        configure = module.configure_model
+
+        def configure_model() -> None:
+            del module.__dict__["configure_model"]
+            configure()
+            if not is_attached(module):
+                self._attach(trainer, module)
+
+        module.configure_model = configure_model  # type: ignore[method-assign]
+
+    def _structure(self, trainer: pl.Trainer, module: pl.LightningModule) -> Structure | None:
+        """The structure given, or found by running the module; None if it could not be run."""
+        if self.structure is not None:
+            given = self.structure
+            found = given if isinstance(given, Structure) else Structure.from_json(Path(given).read_text())
+            missing = {site.module for site in found.sites} - dict(module.named_modules()).keys()
+            return found.under(common_module(module)[0]) if missing else found
+        example = module.example_input_array
+        try:
+            if example is not None:
+                return inspect(module, example, forward=_call_with)
+            batch = first_batch(trainer, module)
+            if batch is None and not any(self._flow.values()):
+                _rebuild_from_checkpoint(module)
+                rank_zero_info(
+                    f"Quantize: neither example_input_array nor data to look at {type(module).__name__} with; its "
+                    "layers are quantized by their class, or as the checkpoint has it"
+                )
+                return None
+            return inspect(module, batch, forward=forward_of(trainer, module, self.forward))
+        except DataError as error:
+            if any(self._flow.values()):
+                raise
+            rank_zero_warn(
+                f"{type(module).__name__} could not be looked at: {error}. Its layers are quantized by their class; "
+                "attention and other functional calls stay float. Set example_input_array, or pass forward= or "
+                "structure= to Quantize"
+            )
+            _rebuild_from_checkpoint(module)
+            return None
+
     def _check_same(self, module: pl.LightningModule) -> None:
         """Raise if the module was quantized otherwise than this callback says."""
         present = attached_plan(module)
         if present is None:
             return  # quantizers built from a checkpoint
-        wanted = plan_layers(module, self.weights, self.activations, **self._choice)
+        flow: dict[str, Any] = self._flow if self._found is not None else {}
+        planned = plan_sites(module, self.weights, self.activations, structure=self._found, **flow, **self._choice)
+        wanted = {name: found.spec for name, found in planned.items() if found.owner is None}
+        if self._found is None:  # attached by another: what is not told by the layers' classes cannot be compared
+            layered = {name: spec for name, spec in present.items() if name.endswith((".weight", ".input"))}
+            shared = wanted.keys() - layered.keys() - {name for name in wanted if not _shares(module, name)}
+            present, wanted = layered, {name: spec for name, spec in wanted.items() if name not in shared}
         if present != wanted:
             name = next(name for name in [*wanted, *present] if wanted.get(name) != present.get(name))
             raise StateError(
@@ -127,3 +202,31 @@ class Quantize(pl.Callback):
                     f"{type(callback).__name__} copies the module before Quantize has attached quantizers to it; "
                     "list Quantize before it in Trainer(callbacks=[...])"
                 )
+
+
+def _call_with(model: torch.nn.Module, example: Any) -> Any:
+    """Run a module on its ``example_input_array``, as Lightning does."""
+    if type(model).forward is pl.LightningModule.forward:
+        model = common_module(model)[1]
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def _shares(module: torch.nn.Module, site: str) -> bool:
+    """Whether the input of a layer is quantized by the quantizer of another."""
+    layer, _, place = site.rpartition(".")
+    found = input_quantizer(module.get_submodule(layer))
+    return place == "input" and found is not None and found.name != site
+
+
+def _rebuild_from_checkpoint(module: pl.LightningModule) -> None:
+    """Have the module build the quantizers that a checkpoint has and it has not, when it is restored."""
+    restore = module.on_load_checkpoint
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        if planned_by(checkpoint["state_dict"]):
+            rebuild(module, checkpoint["state_dict"])
+        restore(checkpoint)
+
+    module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]

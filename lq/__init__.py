@@ -17,9 +17,11 @@ from lq.errors import RecipeError as RecipeError
 from lq.errors import SpecError as SpecError
 from lq.errors import StateError as StateError
 from lq.folding import fold_batchnorm as fold_batchnorm
+from lq.inspection import inspect as inspect
 from lq.recipe import recipe as recipe
 from lq.recipe import recipe_names as recipe_names
 from lq.report import summary as summary
 from lq.spec import QuantSpec as QuantSpec
+from lq.structure import Structure as Structure
 
 __version__ = "0.1.0"

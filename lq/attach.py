@@ -1,11 +1,13 @@
 """Put quantizers on a model, and take them off again.
 
 `attach` registers a `WeightQuantizer` as parametrization of each weight and an `ActivationQuantizer` as submodule
-``input_quantizer`` behind a forward pre-hook. The model stays what it was: same classes (``isinstance`` holds), same
-Parameter objects, same forward. `detach` is its exact inverse. Hooks look everything up on the module they are called
-with, so that copies of the model (`copy.deepcopy`) have quantizers of their own.
+``input_quantizer`` or ``output_quantizer`` behind a hook; quantizers inside a module's forward are those of
+`lq.interception`. The model stays what it was: same classes (``isinstance`` holds), same Parameter objects, same code.
+`detach` is its exact inverse. Hooks look everything up on the module they are called with, so that copies of the model
+(`copy.deepcopy`) have quantizers of their own.
 """
 
+import posixpath
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,20 +18,29 @@ from torch.nn.utils import parametrize
 
 from lq.channels import ChannelLayout
 from lq.errors import StateError
+from lq.interception import (
+    CALLS,
+    SharedQuantizer,
+    add_call_quantizer,
+    call_quantizers,
+    remove_call_quantizers,
+)
 from lq.patterns import select
 from lq.quantizer import ActivationQuantizer, Estimator, WeightQuantizer
-from lq.scheme import LayerPlan, Override, Width, plan_layers
+from lq.scheme import Override, PlannedSite, Width, plan_sites
 from lq.sites import (
     INPUT,
+    OUTPUT,
     WEIGHT_STATE,
+    Site,
     float_weight,
-    input_quantizer,
     is_attached,
-    quantized_layers,
     quantizers,
     require_attached,
     weight_quantizer,
 )
+from lq.spec import QuantSpec
+from lq.structure import Structure
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,24 +50,35 @@ def attach(
     weights: Width = 4,
     activations: Width = None,
     *,
+    structure: Structure | None = None,
+    skip: bool = False,
+    share_concats: bool = False,
     first_last: int | None = 8,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     overrides: Mapping[str, Override] | None = None,
     estimator: Estimator = "ste",
 ) -> M:
-    """Quantize the weights, and on request the inputs, of the layers of `model`, in place.
+    """Quantize the weights, and on request the activations, of `model`, in place.
 
     Weight ranges are found at once; activations need `lq.calibrate` before the first forward.
 
     Args:
-        model: any module. Conv1d/2d/3d, transposed convolutions, Linear and Embedding layers are quantized.
+        model: any module. Without a structure its Conv1d/2d/3d, transposed convolution, Linear and Embedding layers
+            are quantized, told by their class.
         weights: width in bits (0..8, 16), a `QuantSpec`, or None to leave weights in float.
-        activations: the same for the input of each quantized layer.
+        activations: the same for the input of each quantized layer and, given a structure, for the operands of products
+            of activations: queries, keys, probabilities and values of attention.
+        structure: what `lq.inspect` found, of this model or one like it: everything that multiplies is quantized,
+            layers or not, and a tensor that several read is quantized once.
+        skip: also quantize what residual sums read besides others, and their results (BRECQ, QDrop); needs a structure.
+        share_concats: one quantizer for all parts of a concatenation and for its result, as integer hardware without
+            rescaling needs it; needs a structure.
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
-            The input of the first layer stays float.
+            The network's own input stays float.
         include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.
-            Layers of other kinds that have a ``weight`` of two or more dimensions can be named too.
+            Calls are named as `lq.inspect` shows them, such as ``blocks.0.attn.matmul_1``. Without a structure, layers
+            of other kinds that have a ``weight`` of two or more dimensions can be named too.
         exclude: name patterns of layers to leave in float.
         overrides: other widths by name pattern, such as ``{"layer4": {"weights": 2}}``; the last match wins.
         estimator: "ste" keeps the steps as calibrated, "lsq" makes them learnable.
@@ -75,10 +97,13 @@ def attach(
     """
     if is_attached(model):
         raise StateError("the model has quantizers already; lq.detach(model) first, or change widths with lq.set_bits")
-    plan = plan_layers(
+    plan = plan_sites(
         model,
         weights,
         activations,
+        structure=structure,
+        skip=skip,
+        share_concats=share_concats,
         first_last=first_last,
         include=include,
         exclude=exclude,
@@ -90,8 +115,7 @@ def attach(
             "or name layers of other kinds with include="
         )
     try:
-        for name, layer in plan.items():
-            attach_layer(model.get_submodule(name), name, layer)
+        attach_sites(model, plan)
         set_estimator(model, estimator)
     except Exception:
         if is_attached(model):
@@ -100,26 +124,94 @@ def attach(
     return model
 
 
-def attach_layer(module: nn.Module, name: str, plan: LayerPlan, *, calibrate: bool = True) -> None:
-    """Put the planned quantizers on one layer; `calibrate` finds the range of its weight."""
+def attach_sites(model: nn.Module, plan: Mapping[str, PlannedSite], *, calibrate: bool = True) -> None:
+    """Put quantizers at the planned sites of `model`; `calibrate` finds the ranges of its weights.
+
+    Raises:
+        StateError: if the model lacks a module of the plan.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = next((p.site.module for p in plan.values() if p.site.module not in modules), None)
+    if missing is not None:
+        raise StateError(
+            f"the structure has a module {missing!r} that {type(model).__name__} does not have; "
+            "inspect this model, or build the one that was inspected"
+        )
+    reference = next(iter([*model.parameters(), *model.buffers()]), None)
+    device = torch.device("cpu") if reference is None else reference.device
+    tied: dict[tuple[int, QuantSpec], WeightQuantizer] = {}
+    placed: dict[str, ActivationQuantizer] = {}
+    # Quantizers at calls come last: their hooks on the modules below go around the quantizers there.
+    for name, planned in sorted(plan.items(), key=lambda item: item[1].site.at_call):
+        module, site, spec = modules[planned.site.module], planned.site, planned.spec
+        if site.place == "weight":
+            _attach_weight(module, name, spec, tied, calibrate)
+        elif site.role == "weight":
+            quantizer = WeightQuantizer(spec, ChannelLayout(site.channels), name).to(device)
+            add_call_quantizer(module, site.place, quantizer.train(module.training))
+        elif planned.owner is None:
+            placed[name] = ActivationQuantizer(spec, name, tokens=_is_rows(module, site)).to(device)
+            _place(module, site, placed[name].train(module.training))
+        _complete_checkpoints(module)
+    for _, planned in sorted(plan.items(), key=lambda item: item[1].site.at_call):
+        if planned.owner is not None:
+            module, owner = modules[planned.site.module], plan[planned.owner].site
+            start, target = (site.module.replace(".", "/") or "." for site in (planned.site, owner))
+            path = posixpath.normpath(
+                posixpath.join(posixpath.relpath(target, start), slot_of(owner).replace(".", "/"))
+            )
+            shared = SharedQuantizer(placed[planned.owner], path)
+            _place(module, planned.site, shared.train(module.training))
+            _complete_checkpoints(module)
+
+
+def slot_of(site: Site) -> str:
+    """Name, below its module, of the quantizer of an activation."""
+    return {"input": INPUT, "output": OUTPUT}.get(site.place, f"{CALLS}.{site.place}")
+
+
+def _attach_weight(
+    module: nn.Module, name: str, spec: QuantSpec, tied: dict[tuple[int, QuantSpec], WeightQuantizer], calibrate: bool
+) -> None:
+    """Parametrize the weight of a layer; layers that share a Parameter share its quantizer."""
     weight = float_weight(module)
-    if plan.weight is not None and weight is not None:
-        quantizer = WeightQuantizer(plan.weight, ChannelLayout.of(module, weight), _join(name, "weight"))
+    if weight is None:
+        return
+    quantizer = tied.get((id(weight), spec))
+    if quantizer is None:
+        quantizer = WeightQuantizer(spec, ChannelLayout.of(module, weight), name)
         quantizer.to(weight.device).train(module.training)
+        tied[id(weight), spec] = quantizer
         if calibrate:
             quantizer.calibrate(weight)
-        order = list(module._parameters)
-        parametrize.register_parametrization(
-            module, "weight", quantizer, unsafe=True
-        )  # checks would quantize once more
-        module.parametrizations.parameter_order = order  # type: ignore[union-attr]
-    if plan.input is not None:
-        site = ActivationQuantizer(plan.input, _join(name, "input"), tokens=isinstance(module, nn.Linear))
-        if weight is not None:
-            site.to(weight.device)
-        module.add_module(INPUT, site.train(module.training))
+    order = list(module._parameters)
+    parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)  # checks would quantize once more
+    module.parametrizations.parameter_order = order  # type: ignore[union-attr]
+
+
+def _place(module: nn.Module, site: Site, quantizer: nn.Module) -> None:
+    """Put the quantizer of an activation where it belongs."""
+    if site.place == "input":
+        module.add_module(INPUT, quantizer)
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-    module.register_load_state_dict_pre_hook(accept_float_checkpoint)
+    elif site.place == "output":
+        module.add_module(OUTPUT, quantizer)
+        module.register_forward_hook(_quantize_output)
+    else:
+        add_call_quantizer(module, site.place, quantizer)
+
+
+def _is_rows(module: nn.Module, site: Site) -> bool:
+    """Whether the tensor holds vectors along its last dimension (keys come transposed or not)."""
+    if site.place == "input":
+        return isinstance(module, nn.Linear)
+    return site.at_call and not site.place.startswith("conv") and not site.place.endswith("_right")
+
+
+def _complete_checkpoints(module: nn.Module) -> None:
+    hooks = module._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", hook) is accept_float_checkpoint for hook in hooks):
+        module.register_load_state_dict_pre_hook(accept_float_checkpoint)
 
 
 def detach(model: M, bake: bool = False) -> M:
@@ -148,23 +240,30 @@ def detach(model: M, bake: bool = False) -> M:
             order: list[str] = module.parametrizations.parameter_order  # type: ignore[union-attr, assignment]
             _restore_weight(module, bake)
             module._parameters = {key: module._parameters[key] for key in order}
-        if not bake and input_quantizer(module) is not None:
-            delattr(module, INPUT)
-            for key in _remove_hooks(module._forward_pre_hooks, _quantize_input):
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if input_quantizer(module) is None:
+        for name, table, hook in (
+            (INPUT, module._forward_pre_hooks, _quantize_input),
+            (OUTPUT, module._forward_hooks, _quantize_output),
+        ):
+            if not bake and name in module._modules:
+                delattr(module, name)
+                for key in _remove_hooks(table, hook):
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if not bake:
+        remove_call_quantizers(model)
+    for module in model.modules():
+        if not {INPUT, OUTPUT, CALLS} & module._modules.keys():
             _remove_hooks(module._load_state_dict_pre_hooks, accept_float_checkpoint)
     return model
 
 
-def attached_plan(model: nn.Module) -> dict[str, LayerPlan] | None:
-    """What `attach` was asked for, by layer; None if the quantizers were built from a checkpoint."""
+def attached_plan(model: nn.Module) -> dict[str, QuantSpec] | None:
+    """The spec of each quantizer, by site; None if the quantizers were built from a checkpoint."""
+    tied = {f"{name}.weight": found for name, module in model.named_modules() if (found := weight_quantizer(module))}
     plan = {}
-    for name, module in quantized_layers(model):
-        weight, site = weight_quantizer(module), input_quantizer(module)
-        if any(quantizer is not None and quantizer.spec is None for quantizer in (weight, site)):
+    for name, quantizer in [*((q.name, q) for q in quantizers(model)), *tied.items()]:
+        if quantizer.spec is None:
             return None
-        plan[name] = LayerPlan(weight.spec if weight else None, site.spec if site else None)
+        plan[name] = quantizer.spec
     return plan
 
 
@@ -193,12 +292,20 @@ def set_bits(model: nn.Module, weights: Mapping[str, int | Sequence[int]]) -> No
     """
     require_attached(model, "lq.set_bits")
     named = {name: found for name, module in model.named_modules() if (found := weight_quantizer(module)) is not None}
+    at_calls: dict[str, WeightQuantizer] = {}
+    for name, module in model.named_modules():
+        for place, quantizer in call_quantizers(module).items():
+            if isinstance(quantizer, WeightQuantizer):
+                at_calls[Site(name, place, "weight").layer] = quantizer
     for pattern, widths in weights.items():
-        for name in select(pattern, named, argument="set_bits"):
-            weight = float_weight(model.get_submodule(name))
-            named[name].set_bits(widths if isinstance(widths, int) else tuple(widths))
+        for name in select(pattern, [*named, *at_calls], argument="set_bits"):
+            chosen = named.get(name) or at_calls[name]
+            chosen.set_bits(widths if isinstance(widths, int) else tuple(widths))
+            weight = float_weight(model.get_submodule(name)) if name in named else None
             if weight is not None:
-                named[name].calibrate(weight)
+                chosen.calibrate(weight)
+            else:
+                chosen.forget_range()
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,27 +316,37 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return args, {key: quantizer(value) if key == "input" else value for key, value in kwargs.items()}
 
 
+def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: quantize the result by the quantizer of the module that was called."""
+    return getattr(module, OUTPUT)(output)
+
+
 def accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load-state-dict hook: complete what a float checkpoint lacks of a quantized layer.
 
     The weight goes to where the quantizer reads it, and its range is found anew. Activation ranges stay as they are.
     """
-    quantizer, site = weight_quantizer(module), input_quantizer(module)
+    quantizer = weight_quantizer(module)
     if quantizer is not None and f"{prefix}weight" in state_dict and f"{prefix}{WEIGHT_STATE}bits" not in state_dict:
         weight = state_dict.pop(f"{prefix}weight")
         state_dict[f"{prefix}parametrizations.weight.original"] = weight
         if weight.shape == module.parametrizations.weight.original.shape:  # type: ignore[union-attr]  # else torch reports the mismatch
             quantizer.calibrate(weight.to(quantizer.bits.device))
         state_dict.update(quantizer.state_dict(prefix=f"{prefix}{WEIGHT_STATE}"))
-    if site is not None and f"{prefix}{INPUT}.bits" not in state_dict:
-        if site.calibrated:
+    calls = {f"{CALLS}.{slot}": found for slot, found in call_quantizers(module).items()}
+    for slot, found in {**{name: module._modules.get(name) for name in (INPUT, OUTPUT)}, **calls}.items():
+        if found is None or any(key.startswith(f"{prefix}{slot}.") for key in state_dict):
+            continue
+        if isinstance(found, WeightQuantizer):
+            found.forget_range()
+        elif isinstance(found, ActivationQuantizer) and found.calibrated:
             warnings.warn(
                 "a checkpoint without activation ranges was loaded into a calibrated model, whose ranges were kept; "
                 "run lq.calibrate(model, batches) to fit them to the loaded weights",
                 UserWarning,
                 stacklevel=2,
             )
-        state_dict.update(site.state_dict(prefix=f"{prefix}{INPUT}."))
+        state_dict.update(found.state_dict(prefix=f"{prefix}{slot}."))
 
 
 def _restore_weight(module: nn.Module, bake: bool) -> None:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from lq.cost import batch_size, count_macs
 from lq.errors import DataError, NoEffectWarning
 from lq.histogram import Reduce
-from lq.sites import float_weight, input_quantizer, quantized_layers, quantizers, require_attached, weight_quantizer
+from lq.sites import (
+    activation_quantizers,
+    float_weight,
+    input_quantizer,
+    quantized_layers,
+    quantizers,
+    require_attached,
+    weight_quantizer,
+    weights_at_calls,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,8 +64,8 @@ def calibrate(
     """
     require_attached(model, "lq.calibrate")
     calibrate_weights(model)
-    sites = {name: site for name, module in quantized_layers(model) if (site := input_quantizer(module)) is not None}
-    if not sites:
+    sites = activation_quantizers(model)
+    if not sites and all(quantizer.calibrated for quantizer in quantizers(model)):
         return model
     with eval_mode(model), torch.no_grad():
         try:
@@ -84,8 +93,8 @@ def calibrate(
             site.calibrate(histogram)
     if unseen:
         warnings.warn(
-            f"the inputs of {len(unseen)} layers were never seen ({', '.join(unseen[:3])}, ...): the model uses their "
-            "weights without calling them; these inputs stay float",
+            f"{len(unseen)} activations were never seen ({', '.join(unseen[:3])}, ...): the model uses weights without "
+            "calling their layers (pass structure=lq.inspect(model, example) to lq.attach), or took another path",
             NoEffectWarning,
             stacklevel=2,
         )
@@ -93,7 +102,9 @@ def calibrate(
 
 
 def calibrate_weights(model: nn.Module) -> None:
-    """Find the ranges of all weight quantizers from the weights as they are now."""
+    """Find the ranges of all weights from the values they have now; of weights at calls, when they are next used."""
+    for at_call in weights_at_calls(model):
+        at_call.forget_range()
     for _, module in quantized_layers(model):
         quantizer, weight = weight_quantizer(module), float_weight(module)
         if quantizer is not None and weight is not None:

@@ -11,8 +11,9 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class ChannelLayout:
     """Output channels of a weight: along `dim`, in `groups` blocks of dimension 0.
 
-    Conv and Linear weights have them along dimension 0, embeddings one per row. A transposed convolution stores
-    ``(C_in, C_out / groups, ...)``: its channels are the pairs of a block of dimension 0 and an index of dimension 1.
+    Conv and Linear weights have them along dimension 0, embeddings one per row, the right operand of a matrix product
+    along its last. A transposed convolution stores ``(C_in, C_out / groups, ...)``: its channels are the pairs of a
+    block of dimension 0 and an index of dimension 1.
 
     Args:
         channels: number of output channels.
@@ -62,7 +63,7 @@ class ChannelLayout:
         >>> ChannelLayout(6, dim=1, groups=2).rows(torch.zeros(4, 3, 5, 5)).shape
         torch.Size([6, 50])
         """
-        if self.dim == 0:
-            return weight.flatten(1)
+        if self.groups == 1:
+            return weight.movedim(self.dim, 0).flatten(1)
         blocks: Tensor = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return blocks.reshape(self.channels, -1)

@@ -4,18 +4,21 @@ A quantized model's own ``load_state_dict`` takes quantized and float state dict
 float ones). `load` is for the other direction: it builds the quantizers a checkpoint was saved with.
 """
 
+import posixpath
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lq.attach import attach_layer
+from lq.attach import attach_sites, detach, set_estimator
 from lq.errors import DataError
 from lq.folding import fold_pair, foldable_pairs
-from lq.scheme import LayerPlan
-from lq.sites import INPUT, WEIGHT_STATE, input_quantizer, is_attached, weight_quantizer
+from lq.interception import CALLS, is_weight_key
+from lq.scheme import PlannedSite
+from lq.sites import INPUT, OUTPUT, WEIGHT_STATE, Role, Site, is_attached, quantizers
 from lq.spec import QuantSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,44 +66,84 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     Raises:
         DataError: if there is no quantizer in `state_dict`, or one for a layer the model does not have.
     """
-    weights = _sites(state_dict, WEIGHT_STATE + "bits")
-    inputs = _sites(state_dict, INPUT + ".bits")
-    if not weights and not inputs:
+    plan = planned_by(state_dict)
+    if not plan:
         raise DataError("the checkpoint has no quantizers: it is a float one; use model.load_state_dict")
-    modules: dict[str, nn.Module] = {}
-    for name in dict.fromkeys([*weights, *inputs]):
-        try:
-            modules[name] = model.get_submodule(name)
-        except AttributeError as error:
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for planned in plan.values():
+        if planned.site.module not in names:
             raise DataError(
-                f"the checkpoint quantizes a layer {name!r} that {type(model).__name__} does not have; "
+                f"the checkpoint quantizes a layer {planned.site.module!r} that {type(model).__name__} does not have; "
                 "build the model the checkpoint was saved from"
-            ) from error
+            )
     if not is_attached(model):
         for pair in foldable_pairs(model):
             if not any(key.startswith(f"{pair.norm}.running_") for key in state_dict):
                 fold_pair(model, pair)
-    for name, module in modules.items():
-        missing_weight = name in weights and weight_quantizer(module) is None
-        missing_input = name in inputs and input_quantizer(module) is None
-        plan = LayerPlan(
-            _spec(weights[name], symmetric=True) if missing_weight else None,
-            _spec(inputs[name], symmetric=False) if missing_input else None,
-        )
-        if missing_weight or missing_input:
-            attach_layer(module, name, plan, calibrate=False)
-        for quantizer in (weight_quantizer(module) if missing_weight else None, input_quantizer(module)):
-            if quantizer is not None and (missing_weight or missing_input):
-                quantizer.spec = None  # how it was made is not in the checkpoint
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plan = _once(plan, modules)
+    present = _once(planned_by(model.state_dict()), modules)
+    if {name: p.owner for name, p in present.items()} == {name: p.owner for name, p in plan.items()}:
+        return
+    old = {quantizer.name: quantizer for quantizer in quantizers(model)}
+    if old:
+        detach(model)
+    attach_sites(model, plan, calibrate=False)
+    for quantizer in quantizers(model):
+        before = old.get(quantizer.name)
+        quantizer.spec = before.spec if before else None  # how it was made is not in the checkpoint
+    if old:
+        set_estimator(model, next(iter(old.values())).estimator)
 
 
-def _sites(state_dict: Mapping[str, Any], ending: str) -> dict[str, Tensor]:
-    """Layer name to widths, for the quantizers in `state_dict` whose widths are stored under `ending`."""
-    return {
-        key[: -len(ending)].removesuffix("."): value
-        for key, value in state_dict.items()
-        if key == ending or key.endswith("." + ending)
-    }
+def _once(plan: dict[str, PlannedSite], modules: Mapping[str, nn.Module]) -> dict[str, PlannedSite]:
+    """The plan without the other names that a module with several is saved under."""
+    owners = {planned.owner for planned in plan.values()}
+    seen: set[tuple[int, str]] = set()
+    kept = {}
+    for name, planned in plan.items():
+        place = (id(modules[planned.site.module]), planned.site.place)
+        if place not in seen or name in owners:
+            kept[name] = planned
+        seen.add(place)
+    return kept
+
+
+def planned_by(state_dict: Mapping[str, Any]) -> dict[str, PlannedSite]:
+    """The sites that a quantized model's state dict has quantizers for."""
+    found: dict[str, PlannedSite] = {}
+    shared: dict[str, tuple[Site, str]] = {}
+    for key, value in state_dict.items():
+        name, _, last = key.rpartition(".")
+        site = _site(name) if last in ("bits", "_extra_state") else None
+        if site is None:
+            continue
+        if last == "bits":
+            site = replace(site, channels=value.numel())
+            found[site.name] = PlannedSite(site, _spec(value, symmetric=site.role == "weight"))
+        else:
+            module = site.module.replace(".", "/") or "."
+            path = posixpath.normpath(posixpath.join(module, bytes(value.tolist()).decode()))
+            owner = _site(path.replace("/", "."))
+            if owner is not None:
+                shared[site.name] = (site, owner.name)
+    for name, (site, owner_name) in shared.items():
+        found[name] = PlannedSite(site, found[owner_name].spec, owner_name)
+    return found
+
+
+def _site(key: str) -> Site | None:
+    """The site of the quantizer whose state is under `key`."""
+    name = f".{key}"
+    if name.endswith(f".{WEIGHT_STATE}"[:-1]):
+        return Site(name[: -len(WEIGHT_STATE)].strip("."), "weight", "weight")
+    parent, _, last = name.rpartition(".")
+    if last in (INPUT, OUTPUT):
+        return Site(parent.strip("."), last.removesuffix("_quantizer"), "activation")
+    if parent.endswith(f".{CALLS}"):
+        role: Role = "weight" if is_weight_key(last) else "activation"
+        return Site(parent[: -len(CALLS)].strip("."), last, role)
+    return None
 
 
 def _spec(bits: Tensor, *, symmetric: bool) -> QuantSpec:

@@ -193,6 +193,19 @@ class WeightQuantizer(Quantizer):
             self._kept = (key, self._quantize(weight))
         return self._kept[1]
 
+    def at_call(self, weight: Tensor, layout: ChannelLayout) -> Tensor:
+        """Return the rounded weight of a functional call, which may be computed anew for each; find its range first."""
+        self.layout = layout
+        if not self._calibrated:
+            self.calibrate(weight)
+        return self._quantize(weight)
+
+    def forget_range(self) -> None:
+        """Have the next `at_call` find the range."""
+        with torch.no_grad():
+            self.log2_step.fill_(torch.nan)
+        self._read_state()
+
     def train(self, mode: bool = True) -> "WeightQuantizer":
         """Set the mode and forget the kept weight: weights that are swapped unseen by autograd are so between modes."""
         self._kept = None

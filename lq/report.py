@@ -10,6 +10,7 @@ from lq.calibration import Forward, eval_mode, run
 from lq.cost import batch_size, count_macs
 from lq.quantizer import Quantizer
 from lq.sites import float_weight, input_quantizer, quantized_layers, require_attached, weight_quantizer
+from lq.tables import Table, amount
 
 FLOAT_BITS = 32
 
@@ -77,34 +78,29 @@ class Summary:
                 "x".join(map(str, layer.shape)),
                 "/".join(map(str, layer.weight_bits)) or "float",
                 "float" if layer.input_bits is None else str(layer.input_bits),
-                _amount(layer.bytes, "B"),
-                "-" if layer.bitops is None else _amount(layer.bitops, ""),
+                amount(layer.bytes, "B"),
+                "-" if layer.bitops is None else amount(layer.bitops, ""),
             )
             for layer in self.layers
         ]
 
     def total(self) -> str:
         """The totals in one line."""
-        bitops = "" if self.bitops is None else f", {_amount(self.bitops, '')} bit operations per sample"
+        bitops = "" if self.bitops is None else f", {amount(self.bitops, '')} bit operations per sample"
         return (
-            f"{_amount(self.bytes, 'B')} stored, "
-            f"{self.compression:.2f}x smaller than float ({_amount(self.float_bytes, 'B')}), "
+            f"{amount(self.bytes, 'B')} stored, "
+            f"{self.compression:.2f}x smaller than float ({amount(self.float_bytes, 'B')}), "
             f"{self.average_bits:.2f} bits per quantized weight{bitops}"
         )
 
     def __str__(self) -> str:
-        rows = [HEADER, *self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, self.total()])
+        return str(self._table())
 
     def __rich__(self) -> Any:
-        from rich.table import Table
+        return self._table().__rich__()
 
-        table = Table(*HEADER, caption=self.total())
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+    def _table(self) -> Table:
+        return Table(HEADER, tuple(self.rows()), (self.total(),))
 
 
 HEADER = ("layer", "kind", "weight", "bits", "input bits", "size", "bit ops")
@@ -208,16 +204,3 @@ def _noted_macs(module: nn.Module) -> float | None:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _amount(value: float, unit: str) -> str:
-    """A number with a decimal prefix.
-
-    >>> _amount(1234567, "B")
-    '1.2 MB'
-    """
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 1000 or prefix == "T":
-            break
-        value /= 1000
-    return f"{value:.1f} {prefix}{unit}".strip() if prefix else f"{value:.0f} {unit}".strip()

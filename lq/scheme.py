@@ -11,10 +11,11 @@ from typing import TypedDict
 
 from torch import nn
 
-from lq.errors import SpecError
+from lq.errors import SpecError, StateError
 from lq.patterns import select
-from lq.sites import layers
+from lq.sites import Site, layers
 from lq.spec import QuantSpec, activation_spec, check_bits, weight_spec
+from lq.structure import Structure
 
 #: Layer kinds whose weight is quantized without being named.
 KINDS: tuple[type[nn.Module], ...] = (
@@ -40,67 +41,121 @@ class Override(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """What is quantized at one layer: specs of its weight and of its input; None stays float."""
+class PlannedSite:
+    """A site, the spec of its quantizer, and the name of the site whose quantizer it uses instead, if there is one."""
 
-    weight: QuantSpec | None
-    input: QuantSpec | None
+    site: Site
+    spec: QuantSpec
+    owner: str | None = None
 
 
-def plan_layers(
+def plan_sites(
     model: nn.Module,
     weights: Width,
     activations: Width,
     *,
+    structure: Structure | None = None,
+    skip: bool = False,
+    share_concats: bool = False,
     first_last: int | None = 8,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     overrides: Mapping[str, Override] | None = None,
-) -> dict[str, LayerPlan]:
-    """The specs of every layer to quantize, by name, in order of registration; see `lq.attach` for the arguments."""
+) -> dict[str, PlannedSite]:
+    """The sites to quantize, by name, in order; see `lq.attach` for the arguments."""
     weight = None if weights is None else weight_spec(weights)
     activation = None if activations is None else activation_spec(activations)
     if weight is None and activation is None and not overrides:
         raise SpecError("weights=None and activations=None leave nothing to quantize; give at least one a width")
     if first_last is not None:
         check_bits(first_last)
+    if structure is None and (skip or share_concats):
+        raise StateError(
+            f"{'skip' if skip else 'share_concats'}=True needs to know how the tensors flow: pass "
+            "structure=lq.inspect(model, example)"
+        )
+    sites, edges = (
+        layer_sites(model, include) if structure is None else (structure.sites, {*structure.first, *structure.last})
+    )
+    chosen = {site.layer for site in sites}
+    known = dict.fromkeys(site.layer for site in sites)
+    if structure is not None:  # a pattern may also name what stays float anyway
+        known.update(dict.fromkeys([o.name for o in structure.operations] + [name for name, _ in layers(model)]))
+        if include is not None:
+            chosen &= select(include, known, argument="include")
+    if exclude is not None:
+        chosen -= select(exclude, known, argument="exclude")
+    wanted: dict[str, QuantSpec | None] = {}
+    for site in sites:
+        spec: QuantSpec | None = None
+        if site.layer in chosen and site.role == "weight":
+            spec = weight
+        elif site.layer in chosen and not site.network_input and (site.role == "activation" or skip):
+            spec = activation
+        if spec is not None and site.layer in edges and site.role != "skip" and first_last is not None:
+            spec = spec.at_least(first_last)
+        wanted[site.name] = spec
+    for pattern, override in (overrides or {}).items():
+        _apply_override(sites, wanted, chosen, pattern, override, skip)
+    planned = {site.name: (site, spec) for site in sites if (spec := wanted[site.name]) is not None}
+    covered = {n for n, (s, _) in planned.items() if s.covered_by and all(c in planned for c in s.covered_by)}
+    return _with_owners({n: found for n, found in planned.items() if n not in covered}, share_concats)
+
+
+def layer_sites(model: nn.Module, include: Sequence[str] | str | None) -> tuple[tuple[Site, ...], set[str]]:
+    """Sites of layers told by their class or named by `include`; and the names of the first and last layers."""
     named = dict(layers(model))
     kinds = [name for name, module in named.items() if isinstance(module, KINDS)]
     chosen = set(kinds) if include is None else select(include, named, argument="include")
-    if exclude is not None:
-        chosen -= select(exclude, named, argument="exclude")
-    edges = first_and_last(model, kinds)
-    plan: dict[str, LayerPlan] = {}
+    first, last = first_and_last(model, kinds)
+    found = []
     for name, module in named.items():
-        if name not in chosen:
-            continue
-        layer_weight, layer_input = weight, activation
-        if isinstance(module, nn.Embedding) or name in edges[0]:
-            layer_input = None
-        if first_last is not None and name in edges[0] | edges[1]:
-            layer_weight = layer_weight and layer_weight.at_least(first_last)
-            layer_input = layer_input and layer_input.at_least(first_last)
-        plan[name] = LayerPlan(layer_weight, layer_input)
-    for pattern, override in (overrides or {}).items():
-        _apply_override(plan, pattern, override)
-    return {name: layer for name, layer in plan.items() if layer.weight or layer.input}
+        if name in chosen:
+            found.append(Site(name, "weight", "weight"))
+            if not isinstance(module, nn.Embedding):
+                found.append(Site(name, "input", "activation", network_input=name in first))
+    return tuple(found), first | last
 
 
-def _apply_override(plan: dict[str, LayerPlan], pattern: str, override: Override) -> None:
+def _apply_override(
+    sites: Sequence[Site],
+    wanted: dict[str, QuantSpec | None],
+    chosen: set[str],
+    pattern: str,
+    override: Override,
+    skip: bool,
+) -> None:
     if not isinstance(override, Mapping) or not override or set(override) - {"weights", "activations"}:
         raise SpecError(
             f"overrides[{pattern!r}]={override!r}; expected a mapping with 'weights' and/or 'activations', "
             "such as {'weights': 2}"
         )
-    for name in select(pattern, plan, argument="overrides"):
-        layer_weight, layer_input = plan[name].weight, plan[name].input
-        if "weights" in override:
+    matched = select(
+        pattern, [name for name in dict.fromkeys(s.layer for s in sites) if name in chosen], argument="overrides"
+    )
+    for site in sites:
+        if site.layer not in matched or (site.role == "skip" and not skip):
+            continue
+        if site.role == "weight" and "weights" in override:
             width = override["weights"]
-            layer_weight = None if width is None else weight_spec(width)
-        if "activations" in override:
+            wanted[site.name] = None if width is None else weight_spec(width)
+        elif site.role != "weight" and "activations" in override:
             width = override["activations"]
-            layer_input = None if width is None else activation_spec(width)
-        plan[name] = LayerPlan(layer_weight, layer_input)
+            wanted[site.name] = None if width is None else activation_spec(width)
+
+
+def _with_owners(planned: dict[str, tuple[Site, QuantSpec]], share_concats: bool) -> dict[str, PlannedSite]:
+    """Give sites that read one tensor, or on request parts of one concatenation, the quantizer of the first of them."""
+    first: dict[tuple[object, QuantSpec], str] = {}
+    plan = {}
+    for name, (site, spec) in planned.items():
+        owner = None
+        if site.role != "weight":
+            by_concat = share_concats and site.concat is not None
+            key = (site.concat if by_concat else site.shares or name, spec)
+            owner = first.setdefault(key, name)
+        plan[name] = PlannedSite(site, spec, None if owner == name else owner)
+    return plan
 
 
 def first_and_last(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:

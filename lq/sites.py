@@ -2,15 +2,74 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lq.errors import StateError
+from lq.interception import SharedQuantizer, call_quantizers
 from lq.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 
-#: Attribute of a layer that holds the quantizer of its input.
+#: Attributes of a module that hold the quantizers of its input and of its output.
 INPUT = "input_quantizer"
+OUTPUT = "output_quantizer"
+
+#: What a site holds: a weight, an activation that is multiplied, or a tensor on a skip path.
+Role = Literal["weight", "activation", "skip"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for a quantizer.
+
+    Args:
+        module: name of the module it belongs to.
+        place: "weight", "input" or "output" of that module, or an operand or result of one of its calls, such as
+            "matmul_0_left".
+        role: "weight", "activation" or "skip".
+        shape: shape of the tensor, for one example batch.
+        shares: name of an earlier site that reads the same tensor; None: there is none.
+        concat: number of the concatenation it belongs to; None: none.
+        covered_by: names of skip sites that, together, quantize all that it reads.
+        network_input: it reads the network's own input.
+        channels: number of output channels of a weight at a call; 0: not one.
+    """
+
+    module: str
+    place: str
+    role: Role
+    shape: tuple[int, ...] = ()
+    shares: str | None = None
+    concat: int | None = None
+    covered_by: tuple[str, ...] = ()
+    network_input: bool = False
+    channels: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the site in the model."""
+        return f"{self.module}.{self.place}".lstrip(".")
+
+    @property
+    def at_call(self) -> bool:
+        """Whether it belongs to a call inside the module's forward."""
+        return self.place not in ("weight", "input", "output")
+
+    @property
+    def layer(self) -> str:
+        """Name of the layer or call it belongs to, the one that name patterns match.
+
+        >>> Site("attn", "matmul_0_left", "activation").layer
+        'attn.matmul_0'
+        """
+        if not self.at_call:
+            return self.module
+        words = self.place.split("_")
+        index = next(i for i, word in enumerate(words) if word.isdigit())
+        return f"{self.module}.{'_'.join(words[: index + 1])}".lstrip(".")
+
 
 #: Prefix, within a layer's state dict, of the state of its weight's quantizer.
 WEIGHT_STATE = "parametrizations.weight.0."
@@ -19,7 +78,7 @@ WEIGHT_STATE = "parametrizations.weight.0."
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with a weight matrix or kernel of their own, once each, by name; quantizers are not looked into."""
     for name, module in model.named_modules():
-        if isinstance(module, (Quantizer, parametrize.ParametrizationList)):
+        if isinstance(module, (Quantizer, parametrize.ParametrizationList, SharedQuantizer)):
             continue
         weight = float_weight(module)
         if weight is not None and weight.ndim >= 2:
@@ -67,9 +126,22 @@ def weight_quantizer(module: nn.Module) -> WeightQuantizer | None:
 
 
 def input_quantizer(module: nn.Module) -> ActivationQuantizer | None:
-    """The quantizer of a layer's input, if it has one."""
+    """The quantizer of a layer's input, if it has one; its own or one that it shares."""
     found = module._modules.get(INPUT)
+    if isinstance(found, SharedQuantizer):
+        return found.owner
     return found if isinstance(found, ActivationQuantizer) else None
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """All quantizers of activations, once each, by the name of their site."""
+    return {q.name: q for q in quantizers(model) if isinstance(q, ActivationQuantizer)}
+
+
+def weights_at_calls(model: nn.Module) -> Iterator[WeightQuantizer]:
+    """Quantizers of weights that are quantized where a function uses them."""
+    for module in model.modules():
+        yield from (q for q in call_quantizers(module).values() if isinstance(q, WeightQuantizer))
 
 
 def quantizers(model: nn.Module) -> Iterator[Quantizer]:
@@ -78,8 +150,7 @@ def quantizers(model: nn.Module) -> Iterator[Quantizer]:
 
 
 def common_module(model: nn.Module) -> tuple[str, nn.Module]:
-    """The innermost module that holds all quantized layers, and its name: the network in a LightningModule."""
-    names = [name.split(".") for name, _ in quantized_layers(model)]
-    inside = os.path.commonprefix([name[:-1] for name in names])
-    name = ".".join(inside)
+    """The innermost module that holds all quantized layers (all layers if none is), and its name: the network."""
+    names = [name for name, _ in quantized_layers(model)] or [name for name, _ in layers(model)]
+    name = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in names]))
     return name, model.get_submodule(name)

@@ -146,7 +146,7 @@ def test_eval_mode_restores_after_an_error():
 
 def test_inputs_that_are_never_seen_stay_float():
     model = attached()
-    with pytest.warns(NoEffectWarning, match=r"the inputs of 1 layers were never seen \(second, ...\)"):
+    with pytest.warns(NoEffectWarning, match=r"1 activations were never seen \(second.input, ...\)"):
         lq.calibrate(model, batches_of(8), forward=lambda m, x: m.first(x))
     assert input_quantizer(model.first).calibrated
     assert not input_quantizer(model.second).calibrated

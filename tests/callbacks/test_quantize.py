@@ -122,7 +122,10 @@ class WithCalibrationStep(OnDicts):
 
 
 def test_a_batch_the_module_does_not_take():
-    with pytest.raises(lq.DataError, match=r"did not take a batch of dict\(image: Tensor.*; pass forward="):
+    with (
+        pytest.warns(UserWarning, match=r"OnDicts could not be looked at.*Its layers are quantized by their class"),
+        pytest.raises(lq.DataError, match=r"did not take a batch of dict\(image: Tensor.*; pass forward="),
+    ):
         fit(OnDicts(), [Quantize()], DataLoader(Images(), batch_size=8))
 
 
@@ -141,7 +144,7 @@ def test_forward_argument_runs_such_a_batch():
         return model(batch["image"])
 
     fit(module, [Quantize(forward=forward)], DataLoader(Images(), batch_size=8), max_epochs=0)
-    assert given == [module, module]
+    assert given == [module] * 3  # to look, and on two batches of 8 to calibrate
     assert_same(steps(module), reference_ranges(tiny()))
 
 

@@ -1,0 +1,168 @@
+"""The map of a model: every tensor that can be quantized, every multiplication, and what stays in float and why.
+
+`lq.inspect` finds it; `lq.attach` puts quantizers where it says. As JSON it can be kept and used without an example.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lq.errors import DataError
+from lq.sites import Site
+from lq.tables import Table, amount
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A layer or call that multiplies.
+
+    Args:
+        name: name of the layer, or of the module and the call.
+        kind: class of the layer or kind of the call.
+        sites: names of the sites of its operands.
+        macs: multiply-accumulates per sample.
+        reason: why an operand has no site; empty if all have one.
+    """
+
+    name: str
+    kind: str
+    sites: tuple[str, ...]
+    macs: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FloatTensor:
+    """A parameter or buffer that stays in float, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What can be quantized in a model; ``print`` shows it as a table.
+
+    Args:
+        sites: places for quantizers, in the order the model reaches them.
+        operations: everything that multiplies, in that order.
+        floats: parameters that stay in float.
+        first: names of the layers that read the network's input.
+        last: names of the layers that make the network's output.
+    """
+
+    sites: tuple[Site, ...]
+    operations: tuple[Operation, ...]
+    floats: tuple[FloatTensor, ...]
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates per sample of all operations."""
+        return sum(operation.macs for operation in self.operations)
+
+    @property
+    def share(self) -> float:
+        """Share of multiply-accumulates of which every operand has a site.
+
+        The network's own input counts as one: images come with 256 levels, so that it needs no quantizer.
+        """
+        return sum(o.macs for o in self.operations if not o.reason) / self.macs if self.macs else 1.0
+
+    def under(self, prefix: str) -> "Structure":
+        """The structure of a model that has this one as its submodule `prefix`."""
+
+        def inside(name: str) -> str:
+            return f"{prefix}.{name}".strip(".")
+
+        sites = (
+            replace(
+                site,
+                module=inside(site.module),
+                shares=site.shares and inside(site.shares),
+                covered_by=tuple(map(inside, site.covered_by)),
+            )
+            for site in self.sites
+        )
+        operations = (replace(o, name=inside(o.name), sites=tuple(map(inside, o.sites))) for o in self.operations)
+        floats = (replace(tensor, name=inside(tensor.name)) for tensor in self.floats)
+        first, last = (tuple(map(inside, names)) for names in (self.first, self.last))
+        return Structure(tuple(sites), tuple(operations), tuple(floats), first, last)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Structure":
+        """The inverse of `to_dict`, also after a way through JSON."""
+        try:
+            return cls(
+                tuple(Site(**_tupled(site)) for site in values["sites"]),
+                tuple(Operation(**_tupled(operation)) for operation in values["operations"]),
+                tuple(FloatTensor(**_tupled(tensor)) for tensor in values["floats"]),
+                tuple(values["first"]),
+                tuple(values["last"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise DataError(f"not a saved structure: {error}; save one with json.dumps(structure.to_dict())") from error
+
+    def to_json(self) -> str:
+        """The structure as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Structure":
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    def table(self) -> Table:
+        """The operations and what stays in float, ready to be shown."""
+        sites = {site.name: site for site in self.sites}
+        rows = []
+        for operation in self.operations:
+            parts = [sites[name] for name in operation.sites]
+            weight = [part for part in parts if part.role == "weight"]
+            others = [part for part in parts if part.role != "weight"]
+            rows.append(
+                (
+                    operation.name or "(model)",
+                    operation.kind,
+                    ", ".join("x".join(map(str, part.shape)) for part in weight) or "-",
+                    operation.reason or ", ".join(_describe(part) for part in others) or "-",
+                    amount(operation.macs, ""),
+                    f"{100 * operation.macs / max(self.macs, 1):.1f} %",
+                )
+            )
+        skips = [s.name for s in self.sites if s.role == "skip"]
+        quantizable = f"{100 * self.share:.2f} % with every operand quantizable"
+        notes = [f"{amount(self.macs, '')} multiply-accumulates per sample, {quantizable}"]
+        if skips:
+            notes.append(f"on request (skip=True) also: {', '.join(skips)}")
+        reasons: dict[str, list[str]] = {}
+        for tensor in self.floats:
+            reasons.setdefault(tensor.reason, []).append(tensor.name)
+        for reason, names in reasons.items():
+            few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            notes.append(f"stays in float, {reason}: {len(names)} ({few})")
+        return Table(("operation", "kind", "weight", "operands", "MACs", "share"), tuple(rows), tuple(notes))
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+
+def _describe(site: Site) -> str:
+    place = site.place if site.place in ("input", "output") else site.place[len(site.layer.rpartition(".")[2]) + 1 :]
+    if site.network_input:
+        return "network input"
+    return f"{place} (as {site.shares})" if site.shares else place
+
+
+def _tupled(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
