@@ -1,6 +1,9 @@
-r"""Fold BatchNorms into the convolutions before them.
+r"""Fold BatchNorms into the convolutions before them, or after them where that is exact.
 
-``w' = w * g``, ``b' = (b - mean) * g + beta`` with ``g = gamma / sqrt(var + eps)``, computed in float64.
+With ``g = gamma / sqrt(var + eps)`` and ``t = beta - mean * g``, computed in float64: a convolution before the norm
+becomes ``w' = w * g``, ``b' = b * g + t``; one after it ``w' = w * g`` along its input channels and
+``b' = b + sum(w * t)``, which is exact only without zero padding (the padding would not be shifted). Other norms
+(EvoNorm, GroupNorm, LayerNorm) depend on the input and stay.
 
 Pairs are found by tracing each module that holds a BatchNorm, its children taken as they are (torch.fx with every child
 a leaf). This needs no example input and no traceable model: only the few lines between a convolution and its norm must
@@ -13,7 +16,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,10 +34,11 @@ _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class FoldablePair:
-    """Names of a convolution and of the BatchNorm that alone reads its output."""
+    """Names of a convolution and of the BatchNorm that alone reads its output, or that it alone reads."""
 
     conv: str
     norm: str
+    norm_first: bool = field(default=False, repr=False)
 
 
 class FoldedNorm(nn.Module):
@@ -51,7 +55,9 @@ class FoldedNorm(nn.Module):
 
 
 def fold_batchnorm(model: nn.Module) -> list[FoldablePair]:
-    """Fold every BatchNorm that directly follows a convolution, in place; the norm's running statistics are used.
+    """Fold every BatchNorm next to a convolution into it, in place; the norm's running statistics are used.
+
+    Norms after a convolution are folded, and norms before one that does not pad; frozen and synchronized ones too.
 
     A float checkpoint of the unfolded model still loads: its BatchNorms are folded on the way in.
 
@@ -74,7 +80,7 @@ def fold_batchnorm(model: nn.Module) -> list[FoldablePair]:
 
 
 def foldable_pairs(model: nn.Module) -> list[FoldablePair]:
-    """All pairs of a convolution and the BatchNorm that directly follows it, found by tracing."""
+    """All pairs of a convolution and a BatchNorm to fold into it, found by tracing."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -82,12 +88,15 @@ def foldable_pairs(model: nn.Module) -> list[FoldablePair]:
     pairs = []
     for prefix, parent in model.named_modules():
         if any(_is_norm(parent.get_submodule(_end_of(parent, name, 0))) for name, _ in parent.named_children()):
-            for conv, norm in _pairs_inside(parent):
-                modules = parent.get_submodule(conv), parent.get_submodule(norm)
+            for pair in _pairs_inside(parent):
+                modules = parent.get_submodule(pair.conv), parent.get_submodule(pair.norm)
                 alone = all(len(names[id(module)]) == 1 for module in modules)  # shared modules have other readers
                 if alone and _owns_its_parameters(modules[0], owners):
-                    pairs.append(FoldablePair(_join(prefix, conv), _join(prefix, norm)))
-    return pairs
+                    pairs.append(FoldablePair(_join(prefix, pair.conv), _join(prefix, pair.norm), pair.norm_first))
+    folded: dict[str, FoldablePair] = {}
+    for pair in sorted(dict.fromkeys(pairs), key=lambda pair: pair.norm_first):  # after a convolution before before one
+        folded.setdefault(pair.norm, pair)
+    return [pair for pair in dict.fromkeys(pairs) if folded[pair.norm] == pair]
 
 
 def _owns_its_parameters(conv: nn.Module, owners: Counter[int]) -> bool:
@@ -102,7 +111,7 @@ def fold_pair(model: nn.Module, pair: FoldablePair) -> bool:
     conv: Any = model.get_submodule(pair.conv)
     norm: Any = model.get_submodule(pair.norm)
     with torch.no_grad():
-        folded = _folded(conv.weight, conv.bias, norm, ChannelLayout.of(conv, conv.weight))
+        folded = _folded(conv.weight, conv.bias, norm, conv, pair.norm_first)
         if type(conv) not in _CONVS and not _same(conv, norm, *folded):
             return False
         conv.weight.copy_(folded[0])
@@ -113,19 +122,30 @@ def fold_pair(model: nn.Module, pair: FoldablePair) -> bool:
     left = FoldedNorm(norm.drop, norm.act) if _has_act(norm) else nn.Identity()
     parent, _, child = pair.norm.rpartition(".")
     setattr(model.get_submodule(parent), child, left.train(norm.training))
-    _remember(model, pair, norm.eps)
+    _remember(model, pair, float(norm.eps))
     return True
 
 
-def _folded(weight: Tensor, bias: Tensor | None, norm: Any, layout: ChannelLayout) -> tuple[Tensor, Tensor]:
+def _folded(weight: Tensor, bias: Tensor | None, norm: Any, conv: Any, norm_first: bool) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution with its norm; computed in float64."""
     gain = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
         gain = gain * norm.weight.double()
-    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
-    shift = shift * gain if norm.bias is None else shift * gain + norm.bias.double()
-    scaled = layout.join(layout.split(weight.double()) * layout.spread(gain, weight))
-    return scaled.to(weight.dtype), shift.to(weight.dtype)
+    shift = -norm.running_mean.double() * gain
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    wide = weight.double()
+    if norm_first:
+        per_group = (conv.groups, 1, -1, *[1] * (weight.ndim - 2))
+        grouped = wide.unflatten(0, (conv.groups, -1))
+        scaled = (grouped * gain.view(per_group)).flatten(0, 1)
+        added = (grouped * shift.view(per_group)).flatten(0, 1).flatten(1).sum(1)
+        total = added if bias is None else added + bias.double()
+    else:
+        layout = ChannelLayout.of(conv, weight)
+        scaled = layout.join(layout.split(wide) * layout.spread(gain, weight))
+        total = shift if bias is None else bias.double() * gain + shift
+    return scaled.to(weight.dtype), total.to(weight.dtype)
 
 
 def _same(conv: Any, norm: Any, weight: Tensor, bias: Tensor) -> bool:
@@ -157,7 +177,7 @@ class _ChildrenAreLeaves(fx.Tracer):
         return True
 
 
-def _pairs_inside(parent: nn.Module) -> Iterator[tuple[str, str]]:
+def _pairs_inside(parent: nn.Module) -> Iterator[FoldablePair]:
     """Names, below `parent`, of convolutions and norms that follow each other in its forward."""
     attributes = dict(parent.__dict__)
     parameters = inspect.signature(parent.forward).parameters.values()
@@ -177,11 +197,14 @@ def _pairs_inside(parent: nn.Module) -> Iterator[tuple[str, str]]:
         if before.op != "call_module" or len(before.users) != 1:
             continue
         once = calls[before.target] == calls[node.target] == 1
-        conv, norm = _end_of(parent, str(before.target), -1), _end_of(parent, str(node.target), 0)
-        if not once or {conv, norm} & read:
+        earlier, later = _end_of(parent, str(before.target), -1), _end_of(parent, str(node.target), 0)
+        if not once or {earlier, later} & read:
             continue
-        if isinstance(parent.get_submodule(conv), _CONVS) and _is_norm(parent.get_submodule(norm)):
-            yield conv, norm
+        first, second = parent.get_submodule(earlier), parent.get_submodule(later)
+        if isinstance(first, _CONVS) and _is_norm(second):
+            yield FoldablePair(earlier, later)
+        elif _is_norm(first) and not _has_act(first) and _does_not_pad(second):
+            yield FoldablePair(later, earlier, norm_first=True)
 
 
 def _end_of(parent: nn.Module, name: str, index: int) -> str:
@@ -194,15 +217,24 @@ def _end_of(parent: nn.Module, name: str, index: int) -> str:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A BatchNorm with running statistics whose forward is torch's, or timm's with an activation behind."""
-    if not isinstance(module, _NORMS) or module.running_mean is None or module.running_var is None:
+    """A BatchNorm with running statistics: torch's own, a frozen one, or timm's with an activation behind."""
+    frozen = type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+    if not (frozen or isinstance(module, _NORMS)) or module.running_mean is None or module.running_var is None:
         return False
-    return type(module) in _NORMS or _has_act(module)
+    return frozen or type(module) in _NORMS or _has_act(module)
 
 
 def _has_act(norm: nn.Module) -> bool:
     names = {cls.__name__ for cls in type(norm).__mro__}
-    return bool(names & {"BatchNormAct2d", "SyncBatchNormAct"}) and hasattr(norm, "drop") and hasattr(norm, "act")
+    known = {"BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"}
+    return bool(names & known) and hasattr(norm, "drop") and hasattr(norm, "act")
+
+
+def _does_not_pad(module: nn.Module) -> bool:
+    """A plain convolution that adds no zeros around what it reads."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module) not in _CONVS:
+        return False
+    return module.padding == "valid" or (module.padding != "same" and not any(map(int, module.padding)))
 
 
 # --- float checkpoints of the unfolded model ----------------------------------------------------------------------
@@ -213,23 +245,23 @@ def _remember(model: nn.Module, pair: FoldablePair, eps: float) -> None:
     inside = os.path.commonprefix([pair.conv.split("."), pair.norm.split(".")])
     parent = model.get_submodule(".".join(inside))
     conv, norm = (".".join(name.split(".")[len(inside) :]) for name in (pair.conv, pair.norm))
-    folds: dict[tuple[str, str], float] = parent.__dict__.setdefault("_folded_norms", {})
+    folds: dict[FoldablePair, float] = parent.__dict__.setdefault("_folded_norms", {})
     if not folds:
         parent.register_load_state_dict_pre_hook(_fold_checkpoint)
-    folds[conv, norm] = eps
+    folds[FoldablePair(conv, norm, pair.norm_first)] = eps
 
 
 def _fold_checkpoint(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load-state-dict hook: fold the BatchNorms that a checkpoint still has and `parent` has folded."""
-    for (conv_name, norm_name), eps in parent.__dict__.get("_folded_norms", {}).items():
-        conv, norm = f"{prefix}{conv_name}.", f"{prefix}{norm_name}."
+    for pair, eps in parent.__dict__.get("_folded_norms", {}).items():
+        conv, norm = f"{prefix}{pair.conv}.", f"{prefix}{pair.norm}."
         if f"{norm}running_var" not in state_dict or f"{conv}weight" not in state_dict:
             continue
         stored = SimpleNamespace(eps=eps, **{part: state_dict.pop(norm + part, None) for part in _NORM_STATE})
         state_dict.pop(f"{norm}num_batches_tracked", None)
         weight, bias = state_dict[f"{conv}weight"], state_dict.get(f"{conv}bias")
-        layout = ChannelLayout.of(parent.get_submodule(conv_name), weight)
-        state_dict[f"{conv}weight"], state_dict[f"{conv}bias"] = _folded(weight, bias, stored, layout)
+        module = parent.get_submodule(pair.conv)
+        state_dict[f"{conv}weight"], state_dict[f"{conv}bias"] = _folded(weight, bias, stored, module, pair.norm_first)
 
 
 def _join(prefix: str, name: str) -> str:

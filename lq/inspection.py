@@ -18,7 +18,7 @@ from lq.cost import batch_size
 from lq.errors import StateError
 from lq.interception import activation_key, weight_key
 from lq.sites import Site, is_attached
-from lq.structure import FloatTensor, Operation, Structure
+from lq.structure import CONSTANT, FloatTensor, Operation, Structure
 from lq.tracing import CallEvent, Trace, Value, trace
 
 
@@ -71,6 +71,7 @@ class _Builder:
         self.read: dict[str, list[Value]] = {}
         self.operations: dict[str, Operation] = {}
         self.covered: set[str] = set()
+        self.constant: set[str] = set()
 
     def structure(self) -> Structure:
         for event in self.trace.calls:
@@ -89,7 +90,8 @@ class _Builder:
             )
             return
         if not any(value.varies for value in event.operands.values()) and event.kind != "embedding":
-            self._count(_join(event.module, event.name), event.kind, (), event, "of parameters alone")
+            self._count(_join(event.module, event.name), event.kind, (), event, CONSTANT)
+            self.constant |= {value.parameter for value in event.operands.values() if value.parameter}
             return
         layer = self._own_layer(event)
         names, reasons = [], []
@@ -254,6 +256,8 @@ class _Builder:
 
     def _reason(self, name: str) -> str:
         uses = self.trace.uses.get(name, set())
+        if name in self.constant:
+            return "makes a constant"
         for functions, reason in _REASONS:
             if uses and uses <= functions:
                 return reason

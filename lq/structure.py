@@ -12,6 +12,9 @@ from lq.errors import DataError
 from lq.sites import Site
 from lq.tables import Table, amount
 
+#: Reason of an operation that does not depend on the input: its result is a constant, to be computed once.
+CONSTANT = "of parameters alone"
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -61,8 +64,8 @@ class Structure:
 
     @property
     def macs(self) -> float:
-        """Multiply-accumulates per sample of all operations."""
-        return sum(operation.macs for operation in self.operations)
+        """Multiply-accumulates per sample, of all operations that depend on the input."""
+        return sum(operation.macs for operation in self.operations if operation.reason != CONSTANT)
 
     @property
     def share(self) -> float:
@@ -134,7 +137,7 @@ class Structure:
                     ", ".join("x".join(map(str, part.shape)) for part in weight) or "-",
                     operation.reason or ", ".join(_describe(part) for part in others) or "-",
                     amount(operation.macs, ""),
-                    f"{100 * operation.macs / max(self.macs, 1):.1f} %",
+                    "-" if operation.reason == CONSTANT else f"{100 * operation.macs / max(self.macs, 1):.1f} %",
                 )
             )
         skips = [s.name for s in self.sites if s.role == "skip"]

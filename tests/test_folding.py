@@ -1,7 +1,11 @@
 """BatchNorm folding: exact where it folds, and left alone where it would not be."""
 
+import copy
+
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 from torch.nn.utils import prune
 
@@ -277,3 +281,63 @@ def test_folded_networks_train():
     model.train()(torch.randn(2, 1, 6, 6)).sum().backward()
     assert model[0].bias.requires_grad
     assert model[0].bias.grad.abs().sum() > 0
+
+
+# --- norms before a convolution, frozen norms -------------------------------------------------------------------
+
+
+def statistics(norm):
+    """Give a norm statistics and parameters that matter."""
+    generator = torch.Generator().manual_seed(3)
+    for tensor, low in ((norm.running_mean, -1.0), (norm.running_var, 0.5), (norm.weight, 0.5), (norm.bias, -1.0)):
+        tensor.data.copy_(low + torch.rand(tensor.shape, generator=generator))
+    return norm
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_norm_before_a_convolution_that_does_not_pad(bias, groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ReLU(), statistics(nn.BatchNorm2d(4)), nn.Conv2d(4, 6, 3, bias=bias, groups=groups)).eval()
+    unfolded, x = copy.deepcopy(model), torch.randn(2, 4, 8, 8)
+    expected = model(x)
+    assert lq.fold_batchnorm(model) == [FoldablePair("2", "1", norm_first=True)]
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.load_state_dict(unfolded.state_dict())  # is folded on the way in
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_before_zero_padding_stays():
+    model = nn.Sequential(nn.ReLU(), statistics(nn.BatchNorm2d(4)), nn.Conv2d(4, 6, 3, padding=1)).eval()
+    assert lq.fold_batchnorm(model) == []
+
+
+def test_a_norm_between_two_convolutions_goes_into_the_first():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), statistics(nn.BatchNorm2d(4)), nn.Conv2d(4, 6, 1)).eval()
+    assert lq.fold_batchnorm(model) == [FoldablePair("0", "1")]
+
+
+def test_frozen_norms():
+    norm = torchvision.ops.FrozenBatchNorm2d(6)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), statistics(norm)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    assert lq.fold_batchnorm(model) == [FoldablePair("0", "1")]
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_timm_norms():
+    from timm.layers import freeze_batch_norm_2d
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet").eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            statistics(norm)
+    x = torch.randn(2, 3, 64, 64)
+    freeze_batch_norm_2d(model)
+    expected = model(x)
+    assert len(lq.fold_batchnorm(model)) > 5
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
