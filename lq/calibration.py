@@ -18,6 +18,7 @@ from lq.errors import DataError, NoEffectWarning
 from lq.histogram import Reduce
 from lq.sites import (
     activation_quantizers,
+    calls,
     float_weight,
     input_quantizer,
     quantized_layers,
@@ -174,3 +175,6 @@ def _record_macs(model: nn.Module, batch: Any, forward: Forward | None) -> None:
         for quantizer in (weight_quantizer(module), input_quantizer(module)):
             if quantizer is not None:
                 quantizer.macs = macs.get(name)
+    for name, quantizers_of_call in calls(model).items():
+        for at_call in quantizers_of_call.values():
+            at_call.macs = macs.get(name)

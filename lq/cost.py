@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lq.interception import counted_calls
 from lq.sites import float_weight, quantized_layers
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -12,7 +13,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def count_macs(model: nn.Module, forward: Callable[[], Any], samples: int) -> dict[str, float]:
-    """MACs per sample of each quantized layer that is called as `forward` runs the model on `samples` samples."""
+    """MACs per sample of the quantized layers and calls that `forward` reaches; it runs the model on `samples` samples."""
     macs: dict[str, float] = {}
     handles = []
     for name, module in quantized_layers(model):
@@ -25,11 +26,12 @@ def count_macs(model: nn.Module, forward: Callable[[], Any], samples: int) -> di
 
         handles.append(module.register_forward_hook(count, with_kwargs=True))
     try:
-        forward()
+        with counted_calls(model) as calls:
+            forward()
     finally:
         for handle in handles:
             handle.remove()
-    return macs
+    return macs | {name: count / max(samples, 1) for name, count in calls.items()}
 
 
 def batch_size(batch: Any) -> int:

@@ -6,7 +6,8 @@ Calls in modules below do not count: every module below notes that it runs by a 
 code is read or changed, so that control flow is no obstacle; calls that are not reached keep their quantizers unused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,14 @@ class _Frame:
                     call.replace(slot, quantizer.at_call(operand, call.layout(slot)))
                 else:
                     call.replace(slot, quantizer(operand))
-        return function(*call.args, **call.kwargs)
+        result = function(*call.args, **call.kwargs)
+        self._note_work(prefix[:-1], lambda: call.macs(result))
+        return result
+
+    def _note_work(self, call: str, macs: Callable[[], float]) -> None:
+        if _WORK:
+            key = id(self.quantizers), call
+            _WORK[-1][key] = _WORK[-1].get(key, 0.0) + macs()
 
     def _attention(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         first = self.next("matmul", 2)
@@ -91,6 +99,11 @@ class _Frame:
             for slot, (product, side) in _ATTENTION_SLOTS.items()
             if (quantizer := self.quantizers.get(f"matmul_{first + product}_{side}")) is not None
         }
+        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        query, key, value = given["query"], given["key"], given["value"]
+        scores = float(query.numel() // query.shape[-1] * key.shape[-2])
+        self._note_work(f"matmul_{first}", lambda: scores * query.shape[-1])
+        self._note_work(f"matmul_{first + 1}", lambda: scores * value.shape[-1])
         if not found:
             return function(*args, **kwargs)  # type: ignore[no-any-return]
         return attention(
@@ -111,6 +124,7 @@ class _Interception(TorchFunctionMode):
 
 _OTHERS = {*RESULTS, ATTENTION, MULTI_HEAD}
 _FRAMES: list[_Frame] = []
+_WORK: list[dict[tuple[int, str], float]] = []
 _MODE = _Interception()
 
 
@@ -126,6 +140,21 @@ def quantized_forward(module: nn.Module, original: Callable[..., Any] | None, *a
             return forward(*args, **kwargs)
     finally:
         _FRAMES.pop()
+
+
+@contextmanager
+def counted_calls(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Multiply-accumulates of the calls that have quantizers, by module and call; filled when the context ends."""
+    macs: dict[str, float] = {}
+    _WORK.append({})
+    try:
+        yield macs
+    finally:
+        counted = _WORK.pop()
+        names = {id(m._modules[CALLS]._modules): n for n, m in model.named_modules() if call_quantizers(m)}
+        for (key, call), count in counted.items():
+            if key in names:
+                macs[f"{names[key]}.{call}".lstrip(".")] = count
 
 
 def call_quantizers(module: nn.Module) -> dict[str, nn.Module]:

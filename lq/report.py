@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lq.calibration import Forward, eval_mode, run
 from lq.cost import batch_size, count_macs
 from lq.quantizer import Quantizer
-from lq.sites import float_weight, input_quantizer, quantized_layers, require_attached, weight_quantizer
+from lq.sites import calls, float_weight, input_quantizer, quantized_layers, require_attached, weight_quantizer
 from lq.tables import Table, amount
 
 FLOAT_BITS = 32
@@ -23,9 +23,10 @@ class LayerSummary:
         name: name of the layer in the model.
         kind: its class, such as "Conv2d".
         shape: shape of its weight.
-        weight_bits: widths of the weight, ascending (several if channels differ); empty: float.
+        weight_bits: widths of the weight, ascending (several if channels differ), or of the right operand of a product
+            of activations; empty: float.
         average_bits: mean width over the values of the weight.
-        input_bits: width of its input; None: float.
+        input_bits: width of its input, or of the left operand; None: float.
         bytes: size as stored: packed codes, steps, zero points and bias.
         macs: multiply-accumulates per sample; None if no batch was run.
         bitops: ``macs * weight bits * input bits``.
@@ -133,6 +134,10 @@ def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = 
     for name, module in quantized_layers(model):
         macs = _noted_macs(module) if counted is None else counted.get(name)
         layers.append(_summarize(name, module, macs))
+    for name, operands in calls(model).items():
+        if set(operands) != {"output"}:
+            macs = next(iter(operands.values())).macs if counted is None else counted.get(name)
+            layers.append(_summarize_call(name, operands, macs))
     quantized = {id(t) for _, module in quantized_layers(model) for t in _own_tensors(module)}
     quantizer_state = {
         id(t) for q in model.modules() if isinstance(q, Quantizer) for t in q.state_dict(keep_vars=True).values()
@@ -176,6 +181,25 @@ def _summarize(name: str, module: nn.Module, macs: float | None) -> LayerSummary
         average_bits=average,
         input_bits=input_bits,
         bytes=stored,
+        macs=macs,
+        bitops=None if macs is None else macs * average * (FLOAT_BITS if input_bits is None else input_bits),
+    )
+
+
+def _summarize_call(name: str, operands: dict[str, Quantizer], macs: float | None) -> LayerSummary:
+    """A call: its weight, if it has one, stays stored in float and counts with the rest of the model."""
+    second = [q for operand, q in operands.items() if "weight" in operand or operand == "right"]
+    first = [q for operand, q in operands.items() if operand in ("input", "left")]
+    average = float(second[0].bits.mean()) if second else float(FLOAT_BITS)
+    input_bits = int(first[0].bits) if first and first[0].bits.ndim == 0 else None
+    return LayerSummary(
+        name=name,
+        kind=name.rpartition(".")[2].rpartition("_")[0],
+        shape=(),
+        weight_bits=tuple(sorted({int(b) for q in second for b in q.bits.flatten().tolist()})),
+        average_bits=average,
+        input_bits=input_bits,
+        bytes=sum(2 * _bytes(q.log2_step) for q in operands.values()),
         macs=macs,
         bitops=None if macs is None else macs * average * (FLOAT_BITS if input_bits is None else input_bits),
     )

@@ -138,6 +138,19 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {q.name: q for q in quantizers(model) if isinstance(q, ActivationQuantizer)}
 
 
+def calls(model: nn.Module) -> dict[str, dict[str, Quantizer]]:
+    """Calls with quantizers by name of module and call, and their quantizers by operand."""
+    found: dict[str, dict[str, Quantizer]] = {}
+    for name, module in model.named_modules():
+        for place, quantizer in call_quantizers(module).items():
+            site = Site(name, place, "activation")
+            operand = site.name[len(site.layer) + 1 :]
+            one = quantizer.owner if isinstance(quantizer, SharedQuantizer) else quantizer
+            if isinstance(one, Quantizer):
+                found.setdefault(site.layer, {})[operand] = one
+    return found
+
+
 def weights_at_calls(model: nn.Module) -> Iterator[WeightQuantizer]:
     """Quantizers of weights that are quantized where a function uses them."""
     for module in model.modules():

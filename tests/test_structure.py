@@ -409,3 +409,49 @@ def test_errors():
     lq.attach(model, 8, structure=structure)
     with pytest.raises(StateError, match=r"lq.inspect looks at models without quantizers"):
         lq.inspect(model, x)
+
+
+def test_summary_counts_the_products():
+    model, x = example("block")
+    structure = lq.inspect(model, x)
+    lq.calibrate(lq.attach(model, 4, 8, structure=structure, first_last=None), [x])
+    rows = {layer.name: layer for layer in lq.summary(model).layers}
+    found = {operation.name: operation.macs for operation in structure.operations}
+    assert {name: rows[name].macs for name in found} == found
+    assert rows["attn.matmul_0"].bitops == found["attn.matmul_0"] * 8 * 8
+    assert rows["mlp.0"].bitops == found["mlp.0"] * 4 * 8
+    again = {layer.name: layer.macs for layer in lq.summary(model, x).layers}
+    assert {name: again[name] for name in found} == found
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter about itself
+@pytest.mark.parametrize("fused", [True, False])
+def test_onnx_gives_the_same_numbers(fused, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, x = Block(fused=fused).eval(), tokens()
+    lq.calibrate(lq.attach(model, 8, 8, structure=lq.inspect(model, x)), [x])
+    torch.onnx.export(model, (x,), tmp_path / "block.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(str(tmp_path / "block.onnx"))
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        expected = model(x)
+    assert (torch.from_numpy(got) - expected).norm() / expected.norm() < 1e-2  # a tie may be rounded otherwise
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own look
+def test_compiled_model_gives_the_same_numbers():
+    model, x = example("block")
+    lq.calibrate(lq.attach(model, 8, 8, structure=lq.inspect(model, x)), [x])
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_an_error_inside_a_forward_leaves_nothing_behind():
+    model, x = example("block")
+    lq.calibrate(lq.attach(model, 8, 8, structure=lq.inspect(model, x)), [x])
+    expected = model(x)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 3))
+    assert torch.equal(model(x), expected)
+    assert torch.overrides._get_current_function_mode_stack() == []
