@@ -13,7 +13,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def count_macs(model: nn.Module, forward: Callable[[], Any], samples: int) -> dict[str, float]:
-    """MACs per sample of the quantized layers and calls that `forward` reaches; it runs the model on `samples` samples."""
+    """MACs per sample of the quantized layers and calls that `forward`, a run on `samples` samples, reaches."""
     macs: dict[str, float] = {}
     handles = []
     for name, module in quantized_layers(model):

@@ -5,7 +5,8 @@ activations, attention included), calibrate, forward (SQNR to the float model), 
 fresh model (bit-identical), torch.export (same output) and detach (bit-identical weights and output).
 
     python examples/benchmarks/timm_coverage.py                   # all families; finished ones are not run again
-    python examples/benchmarks/timm_coverage.py --part 0 --of 5   # every fifth, starting with the first
+    python examples/benchmarks/timm_coverage.py --part 0 --of 5 --out part.json --compare examples/benchmarks/timm_coverage.json
+                                                                  # a fifth, as CI runs it
 
 Results go to ``examples/benchmarks/timm_coverage.json``, the table to ``timm_coverage.md`` beside it.
 """
@@ -69,6 +70,9 @@ def build(name: str, seed: int) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(seed)
         try:
             model = timm.create_model(name, **options).eval()
+            for parameter in model.parameters():
+                if parameter.ndim > 1 and not parameter.any():  # heads that start at zero leave nothing to measure
+                    nn.init.trunc_normal_(parameter, std=0.02)
             images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
                 model(images)
@@ -223,6 +227,7 @@ def main() -> None:
     parser.add_argument("--of", type=int, default=1, help="number of parts")
     parser.add_argument("--only", nargs="*", help="families to run (again)")
     parser.add_argument("--out", type=Path, default=HERE / "timm_coverage.json")
+    parser.add_argument("--compare", type=Path, help="results that must be reached again; exit with 1 if they are not")
     parser.add_argument("--seconds", type=int, default=180, help="limit per family")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -246,6 +251,16 @@ def main() -> None:
         )
         options.out.write_text(json.dumps(results, indent=1, sort_keys=True))
     options.out.with_suffix(".md").write_text(table(results))
+    if options.compare:
+        earlier = json.loads(options.compare.read_text())
+        worse = {
+            family: sorted(set(earlier[family]["passed"]) - set(found["passed"]))
+            for family, found in results.items()
+            if family in earlier and set(earlier[family]["passed"]) - set(found["passed"])
+        }
+        if worse:
+            raise SystemExit(f"steps that passed before and do not now: {worse}")
+        print(f"{len(results)} families pass every step they passed before.")
 
 
 if __name__ == "__main__":
