@@ -50,7 +50,8 @@ def inspect(model: nn.Module, example: Any, *, forward: Forward | None = None) -
         raise StateError(
             "lq.inspect looks at models without quantizers: lq.detach(model) first, or inspect before attach"
         )
-    with eval_mode(model), torch.no_grad():
+    # Compiled parts run as they are written: inside a compiled program there is nothing to see.
+    with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         seen = trace(model, lambda: run(model, example, forward), example)
     return _Builder(model, seen, batch_size(example)).structure()
 
@@ -130,7 +131,7 @@ class _Builder:
 
     def _operand(self, event: CallEvent, slot: str, value: Value, layer: bool) -> tuple[Site | None, str]:
         module, prefix = event.module or "", event.name + "_"
-        if not value.varies and (value.shape and slot != "input"):
+        if not value.varies and slot != "input":
             if slot == "weight" and event.kind in _KEEPING_ROWS and self._plain(event):
                 owners = self._weight_owners(value)
                 if value.parameter is not None:

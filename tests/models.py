@@ -1,5 +1,6 @@
 """Small models of the kinds that quantization has to cope with."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,3 +128,46 @@ class Loop(nn.Module):
         for _ in range(int(x.abs().max() * 0) + 3):
             x = torch.relu(self.again(x))
         return self.positive(x) if x.sum() >= 0 else self.negative(x)
+
+
+def made(model, seed=0):
+    torch.manual_seed(seed)
+    return model().eval() if isinstance(model, type) else model.eval()
+
+
+def tokens(seed=1):
+    return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def images(size=8, seed=1):
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+EXAMPLES = {
+    "block": (Block, tokens()),
+    "unfused block": (lambda: Block(fused=False, bias=True, norm=True), tokens()),
+    "residual": (Residual, images()),
+    "odd weights": (OddWeights, images()),
+    "u-net": (UNet, images()),
+    "text": (Text, torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(1))),
+    "control flow": (Loop, torch.randn(3, 6, generator=torch.Generator().manual_seed(1))),
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 1, None, False),
+        tokens(),
+    ),
+}
+every_model = pytest.mark.parametrize("kind", EXAMPLES)
+
+
+def example(kind):
+    make, x = EXAMPLES[kind]
+    torch.manual_seed(0)
+    return make().eval(), x
+
+
+def names(structure, role):
+    return [site.name for site in structure.sites if site.role == role]
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}

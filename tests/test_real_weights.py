@@ -44,7 +44,7 @@ def top1(net: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def losses(name: str, runs: list[tuple[int, int, bool]]) -> list[float]:
-    """Points of top-1 lost at each width of weights, of activations (attention included), with or without skip paths."""
+    """Points of top-1 lost at widths of weights and activations (attention included), with or without skip paths."""
     net, calibration, test = load(name)
     before = top1(net, test)
     lost = []

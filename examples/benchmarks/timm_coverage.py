@@ -1,12 +1,12 @@
-"""Every architecture family of timm through lq, at random weights: what works, and the cause of what does not.
+r"""Every architecture family of timm through lq, at random weights: what works, and the cause of what does not.
 
 One small variant of each family (a module of ``timm.models``) goes through inspect, fold, attach (8-bit weights and
 activations, attention included), calibrate, forward (SQNR to the float model), backward, a state-dict round trip into a
 fresh model (bit-identical), torch.export (same output) and detach (bit-identical weights and output).
 
     python examples/benchmarks/timm_coverage.py                   # all families; finished ones are not run again
-    python examples/benchmarks/timm_coverage.py --part 0 --of 5 --out part.json --compare examples/benchmarks/timm_coverage.json
-                                                                  # a fifth, as CI runs it
+    python examples/benchmarks/timm_coverage.py --part 0 --of 5 --out part.json \
+        --compare examples/benchmarks/timm_coverage.json          # a fifth, as CI runs it
 
 Results go to ``examples/benchmarks/timm_coverage.json``, the table to ``timm_coverage.md`` beside it.
 """
@@ -70,9 +70,7 @@ def build(name: str, seed: int) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(seed)
         try:
             model = timm.create_model(name, **options).eval()
-            for parameter in model.parameters():
-                if parameter.ndim > 1 and not parameter.any():  # heads that start at zero leave nothing to measure
-                    nn.init.trunc_normal_(parameter, std=0.02)
+            randomize(model)
             images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
                 model(images)
@@ -80,6 +78,19 @@ def build(name: str, seed: int) -> tuple[nn.Module, Tensor]:
             continue
         return model, images
     raise RuntimeError(f"{name} could not be built")
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Give heads that start at zero and norms that start as the identity values that leave something to measure."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.trunc_normal_(parameter, std=0.02)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            for tensor, middle in ((module.running_mean, 0.0), (module.running_var, 1.0), (module.weight, 1.0)):
+                if tensor is not None:
+                    tensor.copy_(middle + 0.2 * torch.rand_like(tensor) - 0.1)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -150,6 +161,7 @@ def check(name: str, export: bool = True) -> dict[str, Any]:
 
     def round_trip() -> None:
         loaded = lq.load(copy.deepcopy(model.state_dict()), build(name, 1)[0])
+        loaded.train().eval()  # some models keep what they compute from their weights while they stay in eval mode
         with torch.no_grad():
             if not torch.equal(first_tensor(loaded(images)), output):
                 raise ValueError("the loaded model gives another output")
