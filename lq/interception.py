@@ -99,13 +99,14 @@ class _Frame:
             for slot, (product, side) in _ATTENTION_SLOTS.items()
             if (quantizer := self.quantizers.get(f"matmul_{first + product}_{side}")) is not None
         }
-        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-        query, key, value = given["query"], given["key"], given["value"]
-        scores = float(query.numel() // query.shape[-1] * key.shape[-2])
-        self._note_work(f"matmul_{first}", lambda: scores * query.shape[-1])
-        self._note_work(f"matmul_{first + 1}", lambda: scores * value.shape[-1])
         if not found:
             return function(*args, **kwargs)  # type: ignore[no-any-return]
+        if _WORK:
+            given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+            query, key, value = given["query"], given["key"], given["value"]
+            scores = float(query.numel() // query.shape[-1] * key.shape[-2])
+            self._note_work(f"matmul_{first}", lambda: scores * query.shape[-1])
+            self._note_work(f"matmul_{first + 1}", lambda: scores * value.shape[-1])
         return attention(
             lambda slot, x: found[slot](x) if slot in found else x, "probabilities" not in found, *args, **kwargs
         )

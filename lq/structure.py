@@ -120,7 +120,10 @@ class Structure:
     @classmethod
     def from_json(cls, text: str) -> "Structure":
         """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise DataError(f"not a saved structure: {error}; write structure.to_json() to the file") from error
 
     def table(self) -> Table:
         """The operations and what stays in float, ready to be shown."""

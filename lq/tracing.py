@@ -173,16 +173,15 @@ class _Recorder(TorchFunctionMode):
                 return multi_head_attention(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         values = [self.value(t) for t in given]
-        whole = {id(t) for t in given if isinstance(t, nn.Parameter)}
-        versions = [t._version for t in given if not t.is_inference()]
+        versions = [None if t.is_inference() else t._version for t in given]
         result = func(*args, **kwargs)
         if name in _QUERIES and not isinstance(result, Tensor):
             return result
-        changed = [not t.is_inference() and t._version != v for t, v in zip(given, versions, strict=False)]
+        changed = [v is not None and t._version != v for t, v in zip(given, versions, strict=True)]
         self._note_uses(name, args, kwargs, given, values)
         made = self._results(name, args, kwargs, given, values, result, changed)
         if name in FUNCTIONS:
-            self._product(name, args, kwargs, whole, result, made)
+            self._product(name, args, kwargs, result, made)
         elif name == ATTENTION:
             self._attention(given, values, result, made)
         elif name in RESULTS and isinstance(result, Tensor) and result.is_floating_point():
@@ -244,11 +243,11 @@ class _Recorder(TorchFunctionMode):
             first = Value(-1, (), origin)
         return first
 
-    def _product(self, name: str, args: Any, kwargs: Any, whole: set[int], result: Any, made: Value) -> None:
+    def _product(self, name: str, args: Any, kwargs: Any, result: Any, made: Value) -> None:
         call = Call.of(name, args, kwargs)
         slots = {slot: t for slot in call.places if isinstance(t := call.operand(slot), Tensor)}
         event = self._add_event(call.kind, name, {s: self.value(t) for s, t in slots.items()}, made, call.macs(result))
-        event.whole = {s: id(t) in whole or isinstance(t, nn.Parameter) for s, t in slots.items()}
+        event.whole = {s: isinstance(t, nn.Parameter) for s, t in slots.items()}
         event.layouts = {s: call.layout(s) for s, t in slots.items() if s != "input" and t.ndim > 1}
 
     def _attention(self, given: list[Tensor], values: list[Value], result: Tensor, made: Value) -> None:

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lq
 from lq.sites import quantizers
 from tests.models import (
+    EXAMPLES,
     Block,
     every_model,
     example,
@@ -29,10 +30,10 @@ class Spy(TorchDispatchMode):
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm._flat_weights")  # of any LSTM
-@every_model
+@pytest.mark.parametrize(
+    "kind", sorted(EXAMPLES.keys() - {"control flow"})
+)  # torch.export takes no control flow on data
 def test_exported_program_gives_the_same_numbers(kind):
-    if kind == "control flow":
-        pytest.skip("torch.export does not take control flow on data")
     model, x = example(kind)
     lq.calibrate(lq.attach(model, 8, 8, structure=lq.inspect(model, x)), [x])
     with torch.no_grad():

@@ -38,10 +38,12 @@ def test_errors():
         lq.attach(model, 8, 8, skip=True)
     with pytest.raises(PatternError, match="exclude pattern 'atn' matches none"):
         lq.attach(model, 8, 8, structure=structure, exclude="atn")
-    with pytest.raises(StateError, match="the structure has a module 'norm1|attn"):
+    with pytest.raises(StateError, match="the structure has a module 'attn.q' that Linear does not have"):
         lq.attach(nn.Linear(2, 2), 8, 8, structure=structure)
     with pytest.raises(DataError, match="not a saved structure"):
         Structure.from_dict({"sites": []})
+    with pytest.raises(DataError, match=r"not a saved structure: .*; write structure.to_json\(\) to the file"):
+        Structure.from_json("{")
     with pytest.raises(DataError, match="did not take a batch of Tensor"):
         lq.inspect(model, torch.randn(2, 3))
     lq.attach(model, 8, structure=structure)
