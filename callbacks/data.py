@@ -7,7 +7,7 @@ stage.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -77,15 +77,17 @@ def first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
         return None if batch is None else module._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
 
 
-def forward_of(trainer: pl.Trainer, module: pl.LightningModule, forward: Forward | None) -> Forward:
-    """How to run a batch through `module`, at the Trainer's precision.
+def forward_of(
+    trainer: pl.Trainer, module: pl.LightningModule, forward: Forward | None, *, autocast: bool = True
+) -> Forward:
+    """How to run a batch through `module`, at the Trainer's precision or without its autocast.
 
     In this order: `forward`; the module's own ``calibration_step(batch)``; its ``forward`` on the batch, or on the
     batch's first part; the same on the part of it that holds all quantized layers, for modules without a ``forward``.
     """
 
     def call(model: nn.Module, batch: Any) -> Any:
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context() if autocast else nullcontext():
             if forward is not None:
                 return run(model, batch, forward)
             own = getattr(model, "calibration_step", None)

@@ -7,8 +7,12 @@ from lq.attach import attach as attach
 from lq.attach import detach as detach
 from lq.attach import set_bits as set_bits
 from lq.attach import set_estimator as set_estimator
+from lq.bit_allocation import Allocation as Allocation
+from lq.bit_allocation import allocate as allocate
+from lq.budget import Latency as Latency
 from lq.calibration import calibrate as calibrate
 from lq.checkpoint import load as load
+from lq.errors import BudgetError as BudgetError
 from lq.errors import DataError as DataError
 from lq.errors import LqError as LqError
 from lq.errors import NoEffectWarning as NoEffectWarning
@@ -21,6 +25,8 @@ from lq.inspection import inspect as inspect
 from lq.recipe import recipe as recipe
 from lq.recipe import recipe_names as recipe_names
 from lq.report import summary as summary
+from lq.sensitivity import Sensitivity as Sensitivity
+from lq.sensitivity import measure_sensitivity as measure_sensitivity
 from lq.spec import QuantSpec as QuantSpec
 from lq.structure import Structure as Structure
 

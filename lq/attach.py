@@ -33,6 +33,7 @@ from lq.sites import (
     OUTPUT,
     WEIGHT_STATE,
     Site,
+    activation_quantizers,
     float_weight,
     is_attached,
     quantizers,
@@ -274,15 +275,21 @@ def set_estimator(model: nn.Module, estimator: Estimator) -> None:
         quantizer.set_estimator(estimator)
 
 
-def set_bits(model: nn.Module, weights: Mapping[str, int | Sequence[int]]) -> None:
-    """Change the weight widths of layers and find the ranges of the new widths.
+def set_bits(
+    model: nn.Module, weights: Mapping[str, int | Sequence[int]], activations: Mapping[str, int] | None = None
+) -> None:
+    """Change widths and find the ranges of the new widths.
+
+    Activations get the range that fits the values `lq.calibrate` has seen; those of a model that was loaded, not
+    calibrated, keep the range they have.
 
     Args:
         model: a model with quantizers.
-        weights: width, or one width per output channel (0 prunes it), by name pattern.
+        weights: width, or one width per output channel (0 prunes it), by name pattern of layers.
+        activations: width, by name pattern of sites such as ``"layer1.0.conv1.input"``, or of modules around them.
 
     Raises:
-        PatternError: for a pattern that matches no layer with a quantized weight.
+        PatternError: for a pattern that matches no layer with a quantized weight, or no activation.
         SpecError: for a width that does not exist, or a wrong number of widths.
 
     >>> model = attach(nn.Sequential(nn.Linear(4, 3)), first_last=None)
@@ -306,6 +313,12 @@ def set_bits(model: nn.Module, weights: Mapping[str, int | Sequence[int]]) -> No
                 chosen.calibrate(weight)
             else:
                 chosen.forget_range()
+    sites = activation_quantizers(model)
+    for pattern, width in (activations or {}).items():
+        for name in select(pattern, sites, argument="set_bits"):
+            sites[name].set_bits(width)
+            if sites[name].seen is not None:
+                sites[name].refit()
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -80,7 +80,7 @@ def calibrate(
                 seen += 1
         finally:
             for site in sites.values():
-                site.observer = None
+                site.tap = None
     if not seen:
         raise DataError("calibration got no batches: the loader is empty; give lq.calibrate at least one batch")
     unseen = []

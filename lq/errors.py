@@ -21,6 +21,10 @@ class DataError(LqError, ValueError):
     """The data cannot be used: no batches, NaN or Inf, a batch the model does not take."""
 
 
+class BudgetError(LqError, ValueError):
+    """No allocation meets the budgets; the message states what is feasible."""
+
+
 class RecipeError(LqError, ValueError):
     """A recipe does not exist, or has no callback that takes an override."""
 

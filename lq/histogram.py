@@ -51,6 +51,11 @@ class Histogram:
         """Number of values seen."""
         return 0 if self.counts is None else int(self.counts.sum())
 
+    def count(self, x: Tensor) -> Tensor:
+        """Add the values of `x` and return it."""
+        self.update(x)
+        return x
+
     def update(self, x: Tensor) -> None:
         """Add the values of `x`, of any shape.
 

@@ -10,6 +10,7 @@ The range that calibration finds becomes step and zero point (`Levels.fit`); tra
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lq.channels import ChannelLayout
 from lq.errors import SpecError, StateError
-from lq.functional import Bound, fake_quantize, step_size
+from lq.functional import Bound, fake_quantize, round_to_grid, step_size
 from lq.histogram import Histogram, raise_if_not_finite
 from lq.ranges import Levels, Samples, range_rule
 from lq.spec import QuantSpec, check_bits
@@ -50,6 +51,8 @@ class Quantizer(nn.Module):
         self.name = name
         self.estimator: Estimator = "ste"
         self.macs: float | None = None  # multiply-accumulates per sample of the layer, once a batch was run
+        #: Sees the tensor instead of it being rounded, and returns what flows on; None: round.
+        self.tap: Callable[[Tensor], Tensor] | None = None
         self.log2_step = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(shape))
         self.register_buffer("bits", _widths(spec.bits, shape, name))
@@ -99,11 +102,9 @@ class Quantizer(nn.Module):
         steps = "per tensor" if self.bits.ndim == 0 else f"{self.bits.numel()} channels"
         return f"bits={widths[0] if len(widths) == 1 else widths}, {steps}, calibrated={self._calibrated}"
 
-    def _set_range(self, samples: Samples, signed: bool, *, weights: bool) -> None:
-        """Pick the range of the samples by the spec's rule and turn it into step and zero point."""
+    def grid(self, samples: Samples, signed: bool, bits: Tensor, *, weights: bool) -> tuple[Tensor, Tensor]:
+        """Step and zero point that the spec's range rule finds for rows of `samples` at widths `bits`; (C,) each."""
         spec = self.spec or QuantSpec(8, symmetric=bool((self.zero_point == _middle(self.bits)).all()))
-        values = samples.values
-        bits = self.bits.reshape(-1).to(values.device)
         step = torch.empty_like(bits)
         zero_point = torch.empty_like(bits)
         low_bits = bits < 8
@@ -114,8 +115,14 @@ class Quantizer(nn.Module):
             if not rows.any():
                 continue
             levels = Levels(bits[rows], spec.symmetric, signed, spec.power_of_two)
-            chosen = samples if bool(rows.all()) else replace(samples, values=values[rows])
+            chosen = samples if bool(rows.all()) else replace(samples, values=samples.values[rows])
             step[rows], zero_point[rows] = levels.fit(*rule(chosen, levels))
+        return step, zero_point
+
+    def _set_range(self, samples: Samples, signed: bool, *, weights: bool) -> None:
+        """Pick the range of the samples by the spec's rule and turn it into step and zero point."""
+        bits = self.bits.reshape(-1).to(samples.values.device)
+        step, zero_point = self.grid(samples, signed, bits, weights=weights)
         with torch.no_grad():
             self.log2_step.copy_(torch.log2(step).view(self.log2_step.shape))
             self.zero_point.copy_(zero_point.view(self.zero_point.shape))
@@ -146,6 +153,10 @@ class Quantizer(nn.Module):
         return super()._apply(  # type: ignore[no-any-return]
             lambda t: t.to(device=fn(t).device) if t.is_floating_point() else fn(t), recurse
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies round."""
+        return {**self.__dict__, "tap": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -178,14 +189,30 @@ class WeightQuantizer(Quantizer):
             DataError: if the weight has NaN or Inf.
         """
         raise_if_not_finite(weight, self.name)
+        self._set_range(*self._samples(weight), weights=True)
+
+    @torch.no_grad()
+    def rounded_at(self, weight: Tensor, bits: int) -> Tensor:
+        """Return `weight` as it would be at another width with the range of that width; the state stays as it is."""
+        samples, signed = self._samples(weight)
+        widths = torch.full_like(samples.low, float(check_bits(bits)))
+        step, zero_point = self.grid(samples, signed, widths, weights=True)
+        low = -zero_point
+        parts = (step, low, torch.exp2(widths) - 1 + low, zero_point.frac())
+        step, *grid = (self.layout.spread(part.to(weight.dtype).view(self.bits.shape), weight) for part in parts)
+        return self.layout.join(round_to_grid(self.layout.split(weight), step, *grid))
+
+    def _samples(self, weight: Tensor) -> tuple[Samples, bool]:
+        """The values that share a step, by row, and whether they have both signs."""
         weight = weight.detach().float()
         values = self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
         asked = self.spec.signed if self.spec else True
-        signed = bool(values.min() < 0) if asked is None else asked
-        self._set_range(Samples(values), signed, weights=True)
+        return Samples(values), bool(values.min() < 0) if asked is None else asked
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` rounded to the grid; same shape and dtype."""
+        if self.tap is not None:
+            return self.tap(weight)
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._quantize(weight)
         key = _fingerprint(weight, self.log2_step, self.zero_point, self.bits)
@@ -196,6 +223,8 @@ class WeightQuantizer(Quantizer):
     def at_call(self, weight: Tensor, layout: ChannelLayout) -> Tensor:
         """Return the rounded weight of a functional call, which may be computed anew for each; find its range first."""
         self.layout = layout
+        if self.tap is not None:
+            return self.tap(weight)
         if not self._calibrated:
             self.calibrate(weight)
         return self._quantize(weight)
@@ -213,7 +242,7 @@ class WeightQuantizer(Quantizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies recompute the kept weight."""
-        return {**self.__dict__, "_kept": None}
+        return {**super().__getstate__(), "_kept": None}
 
     def _quantize(self, weight: Tensor) -> Tensor:
         self._check_finite(weight)
@@ -239,18 +268,45 @@ class ActivationQuantizer(Quantizer):
     def __init__(self, spec: QuantSpec, name: str = "activation", *, tokens: bool = False) -> None:
         super().__init__(spec, None, name)
         self.tokens = tokens
-        self.observer: Histogram | None = None
+        #: What calibration saw, kept so that another width needs no second pass over the data; not in checkpoints.
+        self.seen: Samples | None = None
 
     def observe(self) -> Histogram:
-        """Count values from now on, and let them pass, until ``observer`` is None again."""
-        self.observer = Histogram(self.name, tokens=self.tokens)
-        return self.observer
+        """Count values from now on, and let them pass, until ``tap`` is None again."""
+        histogram = Histogram(self.name, tokens=self.tokens)
+        self.tap = histogram.count
+        return histogram
 
     def calibrate(self, histogram: Histogram) -> None:
         """Find the range of the values in `histogram`."""
+        self.seen = histogram.samples()
+        self.refit()
+
+    def refit(self) -> None:
+        """Find the range anew, of the values that calibration saw.
+
+        Raises:
+            StateError: if it was not calibrated since it was made.
+        """
+        self._set_range(*self._samples(), weights=False)
+
+    @torch.no_grad()
+    def grids(self, bits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, lowest and highest level at each width, fitted to what calibration saw; shape (len(bits),) each."""
+        samples, signed = self._samples()
+        widths = torch.tensor([float(check_bits(b)) for b in bits], device=samples.values.device)
+        rows = replace(samples, values=samples.values.expand(len(widths), -1))
+        step, zero_point = self.grid(rows, signed, widths, weights=False)
+        return step, -zero_point, torch.exp2(widths) - 1 - zero_point
+
+    def _samples(self) -> tuple[Samples, bool]:
+        """The values seen, and whether they have both signs."""
+        if self.seen is None:
+            raise StateError(
+                f"{self.name} has no record of its values (a checkpoint has none); run lq.calibrate(model, batches)"
+            )
         asked = self.spec.signed if self.spec else None
-        signed = histogram.low < 0 if asked is None else asked
-        self._set_range(histogram.samples(), signed, weights=False)
+        return self.seen, bool(self.seen.low < 0) if asked is None else asked
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` rounded to the grid; same shape and dtype.
@@ -259,9 +315,8 @@ class ActivationQuantizer(Quantizer):
             StateError: if it has no range yet.
             DataError: if `x` has NaN or Inf.
         """
-        if self.observer is not None:
-            self.observer.update(x)
-            return x
+        if self.tap is not None:
+            return self.tap(x)
         if not self._calibrated:
             raise StateError(
                 f"{self.name} has no range yet: run lq.calibrate(model, batches) or load a quantized checkpoint"

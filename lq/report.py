@@ -13,6 +13,8 @@ from lq.sites import calls, float_weight, input_quantizer, quantized_layers, req
 from lq.tables import Table, amount
 
 FLOAT_BITS = 32
+#: Bits that say which of its widths a channel has, where the channels of a layer differ.
+WIDTH_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class LayerSummary:
             of activations; empty: float.
         average_bits: mean width over the values of the weight.
         input_bits: width of its input, or of the left operand; None: float.
-        bytes: size as stored: packed codes, steps, zero points and bias.
+        bytes: size as stored: packed codes, widths where channels differ, steps, zero points and bias.
         macs: multiply-accumulates per sample; None if no batch was run.
         bitops: ``macs * weight bits * input bits``.
     """
@@ -206,10 +208,12 @@ def _summarize_call(name: str, operands: dict[str, Quantizer], macs: float | Non
 
 
 def _code_bits(quantizer: Quantizer | None, count: int) -> int:
-    """Bits of the codes of a weight of `count` values."""
+    """Bits of the codes of a weight of `count` values, and of its channels' widths if these differ."""
     if quantizer is None:
         return 0
-    return int(quantizer.bits.double().sum()) * (count // max(quantizer.bits.numel(), 1))
+    widths = quantizer.bits
+    told = WIDTH_BITS * widths.numel() if widths.numel() > 1 and bool((widths != widths[0]).any()) else 0
+    return int(widths.double().sum()) * (count // max(widths.numel(), 1)) + told
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:

@@ -168,7 +168,7 @@ def test_errors(batches, message):
     with pytest.raises(DataError, match=message):
         lq.calibrate(model, batches)
     assert model.training
-    assert all(input_quantizer(m).observer is None for m in (model.first, model.second))
+    assert all(input_quantizer(m).tap is None for m in (model.first, model.second))
     assert_same_ranges(lq.calibrate(model, batches_of(8)), lq.calibrate(attached(), batches_of(8)))
 
 

@@ -2,7 +2,10 @@ r"""L_p: the range whose grid is nearest to the values, ``argmin sum_i w_i * |Q(
 
 The rule of BRECQ and QDrop with p = 2.4; p = 2 is the mean squared error. Candidates are shrinks of the min-max range.
 The published codes walk over channels and candidates in Python; here all channels go through each candidate at once,
-and two-sided ranges with a zero point are searched one end at a time (high, low, high, low) instead of on a plane.
+two-sided ranges with a zero point are searched one end at a time (high, low, high, low) instead of on a plane, and
+every seventh candidate is tried before the neighbours of the best: a quarter of the work. On the weights of ResNet-20,
+EfficientNet-Lite0 and ViT-Tiny at 1 to 6 bits it misses the best candidate for 1 channel in 100, which costs those a
+few percent of their error (at 4 bits, where it is most often; 0.02 % on average).
 
 What deviates, for activations: an error counts relative to the size of its row, ``w = (max(rms, median rms)) ** -p``
 with the root mean square of the token (or sample) the value comes from. A few huge tokens, as vision transformers have
@@ -10,14 +13,18 @@ them, would otherwise set the range of all others. On the ViT-Tiny, ResNet-20 an
 on it is never clearly worse and often much better: at W8A8 the KL to the float ViT-Tiny falls from 0.14 to 0.03.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lq.errors import SpecError
 from lq.ranges.rule import Levels, Samples
+
+# Values that are worked on at a time: they should stay in a cache.
+_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,22 @@ class Lp:
     def __call__(self, samples: Samples, levels: Levels) -> tuple[Tensor, Tensor]:
         """Return the best range of each row, shape (C,) each."""
         values, weights = samples.values, self._weights(samples)
-        low, high = samples.low.clamp(max=0), samples.high.clamp(min=0)
-        buffer = torch.empty_like(values)
+        if weights is not None:  # a value is counted once for each octave of sizes: add these up
+            distinct, index = values[0].unique(return_inverse=True)
+            weights = torch.zeros_like(distinct).index_add_(0, index, weights)
+            values = distinct.expand(len(values), -1)
+        rows = max(1, _BLOCK // max(values.shape[1], 1))
+        found = [
+            self._fit(block, replace(levels, bits=bits), weights)
+            for block, bits in zip(values.split(rows), levels.bits.split(rows), strict=True)
+        ]
+        low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
+        return low, high
+
+    def _fit(self, values: Tensor, levels: Levels, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The best range of each row of `values`."""
+        low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+        buffer = torch.empty(values.shape, dtype=values.dtype, device=values.device)
 
         def error(low: Tensor, high: Tensor) -> Tensor:
             distance = levels.dequantized(values, *levels.fit(low, high), out=buffer).sub_(values).abs_().pow_(self.p)
@@ -70,12 +91,21 @@ class Lp:
         return (weights / weights.sum()).to(samples.values.dtype)
 
     def _search(self, error: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-        """The shrink of least `error` for each row: every candidate is tried on all rows together."""
-        best = torch.ones_like(like)
+        """The shrink of least `error` for each row, all together: a coarse search, then a fine one near its best."""
+        stride = max(1, math.isqrt(self.candidates // 2))
+        best = torch.full_like(like, float(self.candidates))
         least = torch.full_like(like, torch.inf)
-        for i in range(self.candidates, 0, -1):
-            shrink = torch.full_like(like, i / self.candidates)
-            now = error(shrink)
+
+        def consider(candidate: Tensor) -> None:
+            nonlocal best, least
+            now = error(candidate / self.candidates)
             better = now < least
-            best, least = torch.where(better, shrink, best), torch.where(better, now, least)
-        return best
+            best, least = torch.where(better, candidate, best), torch.where(better, now, least)
+
+        for i in range(self.candidates, 0, -stride):
+            consider(torch.full_like(like, float(i)))
+        centre = best
+        for offset in range(stride - 1, -stride, -1):
+            if offset:
+                consider((centre + offset).clamp(1, self.candidates))
+        return best / self.candidates

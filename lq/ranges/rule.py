@@ -83,15 +83,19 @@ class Levels:
         else:
             step = (high - low) / top
             zero_point = torch.nan_to_num(-low / step.clamp(min=MIN_STEP)).round().clamp(min=0).minimum(top)
-        step = torch.where(torch.isfinite(step) & (step > MIN_STEP), step, 1.0)  # no range: any step will do
+        step = torch.where(torch.isfinite(step) & (step > MIN_STEP), step, self._without_range())
         if self.power_of_two:
             step = torch.exp2(torch.log2(step).round())
         return step, zero_point
+
+    def _without_range(self) -> Tensor:
+        """Steps of rows that are all zero: any will do where zero is a level; two levels around it have to be close."""
+        return torch.where((self.bits == 1) & (self.symmetric and self.signed), MIN_STEP, torch.ones_like(self.bits))
 
     def dequantized(self, values: Tensor, step: Tensor, zero_point: Tensor, out: Tensor | None = None) -> Tensor:
         """`values` (C, N) rounded to the grids; written into `out` if given."""
         half = zero_point.frac().unsqueeze(1)
         out = torch.mul(values, (1 / step).unsqueeze(1), out=out)
-        out.sub_(half).round_().add_(half)
+        out = out.sub_(half).round_().add_(half) if self.symmetric and bool(half.any()) else out.round_()
         out.clamp_(-zero_point.unsqueeze(1), (self.top - zero_point).unsqueeze(1))
         return out.mul_(step.unsqueeze(1))

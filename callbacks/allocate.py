@@ -1,0 +1,212 @@
+"""Allocate widths before training: measure sensitivity on training batches, solve the knapsack, write the widths.
+
+It runs in ``on_fit_start``, after `Quantize` has calibrated and before optimizers step; with ``Trainer(max_epochs=0)``
+it is all that happens. What was allocated is in the callback's state, so that a resumed run measures nothing.
+"""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lq.allocation import solver as solver_of
+from lq.attach import set_bits
+from lq.bit_allocation import Allocation, Granularity, allocate
+from lq.budget import Latency, parse_budget
+from lq.calibration import Forward, calibrate, needs_calibration
+from lq.callbacks.data import forward_of, reduce_over, training_batches
+from lq.errors import SpecError, StateError
+from lq.report import summary
+from lq.sensitivity import Fisher, HawqV2, Sensitivity, measure_sensitivity, metric_of
+from lq.sensitivity.measure import Metric
+from lq.sites import require_attached
+
+Budget = float | str | Latency | Mapping[str, Any]
+
+
+class AllocateBits(pl.Callback):
+    """Give every layer, or every channel, the width that loses least within a budget.
+
+    Put it after `Quantize`. The loss that Fisher and HAWQ-V2 measure is the module's ``calibration_loss(batch)`` if it
+    has one, else the cross-entropy of batches ``(input, classes)``, else what ``training_step`` returns.
+
+    Args:
+        budget: mean weight bits (``3.0``), compression (``"8x"``), stored bytes (``"1.5MB"``), bit operations per
+            sample (``"2.5GBitOps"``), a `Latency`, or a list of several that all hold.
+        sensitivity: "fisher" (MPQCO), "model_fisher" (labels of the model itself), "output_distortion" (RDO-Q),
+            "hawq_v2", "kl" (ZeroQ), or a metric object.
+        solver: "greedy" (MPQCO), "lagrangian" (RDO-Q) or "exact".
+        bits: widths that weights may have, from 0 (pruned) to 8; by default 1 to 8.
+        granularity: "layer" or "channel".
+        activations: None keeps their widths; a number is their own budget, the mean width over all values of a sample;
+            "joint" has the budget count activations of one sample like weights.
+        activation_bits: widths that activations may have; by default 2 to 8.
+        group: number of adjacent channels that share a width, with granularity "channel".
+        pins: the widths that layers may have, by name pattern.
+        layer_memory: largest size of one layer's weights, and of one activation of a sample.
+        samples: training samples to measure on, over all ranks.
+        allocation: an `Allocation`, or the path of one saved as JSON, to use instead of measuring for a budget.
+        save_to: path of the JSON file to write; by default ``allocation.json`` in the Trainer's log folder.
+        forward: called with the module and a batch, returns the output; by default as for `Quantize`.
+
+    Afterwards ``allocated`` is the `Allocation` in force and ``sensitivity_table`` what was measured, if anything was.
+
+    Example::
+
+        Trainer(callbacks=[Quantize(4, 4), AllocateBits("10.66x"), FineTune()]).fit(module, datamodule)
+    """
+
+    def __init__(
+        self,
+        budget: Budget | Sequence[Budget] = "8x",
+        sensitivity: str | Metric = "fisher",
+        solver: str = "lagrangian",
+        bits: Sequence[int] | None = None,
+        granularity: Granularity = "layer",
+        *,
+        activations: float | str | None = None,
+        activation_bits: Sequence[int] | None = None,
+        group: int = 1,
+        pins: Mapping[str, int | Sequence[int]] | None = None,
+        layer_memory: str | float | None = None,
+        samples: int = 512,
+        allocation: Allocation | str | Path | None = None,
+        save_to: str | Path | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        super().__init__()
+        for one in budget if isinstance(budget, (list, tuple)) else [budget]:
+            parse_budget(one)  # wrong arguments fail here, not after the data are loaded
+        solver_of(solver)
+        if samples < 1:
+            raise SpecError(f"samples={samples}; sensitivity needs at least 1")
+        self.budget = budget
+        self.metric = metric_of(sensitivity)
+        self.samples = samples
+        self.group = group
+        self.allocation = allocation
+        self.save_to = save_to
+        self.forward = forward
+        self.sensitivity_table: Sensitivity | None = None
+        self.allocated: Allocation | None = None
+        self._choice: dict[str, Any] = {
+            "solver": solver,
+            "bits": bits,
+            "granularity": granularity,
+            "activations": activations,
+            "activation_bits": activation_bits,
+            "pins": pins,
+            "layer_memory": layer_memory,
+        }
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure, allocate, write the widths and calibrate anew; nothing if a checkpoint brought the widths."""
+        require_attached(pl_module, "AllocateBits")
+        if self.allocated is not None:
+            return
+        if needs_calibration(pl_module):
+            raise StateError(
+                "AllocateBits needs calibrated quantizers; list Quantize before it in Trainer(callbacks=[...])"
+            )
+        given = self.allocation
+        if given is None:
+            with isolate_rng():
+                found = self._allocate(trainer, pl_module)
+        else:
+            found = given if isinstance(given, Allocation) else Allocation.load(given)
+        set_bits(pl_module, found.weights, found.activations)
+        calibrate(
+            pl_module,
+            training_batches(trainer, self.samples, "Calibrating"),
+            forward=forward_of(trainer, pl_module, self.forward),
+            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+        )
+        self.allocated = found
+        self._report(trainer, pl_module, found)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The allocation, as JSON."""
+        return {"allocation": None if self.allocated is None else self.allocated.to_json()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the allocation; the widths are in the module's own state."""
+        saved = state_dict["allocation"]
+        self.allocated = None if saved is None else Allocation.from_json(saved)
+
+    def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Allocation:
+        batches = training_batches(trainer, self.samples, "Measuring sensitivity")
+        first = next(iter(batches), None)
+        metric = self.metric
+        if isinstance(metric, Fisher | HawqV2) and metric.loss is None and getattr(metric, "labels", "data") == "data":
+            metric = replace(metric, loss=_loss_of(module, first))
+        self.sensitivity_table = measure_sensitivity(
+            module,
+            [] if first is None else itertools.chain([first], batches),
+            metric,
+            group=self.group,
+            activations=self._choice["activations"] is not None,
+            forward=forward_of(trainer, module, self.forward, autocast=False),
+            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+        )
+        found = allocate(module, self.sensitivity_table, self.budget, **self._choice)
+        return Allocation.from_json(trainer.strategy.broadcast(found.to_json()))  # the same on every rank, to the bit
+
+    def _report(self, trainer: pl.Trainer, module: pl.LightningModule, found: Allocation) -> None:
+        """Show, log and save what was allocated."""
+        size = summary(module)
+        rank_zero_info(f"Allocated: {found.table().notes[0]}. {type(module).__name__}: {size.total()}")
+        values = {
+            "allocation/average_bits": size.average_bits,
+            "allocation/bytes": float(size.bytes),
+            "allocation/expected_loss": found.loss,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        folder = trainer.log_dir or trainer.default_root_dir  # on every rank: log_dir talks to the others
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path = Path(folder) / "allocation.json" if self.save_to is None else Path(self.save_to)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            unfinished.write_text(found.to_json(), encoding="utf-8")
+            os.replace(unfinished, path)
+
+
+def _loss_of(module: pl.LightningModule, batch: Any) -> Any:
+    """How to compute the mean loss of a batch; None: from its labels."""
+    own = getattr(module, "calibration_loss", None)
+    if callable(own):
+        return lambda _, batch: own(batch)
+    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if isinstance(labels, Tensor) and labels.ndim and not labels.is_floating_point():
+        return None
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        with _silent(module):
+            found = module.training_step(batch, 0)
+        return found["loss"] if isinstance(found, Mapping) else found
+
+    return loss
+
+
+@contextmanager
+def _silent(module: pl.LightningModule) -> Any:
+    """Ignore what ``training_step`` logs: there is no loop to log to yet."""
+    for name in ("log", "log_dict"):
+        setattr(module, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            delattr(module, name)

@@ -1,0 +1,40 @@
+r"""Exact: the optimum, by a mixed-integer solver on what a polished Lagrangian choice leaves undecided."""
+
+from dataclasses import dataclass
+
+from lq.allocation.dual import dual_prices
+from lq.allocation.feasible import feasible_choice
+from lq.allocation.problem import Problem, Solution
+from lq.allocation.program import optimal
+from lq.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The optimal choice; see `lq.allocation.program`.
+
+    Args:
+        time_limit: seconds for the solver. When they end first, the choice is the best so far and its gap is not 0.
+
+    Raises:
+        SpecError: for a time limit that is not positive.
+    """
+
+    time_limit: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.time_limit > 0:
+            raise SpecError(f"time_limit={self.time_limit} is no time; use a positive number of seconds")
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Return the optimal choice.
+
+        Raises:
+            BudgetError: if no choice meets all limits.
+
+        >>> Exact()(Problem(losses=[[3, 1], [5, 0]], costs=[[[1, 4], [1, 4]]], limits=[5])).choice
+        array([0, 1])
+        """
+        problem.check_limits()
+        prices = dual_prices(problem)
+        return optimal(problem, feasible_choice(problem, prices), prices, self.time_limit)

@@ -1,0 +1,422 @@
+"""`allocate`: from sensitivities and a budget to a width for every layer, channel or activation.
+
+The losses of widths add up (to first order: RDO-Q's supplement, equation 6), and so do their costs: the choice is a
+knapsack with multiple choices, which `lq.allocation` solves and bounds from below. Here tensors become its items.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from lq.allocation import Problem
+from lq.allocation import solver as solver_of
+from lq.budget import Budget, Costs, parse_budget
+from lq.errors import BudgetError, DataError, SpecError
+from lq.patterns import select
+from lq.sensitivity.table import Sensitivity, TensorSensitivity
+from lq.spec import check_bits
+from lq.tables import Table
+
+Array = NDArray[np.float64]
+Granularity = Literal["layer", "channel"]
+Joint = Literal["joint"]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A width for every weight, and for activations if they were allocated.
+
+    Args:
+        weights: by name of layer, its width, or one for each of its output channels.
+        activations: by name of site, its width.
+        loss: expected increase of the loss, in units of the metric.
+        bound: no allocation within the budgets has a smaller one, by the same measurement.
+        costs: what the budgets come to, by their description.
+        metric: what sensitivity was measured by.
+        solver: how the widths were chosen.
+    """
+
+    weights: dict[str, int | tuple[int, ...]]
+    activations: dict[str, int]
+    loss: float
+    bound: float
+    costs: dict[str, str]
+    metric: str
+    solver: str
+
+    @property
+    def gap(self) -> float:
+        """Share of the bound by which the loss may exceed the optimum."""
+        return 0.0 if self.loss <= self.bound else (self.loss - self.bound) / max(self.bound, 1e-300)
+
+    def to_json(self) -> str:
+        """The allocation as JSON."""
+        return json.dumps(vars(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Allocation":
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: if `text` is something else.
+        """
+        try:
+            values = json.loads(text)
+            weights = {
+                name: check_bits(bits) if isinstance(bits, int) else tuple(map(check_bits, bits))
+                for name, bits in values.pop("weights").items()
+            }
+            activations = {name: check_bits(bits) for name, bits in values.pop("activations").items()}
+            return cls(weights=weights, activations=activations, **values)
+        except (KeyError, TypeError, AttributeError, SpecError, json.JSONDecodeError) as error:
+            raise DataError(f"not a saved allocation: {error}; write allocation.to_json() to the file") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Allocation":
+        """The allocation saved in a JSON file."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def table(self) -> Table:
+        """Widths by layer, ready to be shown."""
+        rows = [
+            (name, f"{np.mean(bits):.2f}", "/".join(str(b) for b in sorted({*np.atleast_1d(bits).tolist()})))
+            for name, bits in [*self.weights.items(), *self.activations.items()]
+        ]
+        said = ", ".join(f"{cost} of {budget}" for budget, cost in self.costs.items())
+        quality = f"at most {100 * self.gap:.2f} % above the least possible" if self.gap else "the least possible"
+        note = f"{said}; {self.metric} {self.loss:.3g}, {quality} ({self.solver})"
+        return Table(("layer or activation", "mean bits", "widths"), tuple(rows), (note,))
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """One choice of a width: a tensor, or a group of its channels."""
+
+    tensor: TensorSensitivity
+    channels: slice | None  # None: all
+    share: float  # of the tensor's values
+    losses: Array
+
+
+def allocate(
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    budget: Any,
+    *,
+    solver: str = "lagrangian",
+    bits: Sequence[int] | None = None,
+    granularity: Granularity = "layer",
+    activations: float | Joint | None = None,
+    activation_bits: Sequence[int] | None = None,
+    pins: Mapping[str, int | Sequence[int]] | None = None,
+    layer_memory: str | float | None = None,
+) -> Allocation:
+    """Choose the widths that are expected to lose least within a budget. The model stays as it is.
+
+    Args:
+        model: the model that was measured; only its sizes and operation counts are read.
+        sensitivity: what widths cost, by `lq.measure_sensitivity`.
+        budget: mean weight bits (``3.0``), compression (``"8x"``), stored bytes (``"1.5MB"``), bit operations per
+            sample (``"2.5GBitOps"``), a `Latency`, or a list of several that all hold.
+        solver: "greedy" (MPQCO), "lagrangian" (RDO-Q) or "exact".
+        bits: widths that weights may have; by default all that were measured from 1 up. With 0 channels are pruned,
+            which is further from the first order than the others and pays after fine-tuning, if at all.
+        granularity: one width per layer, or per group of channels as measured.
+        activations: None keeps their widths; a number is their own budget, the mean width over all values of a sample;
+            "joint" has the budget count activations of one sample like weights.
+        activation_bits: widths that activations may have; by default all that were measured from 2 up.
+        pins: the widths that layers may have, by name pattern: ``{"fc": 8, "layer1": [4, 8]}``.
+        layer_memory: largest size of one layer's weights, and of one activation of a sample, such as ``"64kB"``.
+
+    Returns:
+        The allocation; write it into the model by ``lq.set_bits(model, found.weights, found.activations)``.
+
+    Raises:
+        BudgetError: if no allocation is within the budget; the message states what is possible.
+        SpecError: for a budget, width or solver that does not exist.
+        PatternError: for a pin that matches nothing.
+
+    >>> import torch, lq
+    >>> model = lq.attach(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), weights=4)
+    >>> batches = [(torch.randn(32, 64), torch.randint(8, (32,)))]
+    >>> found = allocate(model, lq.measure_sensitivity(model, batches), "8x")
+    >>> sum(found.weights[name] * count for name, count in {"0": 4096, "1": 512}.items()) <= 4 * 4608
+    True
+    """
+    costs = Costs.of(model)
+    missing = [tensor.name for tensor in sensitivity.tensors if tensor.name not in costs.tensors]
+    if missing:
+        raise DataError(f"the sensitivity has {missing[0]!r}, the model has not; measure it on this model")
+    if isinstance(activations, (int, float)) and (isinstance(activations, bool) or not activations > 0):
+        raise SpecError(f"activations={activations!r}; use None, 'joint' or a mean width in bits")
+    if isinstance(activations, str) and activations != "joint":
+        raise SpecError(f"activations={activations!r}; use None, 'joint' or a mean width in bits")
+    if granularity not in ("layer", "channel"):
+        raise SpecError(f"granularity={granularity!r} is unknown; use 'layer' or 'channel'")
+    allowed = {"weight": _known(bits, 1, sensitivity), "activation": _known(activation_bits, 2, sensitivity)}
+    items = _items(sensitivity, granularity, with_activations=activations is not None)
+    if not items:
+        raise SpecError("no tensor was measured that could be allocated; measure weights, or activations with them")
+    losses = np.stack([item.losses for item in items])
+    for row, item in zip(losses, items, strict=True):
+        row[[width not in allowed[item.tensor.role] for width in sensitivity.widths]] = np.inf
+    _pin(losses, items, costs, sensitivity.widths, pins or {})
+    budgets = [parse_budget(one) for one in (budget if isinstance(budget, (list, tuple)) else [budget])]
+    count = _Counting(items, costs, np.array(sensitivity.widths, dtype=float), activations == "joint")
+    limits = [_Limit(one, count.table(one), count.fixed(one)) for one in budgets]
+    if activations is not None and activations != "joint":
+        mean = Budget("bits", float(activations))
+        limits.append(_Limit(mean, count.mean_bits("activation"), 0.0, "of activations"))
+    losses = count.without_missing(losses, limits)
+    if layer_memory is not None:
+        losses = count.within_memory(losses, layer_memory)
+    problem = Problem(
+        losses,
+        np.stack([np.nan_to_num(limit.table) for limit in limits]),
+        np.array([limit.left for limit in limits]),
+        tuple(limit.name for limit in limits),
+    )
+    for limit, least, greatest in zip(limits, problem.least_costs, problem.greatest_costs, strict=True):
+        limit.check(float(least), float(greatest))
+    found = solver_of(solver)(problem)
+    weights, widths_of_activations = _widths(items, costs, [sensitivity.widths[i] for i in found.choice])
+    return Allocation(
+        weights=weights,
+        activations=widths_of_activations,
+        loss=found.loss,
+        bound=found.bound,
+        costs={limit.name: limit.show(float(cost)) for limit, cost in zip(limits, found.costs, strict=True)},
+        metric=sensitivity.metric,
+        solver=solver,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Limit:
+    """A budget, what each item's widths count towards it, and what counts whatever is chosen."""
+
+    budget: Budget
+    table: Array
+    fixed: float
+    of: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.budget.show(self.budget.cost_limit)} {self.of}".strip()
+
+    @property
+    def left(self) -> float:
+        """The limit for the items."""
+        return max(self.budget.cost_limit - self.fixed, 0.0)
+
+    def show(self, cost: float) -> str:
+        """A total of the items, in the unit of the budget."""
+        return self.budget.show(cost + self.fixed)
+
+    def check(self, least: float, greatest: float) -> None:
+        """Raise if the budget cannot be met; totals of the items are given."""
+        if self.fixed + least > self.budget.cost_limit * (1 + 1e-12):
+            raise BudgetError(
+                f"the budget of {self.name} cannot be met: with the widths that are allowed, feasible are "
+                f"{self.show(least)} to {self.show(greatest)}; give more, or allow smaller widths"
+            )
+
+
+def _widths(
+    items: Sequence["_Item"], costs: Costs, chosen: Sequence[int]
+) -> tuple[dict[str, int | tuple[int, ...]], dict[str, int]]:
+    """The chosen widths by layer, and by activation."""
+    by_channel: dict[str, list[int]] = {}
+    weights: dict[str, int | tuple[int, ...]] = {}
+    activations: dict[str, int] = {}
+    for item, width in zip(items, chosen, strict=True):
+        if item.tensor.role == "activation":
+            activations[item.tensor.name] = width
+        elif item.channels is None:
+            weights[costs.tensors[item.tensor.name].layer] = width
+        else:
+            count = item.channels.stop - item.channels.start
+            by_channel.setdefault(costs.tensors[item.tensor.name].layer, []).extend([width] * count)
+    return {**weights, **{name: tuple(widths) for name, widths in by_channel.items()}}, activations
+
+
+def _known(bits: Sequence[int] | None, least: int, sensitivity: Sensitivity) -> set[int]:
+    """The widths asked for; by default all that were measured, from `least` up."""
+    chosen = {b for b in sensitivity.widths if b >= least} if bits is None else {check_bits(width) for width in bits}
+    unknown = chosen - set(sensitivity.widths)
+    if not chosen or unknown:
+        raise SpecError(f"bits={bits}: choose from the widths that were measured, {sensitivity.widths}")
+    return chosen
+
+
+def _items(sensitivity: Sensitivity, granularity: Granularity, *, with_activations: bool) -> list[_Item]:
+    items = []
+    for tensor in sensitivity.tensors:
+        if tensor.role == "activation" and not with_activations:
+            continue
+        if granularity == "layer" or tensor.channels == 1:
+            items.append(_Item(tensor, None, 1.0, tensor.loss.copy()))
+            continue
+        if not len(tensor.group_loss):
+            raise SpecError(f"{sensitivity.metric} was measured by layer only; use granularity='layer'")
+        for start, losses in zip(range(0, tensor.channels, sensitivity.group), tensor.group_loss, strict=True):
+            stop = min(start + sensitivity.group, tensor.channels)
+            items.append(_Item(tensor, slice(start, stop), (stop - start) / tensor.channels, losses.copy()))
+    return items
+
+
+def _pin(
+    losses: Array,
+    items: Sequence[_Item],
+    costs: Costs,
+    widths: Sequence[int],
+    pins: Mapping[str, int | Sequence[int]],
+) -> None:
+    """Leave only the pinned widths."""
+    names = [item.tensor.name for item in items]
+    for pattern, pinned in pins.items():
+        chosen = select(pattern, names + [costs.tensors[name].layer for name in names], argument="pins")
+        allowed = {check_bits(b) for b in ([pinned] if isinstance(pinned, int) else pinned)}
+        unknown = allowed - set(widths)
+        if unknown or not allowed:
+            raise SpecError(f"pins[{pattern!r}]={pinned!r}; use widths that were measured: {tuple(widths)}")
+        for row, item in zip(losses, items, strict=True):
+            if {item.tensor.name, costs.tensors[item.tensor.name].layer} & chosen:
+                free = np.array([width in allowed for width in widths])
+                row[:] = np.where(free, item.losses, np.inf)
+
+
+class _Counting:
+    """What each item's widths count for."""
+
+    def __init__(self, items: Sequence[_Item], costs: Costs, widths: Array, joint: bool) -> None:
+        self.items = items
+        self.costs = costs
+        self.widths = widths
+        self.joint = joint
+
+    def table(self, budget: Budget) -> Array:
+        """Costs of each item at each width, (items, W), in the unit of the budget's limit; the rest's is in `fixed`."""
+        if budget.kind in ("bits", "compression"):
+            return self.mean_bits("weight")
+        if budget.kind == "bytes":
+            return np.stack([self._stored(item) * item.share * self.widths / 8 for item in self.items])
+        if budget.kind == "latency":
+            return self._latencies(budget)
+        return self._bit_operations()
+
+    def fixed(self, budget: Budget) -> float:
+        """What is not up to the items."""
+        if budget.kind == "bytes":
+            layers = {item.tensor.name for item in self.items if item.tensor.role == "weight"}
+            channels = sum(item.tensor.channels for item in self.items if item.channels and item.channels.start == 0)
+            kept = sum(
+                t.numel * t.bits / 8 for t in self.costs.tensors.values() if t.role == "weight" and t.name not in layers
+            )
+            return self.costs.overhead + kept + len(layers) + channels / 2  # whole bytes; which width a channel has
+        if budget.kind == "bitops":
+            chosen = {item.tensor.name for item in self.items}
+            return sum(
+                p.macs * self.costs.bits(p.left) * self.costs.bits(p.right)
+                for p in self.costs.products
+                if not {p.left, p.right} & chosen
+            )
+        return 0.0
+
+    def mean_bits(self, role: Literal["weight", "activation"]) -> Array:
+        """Shares of a mean width; of weights that are stored in integers, with activations if they are joint."""
+        sizes = np.array(
+            [
+                self._stored(item) * item.share if role == "weight" else item.tensor.numel * (item.tensor.role == role)
+                for item in self.items
+            ],
+            dtype=float,
+        )
+        found: Array = sizes[:, None] * self.widths / max(sizes.sum(), 1.0)
+        return found
+
+    def _stored(self, item: _Item) -> float:
+        if item.tensor.role == "activation":
+            return float(item.tensor.numel) if self.joint else 0.0
+        return float(self.costs.tensors[item.tensor.name].numel)
+
+    def _bit_operations(self) -> Array:
+        chosen = {item.tensor.name for item in self.items}
+        factors: dict[str, float] = {}
+        for product in self.costs.products:
+            both = {product.left, product.right} & chosen
+            if len(both) == 2:
+                raise SpecError(
+                    f"BitOps of {product.layer} are a product of two widths that are both allocated; give activations "
+                    "a budget of their own after weights, or keep their widths"
+                )
+            for name in both:
+                other = product.left if name == product.right else product.right
+                factors[str(name)] = factors.get(str(name), 0.0) + product.macs * self.costs.bits(other)
+        if not any(factors.values()):
+            raise DataError("no operations were counted; run lq.calibrate(model, batches) first")
+        return np.stack([factors.get(i.tensor.name, 0.0) * i.share * self.widths for i in self.items])
+
+    def _latencies(self, budget: Budget) -> Array:
+        table = budget.table or {}
+        known = {self.costs.tensors[i.tensor.name].layer for i in self.items if i.tensor.role == "weight"}
+        select(list(table), known, argument="latency table")
+        inputs = {p.right: int(self.costs.bits(p.left)) for p in self.costs.products}
+        found = np.zeros((len(self.items), len(self.widths)))
+        for row, item in zip(found, self.items, strict=True):
+            layer = self.costs.tensors[item.tensor.name].layer
+            if item.tensor.role == "activation" or layer not in table:
+                continue
+            if item.channels is not None:
+                raise SpecError("a latency table has one width per layer; use granularity='layer'")
+            times = table[layer]
+            given = inputs.get(item.tensor.name)
+            row[:] = [times.get((int(b), given), times.get((int(b), None), np.nan)) for b in self.widths]
+        return found
+
+    def without_missing(self, losses: Array, limits: Sequence[_Limit]) -> Array:
+        """Delete the widths that a latency table does not have."""
+        for limit in limits:
+            losses = np.where(np.isnan(limit.table), np.inf, losses)
+        for item, row in zip(self.items, losses, strict=True):
+            if not np.isfinite(row).any():
+                raise SpecError(
+                    f"no width is left for {item.tensor.name}: bits=, pins= and the latency table have none in common"
+                )
+        return losses
+
+    def within_memory(self, losses: Array, limit: str | float) -> Array:
+        """Delete the widths with which a layer or activation exceeds `limit`, RDO-Q's cap.
+
+        Where channels have widths of their own, these are capped at what the layer alone would choose with all of the
+        memory: with more left for others no channel would get more.
+        """
+        parsed = parse_budget(limit if isinstance(limit, str) else f"{limit}B")
+        if parsed.kind != "bytes":
+            raise SpecError(f"layer_memory={limit!r} is no size; use bytes such as '64kB'")
+        losses = losses.copy()
+        for name in dict.fromkeys(item.tensor.name for item in self.items):
+            rows = [i for i, item in enumerate(self.items) if item.tensor.name == name]
+            sizes = np.stack([self.items[i].tensor.numel * self.items[i].share * self.widths / 8 for i in rows])
+            problem = Problem(losses[rows], sizes[None], np.array([parsed.limit]))
+            least = float(problem.least_costs[0])
+            if least > parsed.limit:
+                raise BudgetError(
+                    f"layer_memory={limit!r} cannot hold {name}: with the widths it may have it takes {least:.0f} to "
+                    f"{float(problem.greatest_costs[0]):.0f} bytes"
+                )
+            chosen = sizes[np.arange(len(rows)), solver_of("greedy")(problem).choice]
+            losses[rows] = np.where(sizes > chosen[:, None] * (1 + 1e-9), np.inf, losses[rows])
+        return losses

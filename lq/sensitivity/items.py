@@ -1,0 +1,148 @@
+"""The tensors whose widths are measured: one item per quantizer, and the state in which a model is measured."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lq.calibration import eval_mode
+from lq.channels import ChannelLayout
+from lq.errors import StateError
+from lq.functional import round_to_grid
+from lq.quantizer import ActivationQuantizer, WeightQuantizer
+from lq.sensitivity.contraction import by_sample
+from lq.sites import quantizers
+
+# Changes of a weight are kept between batches if all of them together are below this, in bytes.
+_KEEP = 2 << 30
+# Elements of an activation that are rounded at a time, all widths in turn: they should stay in a cache.
+_BLOCK = 1 << 18
+
+
+class Item:
+    """A quantizer, the widths to measure, and what one batch has shown of them.
+
+    Args:
+        quantizer: of a weight or an activation.
+        widths: in bits.
+        keep: whether to keep the changes of the weight.
+    """
+
+    def __init__(self, quantizer: WeightQuantizer | ActivationQuantizer, widths: Sequence[int], keep: bool) -> None:
+        self.quantizer = quantizer
+        self.widths = tuple(widths)
+        self.name = quantizer.name
+        self.is_weight = isinstance(quantizer, WeightQuantizer)
+        self.channels = max(quantizer.bits.numel(), 1) if self.is_weight else 1
+        self.numel = 0  # of the tensor; of one sample, for activations
+        self.seen = False
+        self.samples_last = False  # rows hold the samples in turn
+        self.terms: Tensor | None = None  # (samples, channels, widths), of the batch
+        self._keep = keep
+        self._kept: Tensor | None = None
+        self._grids: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def layout(self) -> ChannelLayout:
+        """Where the channels of the weight lie.
+
+        Raises:
+            StateError: if it is an activation.
+        """
+        if isinstance(self.quantizer, WeightQuantizer):
+            return self.quantizer.layout
+        raise StateError(f"{self.name} is an activation, which has no channels of its own")
+
+    def add(self, terms: Tensor) -> None:
+        """Add what one use of the tensor contributes: (samples, channels of the layer, widths)."""
+        if terms.shape[1] != self.channels:
+            terms = terms.sum(1, keepdim=True)
+        self.terms = terms if self.terms is None else self.terms + terms
+
+    def changes(self, weight: Tensor) -> Tensor:
+        """The rounding error of the weight at each width, (W, *weight.shape); float32 at least."""
+        if self._kept is not None:
+            return self._kept
+        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        found = torch.stack([self.rounded(weight, width) for width in self.widths]).sub_(weight)
+        if self._keep:
+            self._kept = found
+        return found
+
+    def rounded(self, tensor: Tensor, width: int) -> Tensor:
+        """The tensor at one of the widths, with the range of that width."""
+        if isinstance(self.quantizer, WeightQuantizer):
+            return self.quantizer.rounded_at(tensor, width)
+        step, low, high = (float(part[self.widths.index(width)]) for part in self._grid())
+        return round_to_grid(tensor, torch.tensor(step, device=tensor.device, dtype=tensor.dtype), low, high, low % 1.0)
+
+    def activation_terms(self, x: Tensor, delta: Tensor, samples: int) -> Tensor:
+        """``<delta, rounded(x) - x>`` of each sample at each width, (samples, 1, W)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows, deltas = (by_sample(t.detach().to(dtype), samples, self.samples_last).flatten(1) for t in (x, delta))
+        step, low, high = (part.to(dtype)[:, None] for part in self._grid())
+        half = low % 1.0 if bool((low % 1.0).any()) else None
+        size = max(1, _BLOCK // (samples * len(self.widths)))
+        buffer = torch.empty(samples, len(self.widths), min(size, rows.shape[1]), dtype=dtype, device=x.device)
+        products = torch.zeros(samples, len(self.widths) + 1, dtype=dtype, device=x.device)
+        for block, weight in zip(rows.split(size, 1), deltas.split(size, 1), strict=True):
+            codes = buffer[:, :, : block.shape[1]]
+            torch.mul(block.unsqueeze(1), step.reciprocal(), out=codes)
+            codes = codes.round_() if half is None else codes.sub_(half).round_().add_(half)
+            codes.clamp_(low, high)
+            products[:, :-1] += torch.bmm(codes, weight.unsqueeze(2)).squeeze(2)
+            products[:, -1] += torch.linalg.vecdot(block, weight)
+        return (products[:, :-1] * step[:, 0] - products[:, -1:]).unsqueeze(1)
+
+    def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, lowest and highest level of an activation at each width."""
+        if self._grids is None and isinstance(self.quantizer, ActivationQuantizer):
+            self._grids = self.quantizer.grids(self.widths)
+        if self._grids is None:
+            raise StateError(f"{self.name} is a weight; its grid is found anew for each value")
+        return self._grids
+
+
+def find_items(
+    model: nn.Module, widths: Sequence[int], *, weights: bool = True, activations: bool = True
+) -> list[Item]:
+    """An item for each quantizer of a model, once each, in the model's order."""
+    found: list[WeightQuantizer | ActivationQuantizer] = [
+        q
+        for q in quantizers(model)
+        if (isinstance(q, WeightQuantizer) and weights) or (isinstance(q, ActivationQuantizer) and activations)
+    ]
+    stored = sum(p.numel() for p in model.parameters()) * 4 * len(widths)
+    return [Item(q, widths, stored <= _KEEP) for q in found]
+
+
+@contextmanager
+def float_model(model: nn.Module) -> Iterator[None]:
+    """The float model: no quantizer rounds, nothing trains, no fused kernel hides a layer; undone afterwards."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    taps = [(q, q.tap) for q in quantizers(model)]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for quantizer, _ in taps:
+            quantizer.tap = _pass
+        with eval_mode(model), torch.autocast(_device_type(model), enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for quantizer, tap in taps:
+            quantizer.tap = tap
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _pass(x: Tensor) -> Tensor:
+    return x
+
+
+def _device_type(model: nn.Module) -> str:
+    parameter = next(model.parameters(), None)
+    return "cpu" if parameter is None else parameter.device.type

@@ -1,0 +1,125 @@
+"""`measure_sensitivity`: what each width of each tensor of a quantized model costs, by the metric of choice."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lq.calibration import Forward
+from lq.errors import NoEffectWarning, SpecError
+from lq.histogram import Reduce
+from lq.sensitivity.brute_force import BruteForce
+from lq.sensitivity.hawq import HawqV2
+from lq.sensitivity.items import Item, find_items
+from lq.sensitivity.metrics import Fisher, OutputDistortion
+from lq.sensitivity.table import Found, Sensitivity
+from lq.sites import require_attached
+from lq.spec import check_bits
+
+#: Widths measured unless others are asked for.
+WIDTHS = tuple(range(9))
+
+_NAMED: dict[str, Any] = {
+    "fisher": Fisher,
+    "model_fisher": lambda: Fisher("model", temperature=2.0),
+    "output_distortion": OutputDistortion,
+    "hawq_v2": HawqV2,
+    "kl": lambda: BruteForce("kl"),
+}
+
+
+class Metric(Protocol):
+    """A way to measure what a width costs."""
+
+    def measure(
+        self,
+        model: nn.Module,
+        items: Sequence[Item],
+        batches: Iterable[Any],
+        *,
+        group: int,
+        forward: Forward | None,
+        reduce: Reduce | None,
+    ) -> Found:
+        """Measure `items` on `batches`."""
+        ...
+
+
+def metric_of(metric: "str | Metric") -> Metric:
+    """The metric itself, or the one of that name.
+
+    >>> metric_of("fisher")
+    Fisher(labels='data', temperature=1.0, loss=None)
+    """
+    if not isinstance(metric, str):
+        return metric
+    if metric not in _NAMED:
+        raise SpecError(f"sensitivity={metric!r} is unknown; use {', '.join(map(repr, _NAMED))} or a metric object")
+    found: Metric = _NAMED[metric]()
+    return found
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    metric: str | Metric = "fisher",
+    *,
+    widths: Sequence[int] = WIDTHS,
+    group: int = 1,
+    weights: bool = True,
+    activations: bool = True,
+    forward: Forward | None = None,
+    reduce: Reduce | None = None,
+    seed: int = 0,
+) -> Sensitivity:
+    """Measure what each width of each weight channel and each activation of `model` costs.
+
+    The costs are those of the float network: quantizers stay as they are, and none rounds meanwhile.
+
+    Args:
+        model: a model with quantizers, calibrated if activations are measured; runs in eval mode.
+        batches: any iterable of batches, read once; a few hundred samples are enough.
+        metric: "fisher" (MPQCO), "model_fisher" (of the model's own labels, softened: ``Fisher("model", 2.0)``),
+            "output_distortion" (RDO-Q), "hawq_v2", "kl" (ZeroQ), or an object such as ``BruteForce("loss")``.
+        widths: widths to measure, in bits.
+        group: number of adjacent output channels that are measured together, besides the whole tensor.
+        weights: whether to measure weights.
+        activations: whether to measure activations.
+        forward: called with the model and a batch, returns the output; by default ``model(batch)``, or
+            ``model(batch[0])`` for tuples and lists. Labels are ``batch[1]``.
+        reduce: combines a tensor over ranks: called with it and "sum", "min" or "max".
+        seed: of the random vectors; the caller's random state is left alone.
+
+    Raises:
+        StateError: if the model has no quantizers, or its activations were not calibrated.
+        DataError: if there are no batches, the model does not take one, or labels are missing or do not fit.
+        SpecError: for a width or metric that does not exist.
+
+    >>> import lq
+    >>> model = lq.attach(nn.Sequential(nn.Linear(4, 3)), weights=4)
+    >>> table = measure_sensitivity(model, [(torch.randn(8, 4), torch.randint(3, (8,)))], activations=False)
+    >>> table["0.weight"].loss.shape, table["0.weight"].group_loss.shape
+    ((9,), (3, 9))
+    """
+    require_attached(model, "lq.measure_sensitivity")
+    chosen = metric_of(metric)
+    if group < 1:
+        raise SpecError(f"group={group}; a group has at least 1 channel")
+    if not widths:
+        raise SpecError("widths is empty; give at least one width")
+    items = find_items(model, [check_bits(width) for width in widths], weights=weights, activations=activations)
+    if not items:
+        raise SpecError("neither weights nor activations of the model are quantized as asked; nothing can be measured")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        found = chosen.measure(model, items, batches, group=group, forward=forward, reduce=reduce)
+    unseen = [item.name for item in items if not item.seen]
+    if unseen:
+        warnings.warn(
+            f"{len(unseen)} tensors were never used by the forward and cost nothing ({', '.join(unseen[:3])}, ...)",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, found.tensors, found.notes)

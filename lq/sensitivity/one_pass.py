@@ -1,0 +1,222 @@
+"""One forward and one backward per batch: the term of every width of every channel of every weight and activation.
+
+A `TorchFunctionMode` sees each call of a layer's function, whichever code makes it: layers that are called twice,
+weights that are shared and ``F.linear(x, layer.weight)`` in a user's forward all count, with their signs, towards the
+weight they use. A hook on the result receives its gradient and contracts it at once (`lq.sensitivity.contraction`);
+parameters need no gradient, so that the backward carries nothing else.
+
+Batches are split into single samples where one backward for all would be wrong: where a weight is used by code other
+than a layer's function (its terms then come from its gradient), and where the samples of a batch do not lie apart along
+the first dimension, nor in turns (time-major sequences). All this is found out on the first two samples, not assumed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from lq.calls import FUNCTIONS, MULTI_HEAD, Call, multi_head_attention
+from lq.cost import batch_size
+from lq.errors import StateError
+from lq.sensitivity.contraction import operands_of, terms
+from lq.sensitivity.items import Item, float_model
+
+#: The scalar whose gradient is taken: a sum over the samples of a batch, of a model run on it.
+Objective = Callable[[nn.Module, Any], Tensor]
+
+
+class OnePass:
+    """Measures items batch by batch.
+
+    Args:
+        model: a model with quantizers.
+        items: what to measure.
+        objective: sum over samples of what is differentiated; called with the model and a batch.
+    """
+
+    def __init__(self, model: nn.Module, items: Sequence[Item], objective: Objective) -> None:
+        self.model = model
+        self.items = items
+        self.objective = objective
+        self.single: str = ""  # why samples go one at a time; empty: they do not
+        self._by_gradient: list[Item] = []  # items that code other than a layer's function uses
+        self._checked = False
+
+    def measure(self, batch: Any) -> list[Tensor]:
+        """The terms of each item for each sample of the batch, (samples, C, W)."""
+        samples = batch_size(batch)
+        if not self._checked:
+            self._check(batch, samples)
+            self._checked = True
+        parts = [batch] if not self.single or samples == 1 else [take(batch, i, i + 1) for i in range(samples)]
+        size = samples if len(parts) == 1 else 1
+        found = [self._run(part, size, self._by_gradient) for part in parts]
+        return found[0] if len(parts) == 1 else [torch.cat(found_of_item) for found_of_item in zip(*found, strict=True)]
+
+    def _check(self, batch: Any, samples: int) -> None:
+        """Find out whether a batch can be measured as a whole."""
+        state = torch.random.get_rng_state()
+        first = take(batch, 0, 1) if samples > 1 else batch
+        weights = [item for item in self.items if item.is_weight]
+        alone = self._run(first, 1, weights, probe=True)
+        if self._by_gradient:
+            names = ", ".join(item.name for item in self._by_gradient[:3])
+            self.single = f"weights are used by other code than a layer's function ({names})"
+        elif samples > 1:
+            second = self._run(take(batch, 1, 2), 1)
+            torch.random.set_rng_state(state)
+            together = self._run(take(batch, 0, 2), 2)
+            apart = [torch.cat(pair) for pair in zip(alone, second, strict=True)]
+            if self._differing(apart, together):
+                for item in self._differing(apart, together):
+                    item.samples_last = True
+                torch.random.set_rng_state(state)
+                differing = self._differing(apart, self._run(take(batch, 0, 2), 2))
+                if differing:
+                    self.single = f"samples are not apart along a dimension at {differing[0].name}"
+        torch.random.set_rng_state(state)
+
+    def _differing(self, apart: list[Tensor], together: list[Tensor]) -> list[Item]:
+        """Items whose terms depend on whether samples come in a batch."""
+        return [
+            item
+            for item, one, both in zip(self.items, apart, together, strict=True)
+            if (one - both).abs().max() > 1e-2 * one.abs().max()
+        ]
+
+    def _run(self, batch: Any, samples: int, by_gradient: Sequence[Item] = (), probe: bool = False) -> list[Tensor]:
+        """The terms of each item, (samples, C, W)."""
+        for item in self.items:
+            item.terms = None
+        with float_model(self.model), torch.enable_grad():
+            watch = _Watch(self.items, samples, {id(item) for item in by_gradient})
+            with watch, torch.compiler.set_stance("force_eager"):
+                value = self.objective(self.model, batch)
+            if not value.requires_grad:
+                raise StateError("the output does not depend on a quantized layer; nothing can be measured")
+            leaves = [(item, alias) for item, alias in watch.aliases if alias.requires_grad]
+            found = torch.autograd.grad(value, [watch.anchor, *(alias for _, alias in leaves)], allow_unused=True)[1:]
+        direct = [(*leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]
+        if probe:
+            self._by_gradient = list({id(item): item for item, _, _ in direct}.values())
+        for item, alias, gradient in direct:
+            layout = item.layout
+            rows = [layout.rows(change * gradient).sum(1) for change in item.changes(alias)]
+            item.add(torch.stack(rows, -1).unsqueeze(0))
+        return [
+            item.terms if item.terms is not None else watch.anchor.new_zeros(samples, item.channels, len(item.widths))
+            for item in self.items
+        ]
+
+
+class _Watch(TorchFunctionMode):
+    """Taps every quantizer, and every layer's function that is called with a tapped weight.
+
+    Args:
+        items: what to tap.
+        samples: number of samples in the batch.
+        by_gradient: ids of items whose weight gets a gradient where no layer's function uses it.
+    """
+
+    def __init__(self, items: Sequence[Item], samples: int, by_gradient: set[int]) -> None:
+        super().__init__()
+        self.samples = samples
+        self.by_gradient = by_gradient
+        self.aliases: list[tuple[Item, Tensor]] = []  # what stands for each weight
+        self._owners: dict[int, Item] = {}  # by id of that
+        self.anchor = torch.zeros((), requires_grad=True)
+        for item in items:
+            item.quantizer.tap = self._weight(item) if item.is_weight else self._activation(item)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == MULTI_HEAD:
+            with self:
+                return multi_head_attention(*args, **kwargs)
+        if name not in FUNCTIONS or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        call = Call.of(name, args, kwargs)
+        operands = operands_of(call)
+        if operands is None:
+            return func(*args, **kwargs)
+        source, weight, slot = operands
+        item = self._owners.get(id(weight))
+        if item is None or weight.ndim < 2 or (call.kind == "matmul" and weight.ndim != 2):
+            return func(*args, **kwargs)
+        plain = weight.detach()
+        call.replace(slot, plain)
+        result = self._anchored(func(*call.args, **call.kwargs))
+        version = _version(source)
+
+        def contract(delta: Tensor) -> None:
+            _check_unchanged(source, version, item)
+            with torch.no_grad():
+                found = terms(call, plain, delta, item.changes(plain), self.samples, item.samples_last)
+                item.add(found)
+
+        result.register_hook(contract)
+        return result
+
+    def _weight(self, item: Item) -> Callable[[Tensor], Tensor]:
+        def tap(weight: Tensor) -> Tensor:
+            item.seen, item.numel = True, weight.numel()
+            alias = weight.detach().requires_grad_(id(item) in self.by_gradient)
+            self.aliases.append((item, alias))
+            self._owners[id(alias)] = item
+            return alias
+
+        return tap
+
+    def _activation(self, item: Item) -> Callable[[Tensor], Tensor]:
+        copies = item.name.endswith("output")  # what a sum or an activation gives may be changed in place by its reader
+
+        def tap(x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled() or not x.is_floating_point():
+                return x
+            item.seen, item.numel = True, x.numel() // self.samples
+            y = self._anchored(x.clone() if copies else x.view_as(x))
+            version = _version(x)
+
+            def contract(delta: Tensor) -> None:
+                _check_unchanged(x, version, item)
+                with torch.no_grad():
+                    item.add(item.activation_terms(x, delta, self.samples))
+
+            y.register_hook(contract)
+            return y
+
+        return tap
+
+    def _anchored(self, x: Tensor) -> Tensor:
+        """`x`, made to depend on something that has a gradient."""
+        return x if x.requires_grad else x + self.anchor.to(x)
+
+
+def _version(x: Tensor) -> int:
+    """Changes when `x` is changed in place."""
+    return 0 if x.is_inference() else x._version
+
+
+def _check_unchanged(x: Tensor, version: int, item: Item) -> None:
+    if _version(x) != version:
+        raise StateError(
+            f"the tensor at {item.name} is changed in place after it was used; write the model's forward without that"
+        )
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """Samples `start` to `stop` of a batch of any nesting.
+
+    >>> take({"image": torch.arange(4), "scale": 2.0}, 1, 3)
+    {'image': tensor([1, 2]), 'scale': 2.0}
+    """
+    size = batch_size(batch)
+
+    def part(value: Any) -> Any:
+        return value[start:stop] if isinstance(value, Tensor) and value.ndim and value.shape[0] == size else value
+
+    return _pytree.tree_map(part, batch)

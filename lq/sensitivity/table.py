@@ -1,0 +1,184 @@
+"""The result of measuring: what each width of each tensor costs, with how sure that is."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lq.errors import DataError
+from lq.histogram import Reduce
+from lq.sensitivity.items import Item
+from lq.tables import Table
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSensitivity:
+    """One weight or activation.
+
+    Args:
+        name: name of its site, such as "layer1.0.conv1.weight".
+        role: "weight" or "activation".
+        numel: number of values; of one sample, for activations.
+        channels: number of output channels with a width of their own; 1 for activations.
+        loss: expected increase of the loss if all of the tensor has a width, (W,).
+        error: standard error of `loss` over samples, (W,); NaN where one sample was seen.
+        group_loss: the same for each group of adjacent channels alone, (G, W).
+        group_error: standard error of `group_loss`, (G, W).
+    """
+
+    name: str
+    role: Literal["weight", "activation"]
+    numel: int
+    channels: int
+    loss: Array
+    error: Array
+    group_loss: Array
+    group_error: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What each width costs, in units of the metric; ``print`` shows it as a table.
+
+    Args:
+        metric: name of the metric.
+        widths: the widths measured, in bits.
+        samples: number of samples it was measured on.
+        group: number of adjacent channels in a group.
+        tensors: one entry per weight and activation, in the model's order.
+        notes: what was particular about the measurement.
+    """
+
+    metric: str
+    widths: tuple[int, ...]
+    samples: int
+    group: int
+    tensors: tuple[TensorSensitivity, ...]
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> TensorSensitivity:
+        """The tensor of that name.
+
+        Raises:
+            DataError: if it was not measured.
+        """
+        for tensor in self.tensors:
+            if tensor.name == name:
+                return tensor
+        raise DataError(
+            f"{name!r} was not measured; measured were {', '.join(t.name for t in self.tensors[:5])}, ... "
+            f"({len(self.tensors)} tensors)"
+        )
+
+    def table(self) -> Table:
+        """Loss increase of each tensor at each width, ready to be shown."""
+        rows = tuple(
+            (t.name, str(t.numel), str(t.channels), *(f"{value:.2e}" for value in t.loss)) for t in self.tensors
+        )
+        header = ("tensor", "values", "channels", *(f"{width} bits" for width in self.widths))
+        noise = np.concatenate([(t.error / t.loss)[t.loss > 0] for t in self.tensors])
+        said = f", standard error {100 * np.median(noise):.0f} % (median)" if np.isfinite(noise).any() else ""
+        return Table(header, rows, (f"{self.metric} on {self.samples} samples{said}", *self.notes))
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+    def to_json(self) -> str:
+        """The table as JSON."""
+        tensors = [
+            {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(tensor).items()}
+            for tensor in self.tensors
+        ]
+        return json.dumps({**vars(self), "tensors": tensors})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Sensitivity":
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: if `text` is something else.
+        """
+        try:
+            values = json.loads(text)
+            tensors: list[dict[str, Any]] = [
+                {k: np.array(v, dtype=float) if isinstance(v, list) else v for k, v in tensor.items()}
+                for tensor in values.pop("tensors")
+            ]
+            for key in ("widths", "notes"):
+                values[key] = tuple(values[key])
+            return cls(tensors=tuple(TensorSensitivity(**tensor) for tensor in tensors), **values)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise DataError(f"not a saved sensitivity: {error}; write sensitivity.to_json() to the file") from error
+
+
+class Accumulator:
+    """Sums over samples of the values of every item; memory does not grow with the samples."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+        self.count = 0
+        self._sums: list[list[Tensor]] = []
+
+    def add(self, values: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add a batch: for each item the values of each sample, of the whole tensor (S, W) and of groups (S, G, W)."""
+        self.count += len(values[0][0])
+        found = [[t for v in pair for t in (v.double().sum(0), v.double().square().sum(0))] for pair in values]
+        if self._sums:
+            found = [[a + b for a, b in zip(old, new, strict=True)] for old, new in zip(self._sums, found, strict=True)]
+        self._sums = found
+
+    def found(self, scale: float, reduce: Reduce | None, notes: tuple[str, ...] = ()) -> "Found":
+        """Means and standard errors, over all ranks, of what was added.
+
+        Raises:
+            DataError: if nothing was.
+        """
+        if not self.count:
+            raise DataError("sensitivity got no batches: the loader is empty; give it at least one batch")
+        if reduce is not None:
+            self._reduce(reduce)
+        tensors = tuple(
+            tensor_of(item, *_mean_and_error(a, b, self.count, scale), *_mean_and_error(c, d, self.count, scale))
+            for item, (a, b, c, d) in zip(self.items, self._sums, strict=True)
+        )
+        return Found(self.count, tensors, notes)
+
+    def _reduce(self, over_ranks: Reduce) -> None:
+        """Make these the sums of all ranks."""
+        flat = [t.reshape(-1) for sums in self._sums for t in sums]
+        device = flat[0].device
+        total = over_ranks(torch.cat([*flat, torch.tensor([float(self.count)], device=device).double()]), "sum")
+        self.count = round(float(total[-1]))
+        parts = iter(total[:-1].split([t.numel() for t in flat]))
+        self._sums = [[next(parts).view_as(t) for t in sums] for sums in self._sums]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a metric has measured: number of samples, tensors, notes."""
+
+    samples: int
+    tensors: tuple[TensorSensitivity, ...]
+    notes: tuple[str, ...] = ()
+
+
+def tensor_of(item: Item, loss: Array, error: Array, group_loss: Array, group_error: Array) -> TensorSensitivity:
+    """The entry of an item."""
+    role: Literal["weight", "activation"] = "weight" if item.is_weight else "activation"
+    return TensorSensitivity(item.name, role, item.numel, item.channels, loss, error, group_loss, group_error)
+
+
+def _mean_and_error(total: Tensor, squares: Tensor, count: int, scale: float) -> tuple[Array, Array]:
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0) / (count - 1) if count > 1 else mean * torch.nan
+    return (mean * scale).cpu().numpy(), (variance.sqrt() * scale).cpu().numpy()
