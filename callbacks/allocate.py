@@ -55,7 +55,8 @@ class AllocateBits(pl.Callback):
         layer_memory: largest size of one layer's weights, and of one activation of a sample.
         samples: training samples to measure on, over all ranks.
         allocation: an `Allocation`, or the path of one saved as JSON, to use instead of measuring for a budget.
-        save_to: path of the JSON file to write; by default ``allocation.json`` in the Trainer's log folder.
+        save_to: path of the JSON file to write; by default ``allocation.json`` in the Trainer's log folder, if the
+            Trainer keeps anything (a logger, checkpoints).
         forward: called with the module and a batch, returns the output; by default as for `Quantize`.
 
     Afterwards ``allocated`` is the `Allocation` in force and ``sensitivity_table`` what was measured, if anything was.
@@ -175,7 +176,8 @@ class AllocateBits(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         folder = trainer.log_dir or trainer.default_root_dir  # on every rank: log_dir talks to the others
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        keeps = bool(self.save_to or trainer.loggers or trainer.checkpoint_callback)
+        if trainer.is_global_zero and keeps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(folder) / "allocation.json" if self.save_to is None else Path(self.save_to)
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f"{path.name}.unfinished")

@@ -22,6 +22,7 @@ from lq.errors import DataError, SpecError
 from lq.quantizer import Quantizer
 from lq.report import FLOAT_BITS, summary
 from lq.sites import (
+    Site,
     activation_quantizers,
     calls,
     float_weight,
@@ -207,7 +208,8 @@ class Costs:
             if quantizer is None:
                 return None
             bits = float(quantizer.bits.mean())
-            layer = quantizer.name.rpartition(".")[0]
+            module, _, place = quantizer.name.rpartition(".")
+            layer = Site(module, place, role).layer
             tensors.setdefault(quantizer.name, TensorCost(quantizer.name, layer, role, numel, bits))
             return quantizer.name
 

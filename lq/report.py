@@ -133,9 +133,10 @@ def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = 
         with eval_mode(model), torch.no_grad():
             counted = count_macs(model, lambda: run(model, example, forward), batch_size(example))
     layers = []
+    stored: set[int] = set()  # weights that an earlier layer counts
     for name, module in quantized_layers(model):
         macs = _noted_macs(module) if counted is None else counted.get(name)
-        layers.append(_summarize(name, module, macs))
+        layers.append(_summarize(name, module, macs, stored))
     for name, operands in calls(model).items():
         if set(operands) != {"output"}:
             macs = next(iter(operands.values())).macs if counted is None else counted.get(name)
@@ -146,9 +147,11 @@ def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = 
     }
     everything = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in quantizer_state}
     rest = sum(_bytes(t) for key, t in everything.items() if key not in quantized)
-    weights = [
-        (q, w) for _, m in quantized_layers(model) if (q := weight_quantizer(m)) and (w := float_weight(m)) is not None
-    ]
+    weights = {
+        id(w): (q, w)
+        for _, m in quantized_layers(model)
+        if (q := weight_quantizer(m)) and (w := float_weight(m)) is not None
+    }.values()  # shared ones once
     values = sum(w.numel() for _, w in weights)
     bitops = [layer.bitops for layer in layers if layer.bitops is not None]
     return Summary(
@@ -162,7 +165,7 @@ def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = 
     )
 
 
-def _summarize(name: str, module: nn.Module, macs: float | None) -> LayerSummary:
+def _summarize(name: str, module: nn.Module, macs: float | None, stored_before: set[int]) -> LayerSummary:
     weight, quantizer, site = float_weight(module), weight_quantizer(module), input_quantizer(module)
     kind = type(module).__name__.removeprefix("Parametrized")
     shape = () if weight is None else tuple(weight.shape)
@@ -170,8 +173,11 @@ def _summarize(name: str, module: nn.Module, macs: float | None) -> LayerSummary
     average = float(FLOAT_BITS) if quantizer is None else float(quantizer.bits.mean())
     input_bits = None if site is None or not site.calibrated else int(site.bits)
     stored = sum(_bytes(t) for t in _own_tensors(module) if t is not weight)
-    stored += -(-_code_bits(quantizer, count) // 8) if quantizer is not None or weight is None else _bytes(weight)
-    for part in (quantizer, site):
+    again = weight is not None and id(weight) in stored_before
+    stored_before.add(id(weight))
+    if not again and weight is not None:
+        stored += _bytes(weight) if quantizer is None else -(-_code_bits(quantizer, count) // 8)
+    for part in (None if again else quantizer, site):
         if part is not None:
             fixed_zero = part is quantizer and (part.spec is None or part.spec.symmetric)
             stored += _bytes(part.log2_step) * (1 if fixed_zero else 2)

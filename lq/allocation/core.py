@@ -8,9 +8,9 @@ after some items is what they cost and lose. States are dropped that cannot end 
 be split, the rest would lose too much) or within the limits, and, once a single limit is left that may bind, those that
 another state dominates (costs and loses no more).
 
-What deviates from the exact method: the number of items and of states is limited. Items stay that move most of the priced
-cost for their reduced loss; states stay that leave least of the limits, for each cell of a grid over the costs the best
-first. Where nothing was left out, the search says it is complete.
+What deviates from the exact method: the numbers of items and of states are limited. Items stay that move most of the
+priced cost for their reduced loss; states stay that leave least of the limits, for each cell of a grid over the costs
+the best first. Where nothing was left out, the search says it is complete.
 """
 
 import numpy as np

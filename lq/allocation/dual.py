@@ -1,10 +1,10 @@
 r"""What a unit of each cost is worth at the best: the multipliers of the limits, and the bound they prove.
 
-``g(prices) = sum_i min_j (losses[i, j] + prices . costs[:, i, j]) - prices . limits`` bounds every allocation from below
-(Everett, Operations Research 1963). It is concave and piecewise linear; with one limit its maximum is a slope of the
-hull, with several it is found by cutting planes (Kelley 1960): each evaluation adds a plane above ``g``, a linear program
-of one variable per limit says where to look next. Prices are searched in units of those that each limit would have
-alone, halfway between the best seen and where the planes meet, which keeps the search from jumping about.
+``g(prices) = sum_i min_j (losses[i, j] + prices . costs[:, i, j]) - prices . limits`` bounds every allocation from
+below (Everett, Operations Research 11, 1963). It is concave and piecewise linear; with one limit its maximum is a slope
+of the hull, with several it is found by cutting planes (Kelley 1960): each evaluation adds a plane above ``g``, and a
+linear program of one variable per limit says where to look next. Prices are searched in units of those that each limit
+would have alone, halfway between the best seen and where the planes meet, which keeps the search from jumping about.
 """
 
 import numpy as np
@@ -47,7 +47,7 @@ def dual_prices(problem: Problem) -> Floats:
     """
     prices = np.zeros(len(problem.limits))
     binding = np.flatnonzero(problem.greatest_costs > problem.ceilings)
-    prices[binding] = [_price_alone(problem, c) for c in binding]
+    prices[binding] = [_price_alone(problem, int(c)) for c in binding]
     return prices if binding.size <= 1 else _cutting_planes(problem, binding, prices[binding])
 
 
@@ -65,8 +65,9 @@ def _price_alone(problem: Problem, constraint: int) -> float:
 
 def _cutting_planes(problem: Problem, binding: Ints, alone: Floats) -> Floats:
     """The best prices of several limits, shape (constraints,)."""
-    losses = np.where(problem.exists, problem.losses, -np.inf).max(1) - problem.losses.min(1)
-    unit = np.where(alone > 0, alone, losses.sum() / problem.greatest_costs[binding])
+    worst = np.where(problem.exists, problem.losses, -np.inf).max(1)
+    span = float((worst - problem.losses.min(1)).sum()) or 1.0
+    unit = np.where(alone > 0, alone, span / problem.greatest_costs[binding])
 
     def plane(point: Floats) -> tuple[Floats, float, Floats]:
         """Prices, g, and its slopes per unit."""
@@ -76,10 +77,9 @@ def _cutting_planes(problem: Problem, binding: Ints, alone: Floats) -> Floats:
         slopes = _excess(problem, choice)[binding] * unit
         return prices, problem.loss(choice) + float(slopes @ point), slopes
 
-    corners = np.vstack([np.zeros(len(binding)), np.diag(alone / unit), alone / unit / len(binding)])
-    points = list(corners)
+    points = [np.zeros(len(binding)), *np.diag(np.sign(alone)), np.sign(alone) / len(binding)]
     seen = [plane(point) for point in points]
-    scale = max(value for _, value, _ in seen) - seen[0][1] or 1.0
+    scale = max(value for _, value, _ in seen) - seen[0][1] or span
     for _ in range(_PLANES):
         best = max(range(len(seen)), key=lambda k: seen[k][1])
         # greatest height over the box under all planes, measured from the best seen

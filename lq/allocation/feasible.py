@@ -1,7 +1,7 @@
 r"""A first choice within all limits: down the hulls of a weighted cost.
 
-The walk ends within the limits whenever there is one limit, or every cost of an item falls where the others do. Else the
-last cost is minimized within the other limits, and so on to a single one; only a proof makes limits infeasible together.
+The walk ends within the limits whenever there is one limit, or every cost of an item falls where the others do. Else
+the last cost is minimized within the other limits, and these are met the same way, down to a single one.
 """
 
 import numpy as np
@@ -44,9 +44,10 @@ def feasible_choice(problem: Problem, weights: Floats) -> Ints:
     least = optimal(rest, feasible_choice(rest, prices), prices, _SECONDS)
     if problem.meets(least.choice):
         return least.choice
-    limits = ", ".join(f"{problem.names[c]} <= {problem.limits[c]:.15g}" for c in kept)
-    name, proof = problem.names[last], "is" if least.gap == 0 else "was found to be"
+    rest_met = ", ".join(f"{problem.names[c]} <= {problem.limits[c]:.15g}" for c in kept)
+    name, limit = problem.names[last], problem.limits[last]
+    proof = "is at least" if least.gap == 0 else f"was not found in {_SECONDS:.0f} seconds to be below"
     raise BudgetError(
-        f"no allocation meets the budgets: {name} <= {problem.limits[last]:.15g} is asked for, but with {limits} it {proof} "
-        f"at least {least.loss:.15g}; raise the limits or add options"
+        f"no allocation meets the budgets: {name} <= {limit:.15g} is asked for, but with {rest_met} it {proof} "
+        f"{least.loss:.15g}; raise the limits or add options"
     )

@@ -1,10 +1,10 @@
 r"""Greedy: from the most expensive useful options down, the step first that loses least per unit saved.
 
 The method of MPQCO (Chen et al., Towards Mixed-Precision Quantization of Neural Networks via Constrained Optimization,
-ICCV 2021): drop dominated options, start at the highest cost, and repeat until the budget is met. All steps are sorted at
-once (`lq.allocation.hull`). What deviates: with several limits, a unit is a weighted sum of the costs, where weights
-start as ``1 / excess`` and then fall for limits that the walk left unused, ``weight *= (total / limit) ** 4``, a few times
-over; and the choice is polished (`lq.allocation.polish`), as the last step saves more than it must.
+ICCV 2021): drop dominated options, start at the highest cost, and repeat until the budget is met. All steps are sorted
+at once (`lq.allocation.hull`). What deviates: the choice is polished (`lq.allocation.polish`), as the last step saves
+more than it must; and with several limits a unit is a weighted sum of the costs. Its weights start as ``1 / excess``
+and fall where a walk left a limit unused, ``weight *= (total / limit) ** 4``; the best of ten walks counts.
 """
 
 from dataclasses import dataclass

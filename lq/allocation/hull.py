@@ -32,7 +32,7 @@ class Hull:
 
     def after(self, steps: int) -> Ints:
         """The choice after that many steps, shape (items,)."""
-        choice = self.start.copy()
+        choice: Ints = self.start.copy()
         choice[self.items[:steps]] = self.targets[:steps]  # the last of an item's steps counts
         return choice
 
@@ -55,13 +55,10 @@ def hull(losses: Floats, cost: Floats) -> Hull:
         saved = np.take_along_axis(cost[items], now[:, None], 1) - cost[items]
         lost = losses[items] - np.take_along_axis(losses[items], now[:, None], 1)
         cheaper = (saved > 0) & (lost < np.inf)
-        with np.errstate(over="ignore"):
-            slopes = np.divide(lost, saved, out=np.full_like(lost, np.inf), where=cheaper)
-        np.minimum(slopes, np.finfo(np.float64).max, out=slopes, where=cheaper)
+        slopes = np.divide(lost, saved, out=np.full_like(lost, np.inf), where=cheaper)
         least = slopes.min(1)
-        target = np.where(cheaper & (slopes == least[:, None]), saved, 0.0).argmax(
-            1
-        )  # of equals, the one that saves most
+        reach = np.where(cheaper & (slopes == least[:, None]), saved, 0.0)
+        target = reach.argmax(1)  # of equals, the one that saves most
         live = least < np.inf
         items, origin, now = items[live], now[live], target[live]
         last = np.maximum(last[live], least[live])  # rounding must not put an item's steps out of order

@@ -1,10 +1,11 @@
 r"""Lagrangian: every item picks ``argmin_j losses[i, j] + prices . costs[:, i, j]`` by itself.
 
-The method of RDO-Q (Wang et al., ECCV 2022, section 3.2), which searches one multiplier by bisection. What deviates: the
+The method of RDO-Q (Wang et al., ECCV 2022), which trades rate for distortion by one multiplier. What deviates: the
 multipliers of any number of limits are those of the best lower bound (`lq.allocation.dual`), found exactly for one; the
-choice comes from walking down the hulls at these prices until the limits are met, which settles the items that are
-undecided at them; and it is polished (`lq.allocation.polish`), as the choices of multipliers alone skip all
-allocations that are not on a hull.
+choice is where the walk down the hulls at these prices meets the limits, which settles the items that are undecided at
+them; and it is polished (`lq.allocation.polish`), as multipliers alone skip all allocations that are not on a hull.
+
+With one limit, this is the walk of `lq.allocation.greedy`: its slopes are the multipliers.
 """
 
 from dataclasses import dataclass

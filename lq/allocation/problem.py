@@ -1,7 +1,7 @@
 r"""The problem every allocation is: one option per item, least total loss, every total cost within its limit.
 
 ``min sum_i losses[i, x_i]`` subject to ``sum_i costs[c, i, x_i] <= limits[c]`` for all ``c``: a knapsack with multiple
-choices and several constraints. Plain numbers in, one option per item out; what an item or a cost is, is not known here.
+choices and several constraints. Plain numbers in, one option per item out; what items and costs are is not known here.
 """
 
 from dataclasses import dataclass, field, replace
@@ -74,7 +74,8 @@ class Problem:
             )
         if costs.ndim != 3 or costs.shape[1:] != losses.shape:
             raise SpecError(
-                f"costs of shape {costs.shape} do not fit losses of shape {losses.shape}; use (constraints, items, options)"
+                f"costs of shape {costs.shape} do not fit losses of shape {losses.shape}; "
+                "use (constraints, items, options)"
             )
         if limits.shape != costs.shape[:1]:
             raise SpecError(f"limits of shape {limits.shape} do not fit {len(costs)} costs; use one limit for each")

@@ -1,11 +1,11 @@
 r"""The optimum, by the mixed-integer solver HiGHS on what the bounds leave undecided.
 
-A better choice than a polished one loses ``bound + sum_i reduced[i, x_i] + prices . unused`` (see `lq.allocation.core`),
-so options whose reduced loss is not below ``gap = loss - bound`` are deleted, which decides most items of a large
-problem. The rest is solved with ``reduced / gap`` as losses and the unused part of each limit as a variable: whatever
-the units, losses and costs are within [0, 1], and the solver's absolute tolerances (1e-6) are shares of the gap. Its
-answer is added up again in full precision; one that rounding let through above a limit is forbidden, and the solver runs
-again.
+A choice loses ``bound + sum_i reduced[i, x_i] + prices . unused`` (see `lq.allocation.core`), so options whose reduced
+loss is not below ``gap = loss - bound`` of a polished choice are in no better one and are deleted, which decides most
+items of a large problem. With one limit, the search of the core usually proves the rest. Else it is solved with
+``reduced / gap`` as losses and the unused part of each limit as a variable: whatever the units, losses and costs are
+within [0, 1], and the solver's absolute tolerances (1e-6) are shares of the gap. Its answer is added up again in full
+precision; one that rounding let through above a limit is forbidden, and the solver runs again.
 """
 
 import time
@@ -49,7 +49,7 @@ def _solve(problem: Problem, best: Solution, prices: Floats, binding: Ints, end:
     firsts = np.flatnonzero(np.r_[True, np.diff(items) > 0])  # every item has an option without reduced loss
     least = np.minimum.reduceat(costs, firsts, axis=1)
     extra = costs - least[:, items]
-    unit = np.maximum(extra.max(1), np.finfo(np.float64).tiny)
+    unit = np.where(extra.max(1) > 0, extra.max(1), 1.0)
     room = (problem.ceilings[binding] - least.sum(1)) / unit
 
     count, total = len(items), len(items) + len(binding)

@@ -1,10 +1,11 @@
 r"""HAWQ-V2: ``Ω_l(b) = 1/2 mean-trace(H_l) * |Q_b(W_l) - W_l|^2`` with the Hessian of the loss.
 
 Dong et al., HAWQ-V2, equations 5 and 9: the trace is Hutchinson's, ``mean_v v^T H v`` over random signs ``v``; one
-vector spans all tensors, whose cross terms vanish in the mean. Activations get the trace of the Hessian with respect to
-themselves, per sample. Vectors are drawn until the traces move by less than a relative tolerance (in absolute values:
-published code compares signed ones and stops at any negative change), or a limit is reached. The factor 1/2 of the
-expansion, which HAWQ leaves out, is kept: the table is in units of the loss. Negative traces count as zero.
+vector spans all tensors, whose cross terms vanish in the mean (and are most of its noise: see the standard errors).
+Activations get the trace of the Hessian with respect to themselves, per sample. Vectors are drawn until the traces move
+by less than a relative tolerance (in absolute values: published code compares signed ones and stops at any negative
+change), or a limit is reached. The factor 1/2 of the expansion, which HAWQ leaves out, is kept: the table is in units
+of the loss. Negative traces count as zero.
 """
 
 from collections.abc import Iterable, Sequence

@@ -4,6 +4,7 @@ With ``g_n`` the gradient of a scalar of sample n's output, the table holds ``sc
 tensor, with the terms of its channels added before the square (MPQCO), and of each group of channels alone (RDO-Q).
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,8 +58,8 @@ def grouped(terms: Tensor, group: int) -> Tensor:
     """Terms (S, C, W) added up over groups of adjacent channels, (S, G, W)."""
     if group == 1:
         return terms
-    missing = -terms.shape[1] % group
-    return F.pad(terms, (0, 0, 0, missing)).unflatten(1, (-1, group)).sum(2)
+    found: Tensor = F.pad(terms, (0, 0, 0, -terms.shape[1] % group)).unflatten(1, (-1, group)).sum(2)
+    return found
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class OutputDistortion(_Squared):
     def objective(self, model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
         """Sum over samples of what is differentiated."""
         output = require_output(run(model, batch, forward)).flatten(1)
-        return (output * signs(output)).sum() / output.shape[1] ** 0.5
+        found: Tensor = (output * signs(output)).sum() / math.sqrt(output.shape[1])
+        return found
 
 
 def signs(like: Tensor) -> Tensor:

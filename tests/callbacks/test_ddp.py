@@ -1,4 +1,4 @@
-"""Two ranks: the same ranges as one rank on the same data, and training that keeps the ranks equal."""
+"""Two ranks: the same ranges and widths as one rank on the same data, and training that keeps the ranks equal."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ import sys
 
 sys.path.insert(0, sys.argv[3])
 import torch
-from lq.callbacks import FineTune, Quantize
+from lq.callbacks import AllocateBits, FineTune, Quantize
 from tests.helpers import dataset, fit, tiny
 from torch.utils.data import DataLoader
 
@@ -37,6 +37,10 @@ def save(trainer, module, name):
 module = tiny()
 made = fit(module, [Quantize(4, 4, fold_bn=False, calibration_samples=32)], data(), max_epochs=0, **options)
 save(made, module, "calibrated")
+module = tiny()
+allocate = AllocateBits("8x", granularity="channel", activations=5.0, samples=32)
+made = fit(module, [Quantize(8, 8, calibration_samples=32), allocate], data(), max_epochs=0, **options)
+save(made, module, "allocated")
 if ranks > 1:
     module = tiny()
     tuner = FineTune("lsq", distill=1.0, reestimate_bn=16)
@@ -58,7 +62,7 @@ def run(script: Path, ranks: int, out: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_ranks_calibrate_as_one_and_train(tmp_path):
+def test_two_ranks_calibrate_and_allocate_as_one_and_train(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     run(script, 1, tmp_path)
@@ -71,6 +75,10 @@ def test_two_ranks_calibrate_as_one_and_train(tmp_path):
     assert sum(key.endswith("log2_step") for key in one) == 5
     assert_same(first, one)
     assert_same(second, one)
+    one_allocated = load("allocated-1-0")
+    assert len({*one_allocated["net.3.parametrizations.weight.0.bits"].tolist()}) > 1
+    assert_same(load("allocated-2-0"), one_allocated)
+    assert_same(load("allocated-2-1"), one_allocated)
     trained = load("trained-2-0")
     assert_same(load("trained-2-1"), trained)
     for key, value in trained.items():
