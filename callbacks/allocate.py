@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lq.allocation import solver as solver_of
 from lq.attach import set_bits
-from lq.bit_allocation import Allocation, Granularity, allocate
+from lq.bit_allocation import Allocation, Granularity, Joint, allocate
 from lq.budget import Latency, parse_budget
 from lq.calibration import Forward, calibrate, needs_calibration
 from lq.callbacks.data import forward_of, reduce_over, training_batches
@@ -74,7 +74,7 @@ class AllocateBits(pl.Callback):
         bits: Sequence[int] | None = None,
         granularity: Granularity = "layer",
         *,
-        activations: float | str | None = None,
+        activations: float | Joint | None = None,
         activation_bits: Sequence[int] | None = None,
         group: int = 1,
         pins: Mapping[str, int | Sequence[int]] | None = None,
@@ -90,24 +90,23 @@ class AllocateBits(pl.Callback):
         solver_of(solver)
         if samples < 1:
             raise SpecError(f"samples={samples}; sensitivity needs at least 1")
+        metric_of(sensitivity)
         self.budget = budget
-        self.metric = metric_of(sensitivity)
-        self.samples = samples
+        self.sensitivity = sensitivity
+        self.solver = solver
+        self.bits = bits
+        self.granularity: Granularity = granularity
+        self.activations = activations
+        self.activation_bits = activation_bits
         self.group = group
+        self.pins = pins
+        self.layer_memory = layer_memory
+        self.samples = samples
         self.allocation = allocation
         self.save_to = save_to
         self.forward = forward
         self.sensitivity_table: Sensitivity | None = None
         self.allocated: Allocation | None = None
-        self._choice: dict[str, Any] = {
-            "solver": solver,
-            "bits": bits,
-            "granularity": granularity,
-            "activations": activations,
-            "activation_bits": activation_bits,
-            "pins": pins,
-            "layer_memory": layer_memory,
-        }
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,7 +148,7 @@ class AllocateBits(pl.Callback):
     def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Allocation:
         batches = training_batches(trainer, self.samples, "Measuring sensitivity")
         first = next(iter(batches), None)
-        metric = self.metric
+        metric = metric_of(self.sensitivity)
         if isinstance(metric, Fisher | HawqV2) and metric.loss is None and getattr(metric, "labels", "data") == "data":
             metric = replace(metric, loss=_loss_of(module, first))
         self.sensitivity_table = measure_sensitivity(
@@ -157,11 +156,22 @@ class AllocateBits(pl.Callback):
             [] if first is None else itertools.chain([first], batches),
             metric,
             group=self.group,
-            activations=self._choice["activations"] is not None,
+            activations=self.activations is not None,
             forward=forward_of(trainer, module, self.forward, autocast=False),
             reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
         )
-        found = allocate(module, self.sensitivity_table, self.budget, **self._choice)
+        found = allocate(
+            module,
+            self.sensitivity_table,
+            self.budget,
+            solver=self.solver,
+            bits=self.bits,
+            granularity=self.granularity,
+            activations=self.activations,
+            activation_bits=self.activation_bits,
+            pins=self.pins,
+            layer_memory=self.layer_memory,
+        )
         return Allocation.from_json(trainer.strategy.broadcast(found.to_json()))  # the same on every rank, to the bit
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule, found: Allocation) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lq.allocation.dual import reduced_losses
+from lq.allocation.hull import hull
 from lq.allocation.problem import ROUNDING, Floats, Ints, Problem
 
 _ANSWERS = 16
@@ -56,7 +57,7 @@ def search(
     rounding = ROUNDING * problem.greatest_costs[:, None]
     value = prices @ np.where(left < np.inf, left, 0.0)
     spent, lost, above = np.zeros((len(left), 1)), np.zeros(1), np.zeros(1)
-    history: list[tuple[Ints, Ints]] = []
+    history: list[NDArray[np.int32]] = []
     for k, (i, o) in enumerate(zip(core, options, strict=True)):
         spent = (spent[:, :, None] + steps[k][:, None]).reshape(len(left), -1)
         lost = (lost[:, None] + problem.losses[i, o] - problem.losses[i, base[i]]).ravel()
@@ -70,13 +71,14 @@ def search(
             rank = above + np.abs(unused)
             kept = kept[_spread(spent[np.ix_(binding, kept)], rank[kept], states // len(core))]
             complete = False
-        history.append((kept // len(o), o[kept % len(o)]))
+        history.append(kept.astype(np.int32))
         spent, lost, above = spent[:, kept], lost[kept], above[kept]
 
     for answer in lost.argsort(kind="stable")[:_ANSWERS]:
         found, state = base.copy(), answer
-        for i, (parents, taken) in zip(core[::-1], history[::-1], strict=True):
-            found[i], state = taken[state], parents[state]
+        for i, o, kept in zip(core[::-1], options[::-1], history[::-1], strict=True):
+            state, option = divmod(kept[state], len(o))
+            found[i] = o[option]
         if problem.loss(found) >= problem.loss(choice):
             break
         if problem.meets(found):
@@ -94,16 +96,17 @@ class _Moves:
     """
 
     def __init__(self, reduced: Floats, priced: Floats) -> None:
-        moves = (priced > 0) & (reduced < np.inf)
-        self.rates = np.divide(reduced, priced, out=np.full_like(reduced, np.inf), where=moves).min(1)
-        self.reach = np.where(moves, priced, 0.0).max(1)
-        self.order = self.rates.argsort(kind="stable")
+        steps, rows = hull(reduced, -priced), np.arange(len(reduced))
+        moved = priced[steps.items, steps.targets] - priced[steps.items, steps.origins]
+        self.items = np.r_[rows, steps.items]
+        self.reach = np.r_[priced[rows, steps.start], moved]  # first to options that lose as little as the base
+        self.rates = np.r_[np.zeros(len(rows)), steps.slopes]
 
     def least(self, amounts: Floats, after: int, otherwise: float) -> Floats:
         """The least loss for each amount, by the items after the given one; beyond these a unit loses `otherwise`."""
-        items = self.order[(self.order > after) & (self.rates[self.order] < otherwise)]
-        reached = np.r_[0.0, self.reach[items].cumsum()]
-        lost = np.r_[0.0, (self.reach[items] * self.rates[items]).cumsum()]
+        steps = (self.items > after) & (self.rates < otherwise)
+        reached = np.r_[0.0, self.reach[steps].cumsum()]
+        lost = np.r_[0.0, (self.reach[steps] * self.rates[steps]).cumsum()]
         beyond = amounts > reached[-1]
         rest = np.multiply(amounts - reached[-1], otherwise, out=np.zeros_like(amounts), where=beyond)
         total: Floats = np.interp(amounts, reached, lost) + rest

@@ -18,7 +18,7 @@ from lq.allocation.dual import dual_bound, reduced_losses
 from lq.allocation.polish import polish
 from lq.allocation.problem import Floats, Ints, Problem, Solution
 
-_STATES = 2**24
+_STATES = 2**25
 _OPTIMAL, _INFEASIBLE = 0, 2  # what `scipy.optimize.milp` calls its outcomes
 
 

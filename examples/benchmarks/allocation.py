@@ -1,0 +1,440 @@
+"""What bit allocation costs and what it brings, on real weights and images.
+
+Every part is a comparison within one run; ratios count, absolute times do not. Real models and images are read from the
+folder in the environment variable LQ_DATA (its pack.py).
+
+    python examples/benchmarks/allocation.py cost                  # against a training step, per image
+    python examples/benchmarks/allocation.py fidelity              # estimates against what really happens
+    python examples/benchmarks/allocation.py table --model NAME    # uniform, by layer, by channel at equal bytes
+    python examples/benchmarks/allocation.py modelopt              # NVIDIA ModelOpt's gradient auto_quantize beside lq
+    python examples/benchmarks/allocation.py finetune              # allocated and uniform widths, fine-tuned
+"""
+
+import argparse
+import copy
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lq
+from lq.bit_allocation import Granularity
+from lq.sensitivity import BruteForce, Fisher, HawqV2, OutputDistortion, measure_sensitivity
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def pack() -> Any:
+    """The reader of the data folder."""
+    folder = os.environ.get("LQ_DATA")
+    if folder is None:
+        raise SystemExit("set LQ_DATA to the folder with real weights and images (the one with pack.py)")
+    spec = importlib.util.spec_from_file_location("pack", Path(folder) / "pack.py")
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{folder} has no pack.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(name: str, images: int = 1024) -> tuple[nn.Module, Batches, Batches]:
+    """A model with BatchNorms folded, training batches (at most `images`), test batches."""
+    reader = pack()
+    net, card = reader.load_model(name)
+    if name.startswith("cifar10"):
+        train, test = (
+            TensorBatches(reader.cifar_tensor(pixels, card), torch.from_numpy(labels), 64)
+            for pixels, labels in (reader.cifar10("train"), reader.cifar10("test"))
+        )
+    else:
+        train, test = (reader.ImageSet(part, card) for part in ("calib_ilsvrc_train", "val_nips17_ccby"))
+        train, test = (list(torch.utils.data.DataLoader(part, 32)) for part in (train, test))
+    kept = list(train)[: -(-images // len(next(iter(train))[0]))]
+    lq.fold_batchnorm(net.eval())
+    return net, kept, list(test)
+
+
+def TensorBatches(x: Tensor, y: Tensor, size: int) -> Batches:  # noqa: N802
+    """Tensors as batches."""
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def prepared(net: nn.Module, batches: Batches, weights: int = 8, activations: int = 8) -> nn.Module:
+    """A quantized, calibrated copy."""
+    model = copy.deepcopy(net)
+    lq.attach(model, weights, activations, structure=lq.inspect(model, batches[0][0][:1]))
+    return lq.calibrate(model, batches)
+
+
+class Score:
+    """Top-1 and the KL divergence to the float model."""
+
+    def __init__(self, net: nn.Module, test: Batches) -> None:
+        self.test = test
+        self.labels = torch.cat([y for _, y in test])
+        self.float = self._run(net).log_softmax(1)
+
+    def __call__(self, model: nn.Module) -> tuple[float, float]:
+        """Top-1 in percent, KL in nats."""
+        found = self._run(model).log_softmax(1)
+        top1 = 100 * float((found.argmax(1) == self.labels).float().mean())
+        return top1, float((self.float.exp() * (self.float - found)).sum(1).mean())
+
+    @torch.no_grad()
+    def _run(self, model: nn.Module) -> Tensor:
+        return torch.cat([model.eval()(x) for x, _ in self.test])
+
+
+def timed(function: Callable[[], Any], repeats: int = 3) -> float:
+    """Seconds, the least of several."""
+    return min(_seconds(function) for _ in range(repeats))
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def cost(names: Sequence[str], images: int = 64, batch: int = 16) -> None:
+    """One pass for 8 widths of everything, against forward and backward of plain training over the same images."""
+    import timm
+
+    print(f"{'model':24} weights  +activations  with ranges, 512 images  brute force")
+    for name in names:
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"zero_init_last": False} if "resnet" in name else {}
+        net = timm.create_model(name, **options)
+        batches = [(torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))) for _ in range(images // batch)]
+        base = timed(partial(_train, copy.deepcopy(net).train(), batches)) / images
+        lq.fold_batchnorm(net.eval())
+        model = prepared(net, batches[:1])
+        measure = partial(measure_sensitivity, model, metric="fisher", widths=range(1, 9))
+        found: list[float] = []
+        for activations in (False, True):
+            once, whole = (
+                timed(partial(measure, batches=part, activations=activations)) for part in (batches[:1], batches)
+            )
+            per_image = (whole - once) / (images - batch)
+            found += [per_image / base, (once - batch * per_image) / base]
+        with torch.no_grad():
+            forward = timed(partial(model, batches[0][0])) / batch
+        items = sum(q.bits.numel() for q in lq.sites.quantizers(model))
+        print(
+            f"{name:24} {found[0]:5.2f}x  {found[2]:10.2f}x  {found[2] + found[3] / 512:20.2f}x  "
+            f"{8 * items * forward / base:9.0f}x ({items} channels and activations)",
+            flush=True,
+        )
+
+
+def _train(model: nn.Module, batches: Batches) -> None:
+    for x, y in batches:
+        F.cross_entropy(model(x), y).backward()
+        model.zero_grad()
+
+
+# --- fidelity --------------------------------------------------------------------------------------------------------
+
+
+def fidelity(name: str, images: int, allocations: int) -> None:
+    """Estimates beside what really happens."""
+    net, batches, _ = load(name, images)
+    model = prepared(net, batches[:8])
+    metrics = {"Fisher": Fisher(), "model Fisher": Fisher("model"), "output distortion": OutputDistortion()}
+    tables = {key: measure_sensitivity(model, batches, metric) for key, metric in metrics.items()}
+    if name.startswith("cifar10"):
+        _ranks(model, batches, tables)
+    _random_allocations(net, model, batches, tables, allocations)
+    _additivity(net, batches, tables["output distortion"])
+    _convergence(model, batches)
+
+
+def _ranks(model: nn.Module, batches: Batches, tables: dict[str, lq.Sensitivity]) -> None:
+    """Spearman's correlation over layers and widths 1 to 8, with brute force."""
+    from scipy.stats import spearmanr
+
+    print("rank correlation over weights and widths 1-8, brute force on the same images:")
+    for measured in ("loss", "kl", "output_distortion"):
+        exact = measure_sensitivity(model, batches, BruteForce(measured), activations=False)
+        truth = np.stack([t.loss[1:] for t in exact.tensors])
+        sure = truth > 3 * np.stack([t.error[1:] for t in exact.tensors])
+        row = []
+        for key, table in tables.items():
+            found = np.stack([table[t.name].loss[1:] for t in exact.tensors])
+            every, certain = spearmanr(found.ravel(), truth.ravel())[0], spearmanr(found[sure], truth[sure])[0]
+            row.append(f"{key} {every:.3f} ({certain:.3f} where it exceeds 3 errors: {sure.mean():.0%})")
+        print(f"  {measured}: " + ", ".join(row), flush=True)
+
+
+def _random_allocations(
+    net: nn.Module, model: nn.Module, batches: Batches, tables: dict[str, lq.Sensitivity], count: int
+) -> None:
+    """MPQCO's supplement, Figure 1: random allocations at 8x, true change of the loss beside the estimates."""
+    some = batches[: max(1, 256 // len(batches[0][0]))]
+    hawq = measure_sensitivity(model, some[:2], HawqV2(vectors=50), activations=False)
+    estimates = {**tables, "HAWQ-V2": hawq}
+    layers = {t.name.removesuffix(".weight"): t.numel for t in tables["Fisher"].tensors if t.role == "weight"}
+    changed = copy.deepcopy(net)
+    lq.attach(changed, 8)
+    reference = _losses(net, some)
+    rng = np.random.default_rng(0)
+    true: list[tuple[float, float]] = []
+    found: dict[str, list[float]] = {key: [] for key in estimates}
+    while len(true) < count:
+        widths = dict(zip(layers, rng.integers(2, 9, len(layers)).tolist(), strict=True))
+        mean = sum(widths[k] * n for k, n in layers.items()) / sum(layers.values())
+        if not 3.9 < mean < 4.1:
+            continue
+        lq.set_bits(changed, widths)
+        now = _losses(changed, some)
+        true.append((float((now[0] - reference[0]).mean()), _divergence(reference[1], now[1])))
+        for key, table in estimates.items():
+            found[key].append(sum(table[f"{k}.weight"].loss[b] for k, b in widths.items()))
+    print(f"{count} random allocations at 8x (2-8 bits), {sum(len(x) for x, _ in some)} images:")
+    for key, values in found.items():
+        for title, truth in zip(("loss", "KL"), np.array(true).T, strict=True):
+            estimate = np.array(values)
+            slope = float((estimate * truth).sum() / (estimate**2).sum())
+            error = float(np.median(np.abs(truth - estimate) / np.abs(truth)))
+            pearson = float(np.corrcoef(np.log(estimate), np.log(np.maximum(truth, 1e-9)))[0, 1])
+            print(
+                f"  {key:18} against {title:5} r {np.corrcoef(estimate, truth)[0, 1]:.3f} "
+                f"(of logarithms {pearson:.3f}), slope {slope:.3g}, median relative error {error:.0%}",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    output = torch.cat([model.eval()(x) for x, _ in batches])
+    return F.cross_entropy(output, torch.cat([y for _, y in batches]), reduction="none"), output.log_softmax(1)
+
+
+def _divergence(reference: Tensor, now: Tensor) -> float:
+    return float((reference.exp() * (reference - now)).sum(1).mean())
+
+
+def _additivity(net: nn.Module, batches: Batches, table: lq.Sensitivity) -> None:
+    """RDO-Q: the distortion of all together, over the sum of single ones, measured and estimated."""
+    some = batches[: max(1, 256 // len(batches[0][0]))]
+    print("distortion of all weights and activations together / sum of single ones (measured; one-pass estimate):")
+    model = prepared(net, some)
+    exact = measure_sensitivity(model, some[:1], BruteForce("output_distortion"), widths=range(3, 9))
+    with torch.no_grad():
+        reference = net(some[0][0])
+        for width in range(8, 2, -1):
+            lq.set_bits(model, {"*": width}, {"*": width})
+            together = float((model.eval()(some[0][0]) - reference).square().mean())
+            single = sum(float(t.loss[width - 3]) for t in exact.tensors)
+            estimate = sum(float(t.loss[width]) for t in table.tensors)
+            print(f"  {width} bits: {together / single:.2f}; {together / estimate:.2f}", flush=True)
+
+
+def _convergence(model: nn.Module, batches: Batches) -> None:
+    """How far the estimate is from that of all images, after a few."""
+    size = len(batches[0][0])
+    whole = measure_sensitivity(model, batches, "model_fisher", activations=False)
+    print("median relative distance of layers x widths to the estimate of all images:")
+    for count in (1, 2, 4, 8):
+        if count < len(batches):
+            part = measure_sensitivity(model, batches[:count], "model_fisher", activations=False)
+            pairs = zip(part.tensors, whole.tensors, strict=True)
+            distance = np.concatenate([np.abs(a.loss / b.loss - 1) for a, b in pairs])
+            print(f"  {count * size} images: {np.median(distance):.0%}", flush=True)
+
+
+# --- table -----------------------------------------------------------------------------------------------------------
+
+
+def table(name: str, metrics: Sequence[str], widths: Sequence[int]) -> None:
+    """Uniform, by layer and by channel at equal stored bytes, 8-bit activations, no fine-tuning."""
+    net, batches, test = load(name)
+    score = Score(net, test)
+    print(f"{name}: float {score(net)[0]:.1f} %; top-1 %, KL to float, stored bytes")
+    model = prepared(net, batches)
+    start = copy.deepcopy(model.state_dict())
+    tables = {metric: measure_sensitivity(model, batches, metric, activations=False) for metric in metrics}
+    for width in widths:
+        uniform = prepared(net, batches, width)
+        size = lq.summary(uniform).bytes
+        _row(f"W{width} uniform", score(uniform), size)
+        for metric, granularity in ((m, g) for m in metrics for g in get_args(Granularity)):
+            model.load_state_dict(start)
+            found = lq.allocate(model, tables[metric], f"{size}B", granularity=granularity)
+            lq.set_bits(model, found.weights)
+            lq.calibrate(model, batches)
+            _row(f"W{width} {metric}, {granularity}", score(model), lq.summary(model).bytes)
+
+
+def _row(title: str, scores: tuple[float, float], size: int) -> None:
+    print(f"  {title:36} {scores[0]:5.1f}  {scores[1]:8.4f}  {size}", flush=True)
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def modelopt(name: str, effective: float) -> None:
+    """ModelOpt's gradient auto_quantize over 2, 4 and 8 bits, and lq on the same images, weights only, equal bits."""
+    import modelopt.torch.quantization as mtq
+
+    net, batches, test = load(name, 512)
+    score = Score(net, test)
+    images = sum(len(x) for x, _ in batches)
+
+    def config(bits: int) -> dict[str, Any]:
+        made: dict[str, Any] = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
+        made["quant_cfg"] = [
+            {"quantizer_name": "*", "enable": False},
+            {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}},
+        ]
+        return made
+
+    theirs = copy.deepcopy(net)
+    start = time.perf_counter()
+    theirs, _ = mtq.auto_quantize(
+        theirs,
+        constraints={"effective_bits": effective},
+        quantization_formats=[config(2), config(4), config(8)],
+        data_loader=batches,
+        forward_step=lambda model, batch: model(batch[0]),
+        loss_func=lambda output, batch: F.cross_entropy(output, batch[1]),
+        num_calib_steps=1,
+        num_score_steps=len(batches),
+        verbose=False,
+    )
+    seconds = time.perf_counter() - start
+    print(f"{name}, {images} images, {effective} bits per weight: top-1 %, KL to float, seconds")
+    _seconds_row("ModelOpt, 2/4/8 bits by layer", score(theirs), seconds)
+    variants: list[tuple[str, Granularity, Sequence[int] | None]] = [
+        ("fisher", "layer", (2, 4, 8)),
+        ("model_fisher", "layer", (2, 4, 8)),
+        ("model_fisher", "layer", None),
+        ("model_fisher", "channel", None),
+    ]
+    for metric, granularity, bits in variants:
+        model = copy.deepcopy(net)
+        start = time.perf_counter()
+        lq.attach(model, 8, first_last=None)
+        measured = measure_sensitivity(model, batches, metric)
+        found = lq.allocate(model, measured, effective, granularity=granularity, bits=bits)
+        lq.set_bits(model, found.weights)
+        seconds = time.perf_counter() - start
+        _seconds_row(f"lq {metric}, {granularity}, {bits or '1-8'}", score(model), seconds)
+
+
+def _seconds_row(title: str, scores: tuple[float, float], seconds: float) -> None:
+    print(f"  {title:44} {scores[0]:5.1f}  {scores[1]:8.4f}  {seconds:6.1f}", flush=True)
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def finetune(budget: str, epochs: int, seeds: int) -> None:
+    """ResNet-20 on exact CIFAR-10 pixels: allocated and uniform widths at equal bits, the same fine-tuning."""
+    import logging
+    import warnings
+
+    import lightning as L
+
+    from lq.callbacks import AllocateBits, FineTune, Quantize
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    reader = pack()
+    _, card = reader.load_model("cifar10_resnet20")
+    (x, y), (tx, ty) = (
+        (reader.cifar_tensor(pixels, card), torch.from_numpy(labels))
+        for pixels, labels in (reader.cifar10("train"), reader.cifar10("test"))
+    )
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = reader.load_model("cifar10_resnet20")[0]
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-5)
+
+    bits = round(32 / float(budget.removesuffix("x")))
+    variants: dict[str, Callable[[], list[Any]]] = {
+        "uniform": lambda: [],
+        "by layer": lambda: [AllocateBits(budget, "model_fisher", samples=1024)],
+        "by channel": lambda: [AllocateBits(budget, "model_fisher", granularity="channel", samples=1024)],
+    }
+    print(f"ResNet-20, {budget}, 4-bit activations, {epochs} epochs on {len(x)} images: top-1 % of {len(ty)}, by seed")
+    for name, allocate in variants.items():
+        results = []
+        for seed in range(seeds):
+            L.seed_everything(seed, verbose=False)
+            module = Module()
+            # all layers count: uniform has no exception for the first and last
+            callbacks = [Quantize(bits, 4, fold_bn=False, first_last=None), *allocate(), FineTune(schedule="cosine")]
+            trainer = L.Trainer(
+                accelerator="cpu",
+                max_epochs=epochs,
+                callbacks=callbacks,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+            )
+            loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 64, shuffle=True)
+            trainer.fit(module, loader)
+            module.eval()
+            with torch.no_grad():
+                hits = [(module(a).argmax(1) == b).float() for a, b in TensorBatches(tx, ty, 100)]
+            results.append(100 * float(torch.cat(hits).mean()))
+        found = lq.summary(module)
+        shown = ", ".join(f"{value:.1f}" for value in results)
+        print(
+            f"  {name:12} {np.mean(results):.2f}  ({shown})  {found.average_bits:.2f} bits, {found.bytes} bytes",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("cost", "fidelity", "table", "modelopt", "finetune"))
+    parser.add_argument("--model", default=None, help="a timm model for cost, one of the data folder elsewhere")
+    parser.add_argument("--metrics", nargs="+", default=["fisher", "model_fisher", "output_distortion"])
+    parser.add_argument("--widths", nargs="+", type=int, default=[4, 3, 2])
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--allocations", type=int, default=100)
+    parser.add_argument("--bits", type=float, default=4.0, help="mean width of the comparison with ModelOpt")
+    parser.add_argument("--budget", default="10.66x")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    name = options.model or "cifar10_resnet20"
+    if options.part == "cost":
+        cost([options.model] if options.model else ["resnet18", "efficientnet_lite0"])
+    elif options.part == "fidelity":
+        fidelity(name, options.images, options.allocations)
+    elif options.part == "table":
+        table(name, options.metrics, options.widths)
+    elif options.part == "modelopt":
+        modelopt(name, options.bits)
+    else:
+        finetune(options.budget, options.epochs, options.seeds)
+
+
+if __name__ == "__main__":
+    main()

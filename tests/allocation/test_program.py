@@ -1,0 +1,59 @@
+"""The integer program: the solver's part alone, the search switched off."""
+
+import numpy as np
+import pytest
+
+from lq.allocation import program
+from lq.allocation.dual import dual_prices
+from lq.allocation.feasible import feasible_choice
+from tests.allocation.problems import enumerated, integers, ragged, realistic
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    """Starts are not improved."""
+    monkeypatch.setattr(program, "polish", lambda problem, start, *_, **__: problem.solution(start, -np.inf))
+
+
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("make", [integers, ragged, realistic])
+@pytest.mark.parametrize("constraints", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_optimum(make, constraints, seed):
+    problem = make(seed, 4, constraints)
+    if np.isinf(best := enumerated(problem)):
+        pytest.skip("not feasible")
+    prices = dual_prices(problem)
+    solution = program.optimal(problem, feasible_choice(problem, prices), prices, 60.0)
+    assert solution.loss == pytest.approx(best)
+    assert solution.gap == 0
+
+
+@pytest.mark.usefixtures("no_search")
+def test_answers_above_a_limit_are_forbidden(monkeypatch):
+    problem = realistic(1, 20, share=0.4)
+    solve, answers = program.milp, []
+
+    def sloppy(*args, constraints, **kwargs):
+        """Let the first answer ignore the limits, as rounding might."""
+        answers.append(solve(*args, constraints=constraints if answers else constraints[:1], **kwargs))
+        return answers[-1]
+
+    prices = dual_prices(problem)
+    start = feasible_choice(problem, prices)
+    right = program.optimal(problem, start, prices, 60.0)
+    monkeypatch.setattr(program, "milp", sloppy)
+    solution = program.optimal(problem, start, prices, 60.0)
+    assert len(answers) > 1
+    assert problem.meets(solution.choice)
+    assert solution.loss == pytest.approx(right.loss)
+
+
+@pytest.mark.usefixtures("no_search")
+def test_no_time_returns_the_start():
+    problem = realistic(0, 20)
+    prices = dual_prices(problem)
+    start = feasible_choice(problem, prices)
+    solution = program.optimal(problem, start, prices, 1e-9)
+    assert (solution.choice == start).all()
+    assert solution.gap > 0
