@@ -58,3 +58,14 @@ def test_readme_shows_the_two_commands() -> None:
     assert "make demo" in text
     assert "make test" in text
     assert sys.version_info >= (3, 10)
+
+
+def test_allocation_of_the_digits_network(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "examples/allocate_bits.py"))["main"]
+    found = main(["--output", str(tmp_path), "--epochs", "3"])
+    assert found["by layer"] > found["uniform"] + 10
+    assert found["by channel"] > found["uniform"] + 10
+    assert found["by channel"] > found["float"] - 10
+    assert lq.Allocation.load(tmp_path / "channel.json").weights
+    for name in ("bits_per_layer", "sensitivity", "pareto_front"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

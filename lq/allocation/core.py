@@ -9,8 +9,8 @@ be split, the rest would lose too much) or within the limits, and, once a single
 another state dominates (costs and loses no more).
 
 What deviates from the exact method: the numbers of items and of states are limited. Items stay that move most of the
-priced cost for their reduced loss; states stay that leave least of the limits, for each cell of a grid over the costs
-the best first. Where nothing was left out, the search says it is complete.
+priced cost for their reduced loss; states stay that may end best, from each cell of a grid over the costs the best
+first. Where nothing was left out, the search says it is complete.
 """
 
 import numpy as np
@@ -64,12 +64,12 @@ def search(
         above = (above[:, None] + reduced[i, o]).ravel()
         unused = value - prices @ spent
         rest = up.least(unused, k, 1.0) + down.least(-unused - prices @ rounding, k, np.inf)
-        kept = np.flatnonzero((above + rest < within) & (spent + least[k] <= left + rounding).all(0))
+        ends = above + rest  # no state ends with less above the bound
+        kept = np.flatnonzero((ends < within) & (spent + least[k] <= left + rounding).all(0))
         binding = np.flatnonzero((spent[:, kept] + greatest[k] > left).any(1))
         kept = kept[_undominated(spent[np.ix_(binding, kept)], lost[kept])]
         if len(kept) > states // len(core):
-            rank = above + np.abs(unused)
-            kept = kept[_spread(spent[np.ix_(binding, kept)], rank[kept], states // len(core))]
+            kept = kept[_spread(spent[np.ix_(binding, kept)], ends[kept], states // len(core))]
             complete = False
         history.append(kept.astype(np.int32))
         spent, lost, above = spent[:, kept], lost[kept], above[kept]

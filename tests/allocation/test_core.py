@@ -32,7 +32,7 @@ def test_complete_search_finds_the_best(make, constraints, seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_nothing_is_found_below_a_proved_bound(seed):
-    problem = realistic(seed, 6)
+    problem = realistic(seed, 5)
     prices, start = started(problem)
     bound, best = dual_bound(problem, prices), enumerated(problem)
     found, complete = search(problem, start, prices, 0.9 * (best - bound) + 1e-15)

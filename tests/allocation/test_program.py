@@ -4,15 +4,19 @@ import numpy as np
 import pytest
 
 from lq.allocation import program
-from lq.allocation.dual import dual_prices
+from lq.allocation.dual import dual_bound, dual_prices
 from lq.allocation.feasible import feasible_choice
 from tests.allocation.problems import enumerated, integers, ragged, realistic
+
+
+def unpolished(problem, start, prices, **_):
+    return problem.solution(start, dual_bound(problem, prices))
 
 
 @pytest.fixture
 def no_search(monkeypatch):
     """Starts are not improved."""
-    monkeypatch.setattr(program, "polish", lambda problem, start, *_, **__: problem.solution(start, -np.inf))
+    monkeypatch.setattr(program, "polish", unpolished)
 
 
 @pytest.mark.usefixtures("no_search")
