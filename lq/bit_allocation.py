@@ -16,6 +16,7 @@ from torch import nn
 
 from lq.allocation import Problem
 from lq.allocation import solver as solver_of
+from lq.allocation.products import Pair, merge
 from lq.budget import Budget, Costs, parse_budget
 from lq.errors import BudgetError, DataError, SpecError
 from lq.patterns import select
@@ -175,23 +176,24 @@ def allocate(
     _pin(losses, items, costs, sensitivity.widths, pins or {})
     budgets = [parse_budget(one) for one in (budget if isinstance(budget, (list, tuple)) else [budget])]
     count = _Counting(items, costs, np.array(sensitivity.widths, dtype=float), activations == "joint")
-    limits = [_Limit(one, count.table(one), count.fixed(one)) for one in budgets]
+    limits = [_Limit(one, count.table(one), count.fixed(one), pairs=count.pairs(one)) for one in budgets]
     if activations is not None and activations != "joint":
         mean = Budget("bits", float(activations))
         limits.append(_Limit(mean, count.mean_bits("activation"), 0.0, "of activations"))
     losses = count.without_missing(losses, limits)
     if layer_memory is not None:
         losses = count.within_memory(losses, layer_memory)
-    problem = Problem(
-        losses,
-        np.stack([np.nan_to_num(limit.table) for limit in limits]),
-        np.array([limit.left for limit in limits]),
-        tuple(limit.name for limit in limits),
-    )
+    tables = np.stack([np.nan_to_num(limit.table) for limit in limits])
+    multiplied = next((i for i, limit in enumerate(limits) if limit.budget.kind == "bitops"), 0)
+    activation_items = {i for i, item in enumerate(items) if item.tensor.role == "activation"}
+    merged = merge(losses, tables, limits[multiplied].pairs, multiplied, count.widths, activation_items)
+    left, names = np.array([limit.left for limit in limits]), tuple(limit.name for limit in limits)
+    problem = Problem(merged.losses, merged.costs, left, names)
     for limit, least, greatest in zip(limits, problem.least_costs, problem.greatest_costs, strict=True):
         limit.check(float(least), float(greatest))
     found = solver_of(solver)(problem)
-    weights, widths_of_activations = _widths(items, costs, [sensitivity.widths[i] for i in found.choice])
+    chosen = [sensitivity.widths[i] for i in merged.unmerged(found.choice)]
+    weights, widths_of_activations = _widths(items, costs, chosen)
     return Allocation(
         weights=weights,
         activations=widths_of_activations,
@@ -205,12 +207,13 @@ def allocate(
 
 @dataclass(frozen=True, eq=False)
 class _Limit:
-    """A budget, what each item's widths count towards it, and what counts whatever is chosen."""
+    """A budget; what each item's widths, and products of two, count towards it; what counts whatever is chosen."""
 
     budget: Budget
     table: Array
     fixed: float
     of: str = ""
+    pairs: tuple[Pair, ...] = ()
 
     @property
     def name(self) -> str:
@@ -356,18 +359,29 @@ class _Counting:
         chosen = {item.tensor.name for item in self.items}
         factors: dict[str, float] = {}
         for product in self.costs.products:
-            both = {product.left, product.right} & chosen
-            if len(both) == 2:
-                raise SpecError(
-                    f"BitOps of {product.layer} are a product of two widths that are both allocated; give activations "
-                    "a budget of their own after weights, or keep their widths"
-                )
-            for name in both:
+            mine = {product.left, product.right} & chosen
+            if len(mine) == 1:
+                name = str(mine.pop())
                 other = product.left if name == product.right else product.right
-                factors[str(name)] = factors.get(str(name), 0.0) + product.macs * self.costs.bits(other)
-        if not any(factors.values()):
+                factors[name] = factors.get(name, 0.0) + product.macs * self.costs.bits(other)
+        if not any(product.macs for product in self.costs.products):
             raise DataError("no operations were counted; run lq.calibrate(model, batches) first")
         return np.stack([factors.get(i.tensor.name, 0.0) * i.share * self.widths for i in self.items])
+
+    def pairs(self, budget: Budget) -> tuple[Pair, ...]:
+        """Items whose widths multiply: weight and input, or two activations, that are both allocated."""
+        if budget.kind != "bitops":
+            return ()
+        rows: dict[str, list[int]] = {}
+        for i, item in enumerate(self.items):
+            rows.setdefault(item.tensor.name, []).append(i)
+        found = []
+        for product in self.costs.products:
+            for one in rows.get(str(product.left), []):
+                for other in rows.get(str(product.right), []):
+                    share = self.items[one].share * self.items[other].share
+                    found.append(Pair(one, other, product.macs * share))
+        return tuple(found)
 
     def _latencies(self, budget: Budget) -> Array:
         table = budget.table or {}

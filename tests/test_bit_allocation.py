@@ -9,6 +9,7 @@ import lq
 from lq.errors import BudgetError, DataError, PatternError, SpecError
 from lq.sensitivity import Sensitivity, TensorSensitivity
 from lq.sites import activation_quantizers, float_weight, layers
+from tests.models import example
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
 SIZES = {"0": 12 * 16, "2": 16 * 8, "4": 8 * 4}
@@ -173,9 +174,44 @@ def test_activations_jointly_with_weights():
     assert min(found.activations.values()) >= 2
 
 
-def test_bit_operations_of_both_are_a_product():
-    with pytest.raises(SpecError, match="BitOps of 2 are a product of two widths that are both allocated"):
-        lq.allocate(network(), table(), "10kBitOps", activations="joint")
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("solver", ["greedy", "lagrangian", "exact"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_bit_operations_of_weights_and_activations_together(granularity, solver, share):
+    model, sensitivity, widths = network(weights=8, activations=8), table(), (1, 2, 4, 8)
+    limit = share * lq.summary(model).bitops
+    options = {"bits": widths, "activation_bits": widths, "activations": "joint", "granularity": granularity}
+    found = lq.allocate(model, sensitivity, f"{limit}BitOps", solver=solver, **options)
+    lq.set_bits(model, found.weights, found.activations)
+    assert lq.summary(model).bitops <= limit * (1 + 1e-9)
+    best = np.inf
+    for a, b, c, d, e in itertools.product(widths, repeat=5):
+        if SIZES["0"] * a * 32 + SIZES["2"] * b * d + SIZES["4"] * c * e <= limit:
+            weights = sum(sensitivity[f"{name}.weight"].loss[w] for name, w in zip(SIZES, (a, b, c), strict=True))
+            best = min(best, weights + sensitivity["2.input"].loss[d] + sensitivity["4.input"].loss[e])
+    assert found.loss <= best * (1.0 + 1e-9 if granularity == "layer" else 0.95)
+
+
+def test_bit_operations_with_several_budgets():
+    model, sensitivity = network(weights=8, activations=8), table()
+    limit = 0.5 * lq.summary(model).bitops
+    found = lq.allocate(model, sensitivity, [f"{limit}BitOps", 4.0], activations=5.0)
+    lq.set_bits(model, found.weights, found.activations)
+    assert lq.summary(model).bitops <= limit
+    assert lq.summary(model).average_bits <= 4.0
+    assert 16 * found.activations["2.input"] + 8 * found.activations["4.input"] <= 5.0 * 24
+
+
+def test_bit_operations_of_attention():
+    model, x = example("block")
+    lq.attach(model, 8, 8, structure=lq.inspect(model, x), first_last=None)
+    lq.calibrate(model, [x])
+    sensitivity = lq.measure_sensitivity(model, [x], "output_distortion")
+    limit = 0.4 * lq.summary(model).bitops
+    found = lq.allocate(model, sensitivity, f"{limit}BitOps", activations="joint")
+    lq.set_bits(model, found.weights, found.activations)
+    assert 0.9 * limit <= lq.summary(model).bitops <= limit
+    assert {"attn.matmul_0_left", "attn.matmul_1_right"} <= set(found.activations)
 
 
 def test_pins():

@@ -75,9 +75,9 @@ def search(
         spent, lost, above = spent[:, kept], lost[kept], above[kept]
 
     for answer in lost.argsort(kind="stable")[:_ANSWERS]:
-        found, state = base.copy(), answer
+        found, state = base.copy(), int(answer)
         for i, o, kept in zip(core[::-1], options[::-1], history[::-1], strict=True):
-            state, option = divmod(kept[state], len(o))
+            state, option = divmod(int(kept[state]), len(o))
             found[i] = o[option]
         if problem.loss(found) >= problem.loss(choice):
             break

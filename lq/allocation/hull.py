@@ -51,7 +51,7 @@ def hull(losses: Floats, cost: Floats) -> Hull:
     start = np.where(losses == losses.min(1, keepdims=True), cost, np.inf).argmin(1)
     items, now, last = np.arange(len(losses)), start, np.zeros(len(losses))
     rounds: list[tuple[Ints, Ints, Ints, Floats]] = []
-    while items.size:
+    while items.size or not rounds:
         saved = np.take_along_axis(cost[items], now[:, None], 1) - cost[items]
         lost = losses[items] - np.take_along_axis(losses[items], now[:, None], 1)
         cheaper = (saved > 0) & (lost < np.inf)

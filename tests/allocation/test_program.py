@@ -38,9 +38,11 @@ def test_answers_above_a_limit_are_forbidden(monkeypatch):
     problem = realistic(1, 20, share=0.4)
     solve, answers = program.milp, []
 
-    def sloppy(*args, constraints, **kwargs):
-        """Let the first answer ignore the limits, as rounding might."""
-        answers.append(solve(*args, constraints=constraints if answers else constraints[:1], **kwargs))
+    def sloppy(losses, integrality, constraints, **kwargs):
+        """The first answer costs most and ignores the limit."""
+        if not answers:
+            losses, constraints = -np.where(integrality, constraints[1].A[0], 0), constraints[:1]
+        answers.append(solve(losses, integrality=integrality, constraints=constraints, **kwargs))
         return answers[-1]
 
     prices = dual_prices(problem)
