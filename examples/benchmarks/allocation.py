@@ -45,8 +45,8 @@ def pack() -> Any:
     return module
 
 
-def load(name: str, images: int = 1024) -> tuple[nn.Module, Batches, Batches]:
-    """A model with BatchNorms folded, training batches (at most `images`), test batches."""
+def load(name: str, images: int = 1024, *, fold: bool = True) -> tuple[nn.Module, Batches, Batches]:
+    """A model, its BatchNorms folded if asked, training batches (at most `images`), test batches."""
     reader = pack()
     net, card = reader.load_model(name)
     if name.startswith("cifar10"):
@@ -58,8 +58,9 @@ def load(name: str, images: int = 1024) -> tuple[nn.Module, Batches, Batches]:
         train, test = (reader.ImageSet(part, card) for part in ("calib_ilsvrc_train", "val_nips17_ccby"))
         train, test = (list(torch.utils.data.DataLoader(part, 32)) for part in (train, test))
     kept = list(train)[: -(-images // len(next(iter(train))[0]))]
-    lq.fold_batchnorm(net.eval())
-    return net, kept, list(test)
+    if fold:
+        lq.fold_batchnorm(net)
+    return net.eval(), kept, list(test)
 
 
 def TensorBatches(x: Tensor, y: Tensor, size: int) -> Batches:  # noqa: N802
@@ -288,7 +289,9 @@ def modelopt(name: str, effective: float) -> None:
     """ModelOpt's gradient auto_quantize over 2, 4 and 8 bits, and lq on the same images, weights only, equal bits."""
     import modelopt.torch.quantization as mtq
 
-    net, batches, test = load(name, 512)
+    net, batches, test = load(
+        name, 512, fold=False
+    )  # ModelOpt's backward hooks do not bear sums in place on convolutions
     score = Score(net, test)
     images = sum(len(x) for x, _ in batches)
 
@@ -301,6 +304,9 @@ def modelopt(name: str, effective: float) -> None:
         return made
 
     theirs = copy.deepcopy(net)
+    for module in theirs.modules():  # nor activations in place
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
     start = time.perf_counter()
     theirs, _ = mtq.auto_quantize(
         theirs,

@@ -76,8 +76,8 @@ def search(
 
     for answer in lost.argsort(kind="stable")[:_ANSWERS]:
         found, state = base.copy(), int(answer)
-        for i, o, kept in zip(core[::-1], options[::-1], history[::-1], strict=True):
-            state, option = divmod(int(kept[state]), len(o))
+        for i, o, before in zip(core[::-1], options[::-1], history[::-1], strict=True):
+            state, option = divmod(int(before[state]), len(o))
             found[i] = o[option]
         if problem.loss(found) >= problem.loss(choice):
             break

@@ -14,7 +14,8 @@ class Exact:
     """The optimal choice; see `lq.allocation.program`.
 
     Args:
-        time_limit: seconds for the solver. When they end first, the choice is the best so far and its gap is not 0.
+        time_limit: seconds after which the mixed-integer solver stops; then the choice is the best so far, its gap not
+            0. The search before it takes a few seconds for thousands of items and is not cut off.
 
     Raises:
         SpecError: for a time limit that is not positive.

@@ -22,7 +22,7 @@ def test_one_limit(make):
 @pytest.mark.parametrize("constraints", [2, 3])
 def test_several_limits(make, constraints):
     feasible = 0
-    for seed in range(8):
+    for seed in range(6):
         problem = make(seed, 5 + 5 * seed, constraints)
         try:
             best = Exact()(problem).loss
@@ -30,7 +30,7 @@ def test_several_limits(make, constraints):
             continue
         assert Greedy()(problem).loss <= best * 1.01
         feasible += 1
-    assert feasible >= 5
+    assert feasible >= 4
 
 
 def test_thousands_of_items():
