@@ -14,6 +14,7 @@ import argparse
 import copy
 import importlib.util
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -94,21 +95,21 @@ class Score:
         return torch.cat([model.eval()(x) for x, _ in self.test])
 
 
-def timed(function: Callable[[], Any], repeats: int = 3) -> float:
-    """Seconds, the least of several."""
-    return min(_seconds(function) for _ in range(repeats))
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def _interleaved(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each job; the jobs take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-def cost(names: Sequence[str], images: int = 64, batch: int = 16) -> None:
+def cost(names: Sequence[str], rounds: int, images: int = 64, batch: int = 16) -> None:
     """One pass for 8 widths of everything, against forward and backward of plain training over the same images."""
     import timm
 
@@ -118,19 +119,22 @@ def cost(names: Sequence[str], images: int = 64, batch: int = 16) -> None:
         options: dict[str, Any] = {"zero_init_last": False} if "resnet" in name else {}
         net = timm.create_model(name, **options)
         batches = [(torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))) for _ in range(images // batch)]
-        base = timed(partial(_train, copy.deepcopy(net).train(), batches)) / images
+        plain = copy.deepcopy(net).train()
         lq.fold_batchnorm(net.eval())
         model = prepared(net, batches[:1])
         measure = partial(measure_sensitivity, model, metric="fisher", widths=range(1, 9))
+        jobs: dict[str, Callable[[], Any]] = {"train": partial(_train, plain, batches)}
+        for what, activations in (("weights", False), ("all", True)):
+            jobs[f"{what}, once"] = partial(measure, batches=batches[:1], activations=activations)
+            jobs[f"{what}, whole"] = partial(measure, batches=batches, activations=activations)
+        seconds = _interleaved(jobs, rounds)
+        base = seconds["train"] / images
         found: list[float] = []
-        for activations in (False, True):
-            once, whole = (
-                timed(partial(measure, batches=part, activations=activations)) for part in (batches[:1], batches)
-            )
-            per_image = (whole - once) / (images - batch)
-            found += [per_image / base, (once - batch * per_image) / base]
+        for what in ("weights", "all"):
+            per_image = (seconds[f"{what}, whole"] - seconds[f"{what}, once"]) / (images - batch)
+            found += [per_image / base, (seconds[f"{what}, once"] - batch * per_image) / base]
         with torch.no_grad():
-            forward = timed(partial(model, batches[0][0])) / batch
+            forward = _interleaved({"": partial(model, batches[0][0])}, rounds)[""] / batch
         items = sum(q.bits.numel() for q in lq.sites.quantizers(model))
         print(
             f"{name:24} {found[0]:5.2f}x  {found[2]:10.2f}x  {found[2] + found[3] / 512:20.2f}x  "
@@ -421,6 +425,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a timm model for cost, one of the data folder elsewhere")
     parser.add_argument("--metrics", nargs="+", default=["fisher", "model_fisher", "output_distortion"])
     parser.add_argument("--widths", nargs="+", type=int, default=[4, 3, 2])
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the timings")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--allocations", type=int, default=100)
     parser.add_argument("--bits", type=float, default=4.0, help="mean width of the comparison with ModelOpt")
@@ -431,7 +436,7 @@ def main() -> None:
     torch.manual_seed(0)
     name = options.model or "cifar10_resnet20"
     if options.part == "cost":
-        cost([options.model] if options.model else ["resnet18", "efficientnet_lite0"])
+        cost([options.model] if options.model else ["resnet18", "efficientnet_lite0"], options.rounds)
     elif options.part == "fidelity":
         fidelity(name, options.images, options.allocations)
     elif options.part == "table":

@@ -17,7 +17,7 @@ from lq.sites import quantizers
 # Changes of a weight are kept between batches if all of them together are below this, in bytes.
 _KEEP = 2 << 30
 # Elements of an activation that are rounded at a time, all widths in turn: they should stay in a cache.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 20
 
 
 class Item:
@@ -81,19 +81,22 @@ class Item:
         """``<delta, rounded(x) - x>`` of each sample at each width, (samples, 1, W)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         rows, deltas = (by_sample(t.detach().to(dtype), samples, self.samples_last).flatten(1) for t in (x, delta))
-        step, low, high = (part.to(dtype)[:, None] for part in self._grid())
-        half = low % 1.0 if bool((low % 1.0).any()) else None
-        size = max(1, _BLOCK // (samples * len(self.widths)))
-        buffer = torch.empty(samples, len(self.widths), min(size, rows.shape[1]), dtype=dtype, device=x.device)
-        products = torch.zeros(samples, len(self.widths) + 1, dtype=dtype, device=x.device)
-        for block, weight in zip(rows.split(size, 1), deltas.split(size, 1), strict=True):
-            codes = buffer[:, :, : block.shape[1]]
-            torch.mul(block.unsqueeze(1), step.reciprocal(), out=codes)
-            codes = codes.round_() if half is None else codes.sub_(half).round_().add_(half)
-            codes.clamp_(low, high)
-            products[:, :-1] += torch.bmm(codes, weight.unsqueeze(2)).squeeze(2)
-            products[:, -1] += torch.linalg.vecdot(block, weight)
-        return (products[:, :-1] * step[:, 0] - products[:, -1:]).unsqueeze(1)
+        grids = list(zip(*(part.tolist() for part in self._grid()), strict=True))
+        columns = min(rows.shape[1], max(1, _BLOCK // len(grids)))
+        height = max(1, _BLOCK // (len(grids) * max(columns, 1)))
+        buffer = torch.empty(min(height, samples), len(grids), columns, dtype=dtype, device=x.device)
+        found = torch.zeros(samples, len(grids), dtype=dtype, device=x.device)
+        for start in range(0, samples, height):
+            some = slice(start, start + height)
+            for block, weight in zip(rows[some].split(columns, 1), deltas[some].split(columns, 1), strict=True):
+                codes = buffer[: len(block), :, : block.shape[1]]
+                for column, (step, low, high) in enumerate(grids):
+                    code = torch.mul(block, 1 / step, out=codes[:, column])
+                    code = code.sub_(0.5).round_().add_(0.5) if low % 1.0 else code.round_()
+                    code.clamp_(low, high)
+                found[some] += codes.mul_(weight.unsqueeze(1)).sum(2)
+        kept = (rows * deltas).sum(1, keepdim=True)
+        return (found * self._grid()[0].to(dtype) - kept).unsqueeze(1)
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Step, lowest and highest level of an activation at each width."""
