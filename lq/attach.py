@@ -285,7 +285,8 @@ def set_bits(
 
     Args:
         model: a model with quantizers.
-        weights: width, or one width per output channel (0 prunes it), by name pattern of layers.
+        weights: width, or one width per output channel (0 prunes it), by name pattern of layers; of a call with
+            several weights also by operand, such as ``"lstm.rnn_0_weight_1"``.
         activations: width, by name pattern of sites such as ``"layer1.0.conv1.input"``, or of modules around them.
 
     Raises:
@@ -299,20 +300,23 @@ def set_bits(
     """
     require_attached(model, "lq.set_bits")
     named = {name: found for name, module in model.named_modules() if (found := weight_quantizer(module)) is not None}
-    at_calls: dict[str, WeightQuantizer] = {}
+    at_calls: dict[str, list[WeightQuantizer]] = {}  # by call, and by the call's operand
     for name, module in model.named_modules():
         for place, quantizer in call_quantizers(module).items():
             if isinstance(quantizer, WeightQuantizer):
-                at_calls[Site(name, place, "weight").layer] = quantizer
+                site = Site(name, place, "weight")
+                for key in (site.layer, site.name):
+                    at_calls.setdefault(key, []).append(quantizer)
     for pattern, widths in weights.items():
+        given = widths if isinstance(widths, int) else tuple(widths)
         for name in select(pattern, [*named, *at_calls], argument="set_bits"):
-            chosen = named.get(name) or at_calls[name]
-            chosen.set_bits(widths if isinstance(widths, int) else tuple(widths))
+            for at_call in at_calls.get(name, []):
+                at_call.set_bits(given)
+                at_call.forget_range()
             weight = float_weight(model.get_submodule(name)) if name in named else None
             if weight is not None:
-                chosen.calibrate(weight)
-            else:
-                chosen.forget_range()
+                named[name].set_bits(given)
+                named[name].calibrate(weight)
     sites = activation_quantizers(model)
     for pattern, width in (activations or {}).items():
         for name in select(pattern, sites, argument="set_bits"):

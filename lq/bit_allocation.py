@@ -34,7 +34,7 @@ class Allocation:
     """A width for every weight, and for activations if they were allocated.
 
     Args:
-        weights: by name of layer, its width, or one for each of its output channels.
+        weights: by name of layer (or of a weight at a call), its width, or one for each of its output channels.
         activations: by name of site, its width.
         loss: expected increase of the loss, in units of the metric.
         bound: no allocation within the budgets has a smaller one, by the same measurement.
@@ -193,7 +193,7 @@ def allocate(
         limit.check(float(least), float(greatest))
     found = solver_of(solver)(problem)
     chosen = [sensitivity.widths[i] for i in merged.unmerged(found.choice)]
-    weights, widths_of_activations = _widths(items, costs, chosen)
+    weights, widths_of_activations = _widths(items, chosen)
     return Allocation(
         weights=weights,
         activations=widths_of_activations,
@@ -237,21 +237,21 @@ class _Limit:
             )
 
 
-def _widths(
-    items: Sequence["_Item"], costs: Costs, chosen: Sequence[int]
-) -> tuple[dict[str, int | tuple[int, ...]], dict[str, int]]:
+def _widths(items: Sequence["_Item"], chosen: Sequence[int]) -> tuple[dict[str, int | tuple[int, ...]], dict[str, int]]:
     """The chosen widths by layer, and by activation."""
     by_channel: dict[str, list[int]] = {}
     weights: dict[str, int | tuple[int, ...]] = {}
     activations: dict[str, int] = {}
     for item, width in zip(items, chosen, strict=True):
+        name = f".{item.tensor.name}".removesuffix(".weight").lstrip(
+            "."
+        )  # of the layer; of weights at calls, their own
         if item.tensor.role == "activation":
             activations[item.tensor.name] = width
         elif item.channels is None:
-            weights[costs.tensors[item.tensor.name].layer] = width
+            weights[name] = width
         else:
-            count = item.channels.stop - item.channels.start
-            by_channel.setdefault(costs.tensors[item.tensor.name].layer, []).extend([width] * count)
+            by_channel.setdefault(name, []).extend([width] * (item.channels.stop - item.channels.start))
     return {**weights, **{name: tuple(widths) for name, widths in by_channel.items()}}, activations
 
 

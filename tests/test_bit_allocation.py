@@ -8,7 +8,7 @@ from torch import nn
 import lq
 from lq.errors import BudgetError, DataError, PatternError, SpecError
 from lq.sensitivity import Sensitivity, TensorSensitivity
-from lq.sites import activation_quantizers, float_weight, layers
+from lq.sites import activation_quantizers, float_weight, layers, quantizers
 from tests.models import example
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
@@ -212,6 +212,29 @@ def test_bit_operations_of_attention():
     lq.set_bits(model, found.weights, found.activations)
     assert 0.9 * limit <= lq.summary(model).bitops <= limit
     assert {"attn.matmul_0_left", "attn.matmul_1_right"} <= set(found.activations)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("kind", ["text", "odd weights", "block", "encoder", "u-net", "residual"])
+def test_every_kind_of_model_takes_its_allocation(kind, granularity):
+    model, x = example(kind)
+    lq.attach(model, 8, 8, structure=lq.inspect(model, x), first_last=None)
+    lq.calibrate(model, [x])
+    sensitivity = lq.measure_sensitivity(model, [x], "output_distortion")
+    found = lq.allocate(model, sensitivity, 4.0, granularity=granularity, activations=5.0, pins={"*": range(2, 8)})
+    lq.set_bits(model, found.weights, found.activations)
+    wanted = {**{f"{name}.weight": bits for name, bits in found.weights.items()}, **found.weights, **found.activations}
+    for quantizer in quantizers(model):
+        bits = torch.as_tensor(wanted[quantizer.name], dtype=torch.float)
+        assert torch.equal(quantizer.bits, bits.expand_as(quantizer.bits))
+    assert model(x).isfinite().all()
+
+
+def test_a_model_that_is_a_layer():
+    model = lq.attach(nn.Linear(12, 4), 8, first_last=None)
+    found = lq.allocate(model, lq.measure_sensitivity(model, [X], "output_distortion"), 3.0)
+    lq.set_bits(model, found.weights)
+    assert lq.summary(model).average_bits == 3
 
 
 def test_pins():
