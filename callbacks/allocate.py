@@ -28,7 +28,7 @@ from lq.errors import SpecError, StateError
 from lq.report import summary
 from lq.sensitivity import Fisher, HawqV2, Sensitivity, measure_sensitivity, metric_of
 from lq.sensitivity.measure import Metric
-from lq.sites import require_attached
+from lq.sites import activation_quantizers, require_attached
 
 Budget = float | str | Latency | Mapping[str, Any]
 
@@ -112,7 +112,7 @@ class AllocateBits(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure, allocate, write the widths and calibrate anew; nothing if a checkpoint brought the widths."""
         require_attached(pl_module, "AllocateBits")
-        if self.allocated is not None:
+        if self.allocated is not None and self.allocated.is_in(pl_module):
             return
         if needs_calibration(pl_module):
             raise StateError(
@@ -120,17 +120,14 @@ class AllocateBits(pl.Callback):
             )
         given = self.allocation
         if given is None:
+            if self.activations is not None and any(q.seen is None for q in activation_quantizers(pl_module).values()):
+                self._calibrate(trainer, pl_module)  # their ranges came from a checkpoint, without the values behind
             with isolate_rng():
                 found = self._allocate(trainer, pl_module)
         else:
             found = given if isinstance(given, Allocation) else Allocation.load(given)
         set_bits(pl_module, found.weights, found.activations)
-        calibrate(
-            pl_module,
-            training_batches(trainer, self.samples, "Calibrating"),
-            forward=forward_of(trainer, pl_module, self.forward),
-            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
-        )
+        self._calibrate(trainer, pl_module)
         self.allocated = found
         self._report(trainer, pl_module, found)
 
@@ -144,6 +141,14 @@ class AllocateBits(pl.Callback):
         """Restore the allocation; the widths are in the module's own state."""
         saved = state_dict["allocation"]
         self.allocated = None if saved is None else Allocation.from_json(saved)
+
+    def _calibrate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        calibrate(
+            module,
+            training_batches(trainer, self.samples, "Calibrating"),
+            forward=forward_of(trainer, module, self.forward),
+            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+        )
 
     def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Allocation:
         batches = training_batches(trainer, self.samples, "Measuring sensitivity")

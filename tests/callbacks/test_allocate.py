@@ -97,6 +97,30 @@ def test_a_resumed_run_measures_nothing(tmp_path):
     assert widths(loaded) == widths(first)
 
 
+def test_the_callback_allocates_for_each_module_once():
+    callback = AllocateBits("8x")
+    first, second = tiny(), tiny(seed=3)
+    fit(first, [Quantize(8, 8), callback], max_epochs=0)
+    table = callback.sensitivity_table
+    fit(first, [Quantize(8, 8), callback], max_epochs=1)
+    assert callback.sensitivity_table is table
+    fit(second, [Quantize(8, 8), callback], max_epochs=0)
+    assert callback.sensitivity_table is not table
+    assert callback.allocated.is_in(second)
+    lq.set_bits(second, {"net.8": 1})
+    assert not callback.allocated.is_in(second)
+
+
+def test_activations_of_a_checkpoint_without_allocation(tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    fit(tiny(), [Quantize(8, 8), saving], root=tmp_path, enable_checkpointing=True)
+    module = tiny(seed=5)
+    callbacks = [Quantize(8, 8), AllocateBits("8x", activations=4.0)]
+    fit(module, callbacks, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert lq.summary(module).average_bits <= 4.0
+    assert {int(q.bits) for q in activation_quantizers(module).values()} != {8}
+
+
 def test_a_saved_allocation_is_taken(tmp_path):
     first = tiny()
     path = tmp_path / "deep" / "bits.json"
