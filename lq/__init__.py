@@ -1,6 +1,6 @@
 """lq: quantization for models trained with PyTorch Lightning.
 
-Functions here need torch alone; the callbacks that bring them into a Trainer are in `lq.callbacks`.
+Functions here never import Lightning; the callbacks that bring them into a Trainer are in `lq.callbacks`.
 """
 
 from lq.attach import attach as attach

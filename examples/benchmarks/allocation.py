@@ -156,7 +156,12 @@ def fidelity(name: str, images: int, allocations: int) -> None:
     """Estimates beside what really happens."""
     net, batches, _ = load(name, images)
     model = prepared(net, batches[:8])
-    metrics = {"Fisher": Fisher(), "model Fisher": Fisher("model"), "output distortion": OutputDistortion()}
+    metrics = {
+        "Fisher": Fisher(),
+        "model Fisher": Fisher("model"),
+        "softened": Fisher("model", 2.0),
+        "output distortion": OutputDistortion(),
+    }
     tables = {key: measure_sensitivity(model, batches, metric) for key, metric in metrics.items()}
     if name.startswith("cifar10"):
         _ranks(model, batches, tables)
@@ -173,12 +178,10 @@ def _ranks(model: nn.Module, batches: Batches, tables: dict[str, lq.Sensitivity]
     for measured in ("loss", "kl", "output_distortion"):
         exact = measure_sensitivity(model, batches, BruteForce(measured), activations=False)
         truth = np.stack([t.loss[1:] for t in exact.tensors])
-        sure = truth > 3 * np.stack([t.error[1:] for t in exact.tensors])
         row = []
         for key, table in tables.items():
             found = np.stack([table[t.name].loss[1:] for t in exact.tensors])
-            every, certain = spearmanr(found.ravel(), truth.ravel())[0], spearmanr(found[sure], truth[sure])[0]
-            row.append(f"{key} {every:.3f} ({certain:.3f} where it exceeds 3 errors: {sure.mean():.0%})")
+            row.append(f"{key} {spearmanr(found.ravel(), truth.ravel())[0]:.3f}")
         print(f"  {measured}: " + ", ".join(row), flush=True)
 
 
@@ -187,8 +190,9 @@ def _random_allocations(
 ) -> None:
     """MPQCO's supplement, Figure 1: random allocations at 8x, true change of the loss beside the estimates."""
     some = batches[: max(1, 256 // len(batches[0][0]))]
-    hawq = measure_sensitivity(model, some[:2], HawqV2(vectors=50), activations=False)
-    estimates = {**tables, "HAWQ-V2": hawq}
+    estimates = dict(tables)
+    if batches[0][0].shape[-1] < 64:  # each vector takes a second derivative of everything
+        estimates["HAWQ-V2"] = measure_sensitivity(model, some[:2], HawqV2(vectors=50), activations=False)
     layers = {t.name.removesuffix(".weight"): t.numel for t in tables["Fisher"].tensors if t.role == "weight"}
     changed = copy.deepcopy(net)
     lq.attach(changed, 8)
@@ -255,7 +259,7 @@ def _convergence(model: nn.Module, batches: Batches) -> None:
         if count < len(batches):
             part = measure_sensitivity(model, batches[:count], "model_fisher", activations=False)
             pairs = zip(part.tensors, whole.tensors, strict=True)
-            distance = np.concatenate([np.abs(a.loss / b.loss - 1) for a, b in pairs])
+            distance = np.concatenate([np.abs(a.loss / b.loss - 1)[b.loss > 0] for a, b in pairs])
             print(f"  {count * size} images: {np.median(distance):.0%}", flush=True)
 
 
