@@ -177,6 +177,8 @@ def allocate(
         row[[width not in allowed[item.tensor.role] for width in sensitivity.widths]] = np.inf
     _pin(losses, items, costs, sensitivity.widths, pins or {})
     budgets = [parse_budget(one) for one in (budget if isinstance(budget, (list, tuple)) else [budget])]
+    if sum(one.kind == "bitops" for one in budgets) > 1:
+        raise SpecError(f"budget={budget!r} limits bit operations more than once; give the least alone")
     count = Counting(items, costs, np.array(sensitivity.widths, dtype=float), activations == "joint")
     limits = [Limit(one, count.table(one), count.fixed(one), pairs=count.pairs(one)) for one in budgets]
     if activations is not None and activations != "joint":
@@ -213,9 +215,8 @@ def _widths(items: Sequence[Item], chosen: Sequence[int]) -> tuple[dict[str, int
     weights: dict[str, int | tuple[int, ...]] = {}
     activations: dict[str, int] = {}
     for item, width in zip(items, chosen, strict=True):
-        name = f".{item.tensor.name}".removesuffix(".weight").lstrip(
-            "."
-        )  # of the layer; of weights at calls, their own
+        # the layer's name; a weight at a call keeps its own
+        name = f".{item.tensor.name}".removesuffix(".weight").lstrip(".")
         if item.tensor.role == "activation":
             activations[item.tensor.name] = width
         elif item.channels is None:

@@ -279,6 +279,8 @@ def test_errors():
     model, sensitivity = network(), table()
     with pytest.raises(SpecError, match="solver='magic' is unknown; use 'greedy', 'lagrangian', 'exact'"):
         lq.allocate(model, sensitivity, 3.0, solver="magic")
+    with pytest.raises(SpecError, match="limits bit operations more than once; give the least alone"):
+        lq.allocate(model, sensitivity, ["1MBitOps", "2MBitOps"])
     with pytest.raises(SpecError, match="granularity='row' is unknown"):
         lq.allocate(model, sensitivity, 3.0, granularity="row")
     with pytest.raises(SpecError, match="activations=-1; use None, 'joint' or a mean width"):

@@ -5,6 +5,7 @@ tensor, with the terms of its channels added before the square (MPQCO), and of e
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,14 +26,14 @@ from lq.sensitivity.table import Accumulator, Found
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-class _Squared:
+class _Squared(ABC):
     """Metrics of the form ``scale * mean_n (g_n · Δ)^2``."""
 
     scale: float
 
+    @abstractmethod
     def objective(self, model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
         """Sum over samples of what is differentiated."""
-        raise NotImplementedError
 
     def measure(
         self,
@@ -73,8 +74,8 @@ class Fisher(_Squared):
     stands for all labels: its terms scatter far less than those of one sampled label.
 
     With a temperature above 1 the model's distribution is softened first. Where the model is sure, the curvature at
-    temperature 1 says nothing about changes large enough to unsettle it: at 0 bits, the KL divergence of ResNet-20 is
-    100 times what it predicts.
+    temperature 1 says nothing about changes large enough to unsettle it: with its first layer at 0 bits, the KL
+    divergence of ResNet-20 is 100 times what it predicts.
 
     Args:
         labels: "data" or "model".

@@ -5,7 +5,9 @@ import pytest
 
 from lq.allocation.core import search
 from lq.allocation.dual import dual_bound, dual_prices
+from lq.allocation.feasible import feasible_choice
 from lq.allocation.hull import descend
+from lq.errors import BudgetError
 from tests.allocation.problems import enumerated, integers, ragged, realistic
 
 
@@ -21,8 +23,11 @@ def started(problem):
 def test_complete_search_finds_the_best(make, constraints, seed):
     problem = make(seed, 5, constraints, options=4)
     prices, start = started(problem)
-    if start is None:
-        pytest.skip("the walk met no choice within the limits")
+    if start is None and np.isinf(enumerated(problem)):
+        with pytest.raises(BudgetError):
+            feasible_choice(problem, prices)
+        return
+    start = feasible_choice(problem, prices) if start is None else start
     within = problem.loss(start) - dual_bound(problem, prices) + 1e-9
     found, complete = search(problem, start, prices, within)
     assert complete

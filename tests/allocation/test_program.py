@@ -6,6 +6,7 @@ import pytest
 from lq.allocation import program
 from lq.allocation.dual import dual_bound, dual_prices
 from lq.allocation.feasible import feasible_choice
+from lq.errors import BudgetError
 from tests.allocation.problems import enumerated, integers, ragged, realistic
 
 
@@ -25,9 +26,11 @@ def no_search(monkeypatch):
 @pytest.mark.parametrize("seed", range(6))
 def test_optimum(make, constraints, seed):
     problem = make(seed, 4, constraints)
-    if np.isinf(best := enumerated(problem)):
-        pytest.skip("not feasible")
     prices = dual_prices(problem)
+    if np.isinf(best := enumerated(problem)):
+        with pytest.raises(BudgetError):
+            feasible_choice(problem, prices)
+        return
     solution = program.optimal(problem, feasible_choice(problem, prices), prices, 60.0)
     assert solution.loss == pytest.approx(best)
     assert solution.gap == 0
