@@ -6,4 +6,5 @@ if __name__ != "lq.callbacks":
 from lq.callbacks.allocate import AllocateBits as AllocateBits
 from lq.callbacks.finetune import FineTune as FineTune
 from lq.callbacks.loading import load_from_checkpoint as load_from_checkpoint
+from lq.callbacks.noise_scale import LearnNoiseScale as LearnNoiseScale
 from lq.callbacks.quantize import Quantize as Quantize

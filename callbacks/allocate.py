@@ -23,6 +23,7 @@ from lq.attach import set_bits
 from lq.bit_allocation import Allocation, Granularity, Joint, allocate
 from lq.budget import Latency, parse_budget
 from lq.calibration import Forward, calibrate, needs_calibration
+from lq.callbacks.averages import give_to_averages
 from lq.callbacks.data import forward_of, reduce_over, training_batches
 from lq.errors import SpecError, StateError
 from lq.report import summary
@@ -149,6 +150,7 @@ class AllocateBits(pl.Callback):
             forward=forward_of(trainer, module, self.forward),
             reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
         )
+        give_to_averages(trainer, module)
 
     def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Allocation:
         batches = training_batches(trainer, self.samples, "Measuring sensitivity")

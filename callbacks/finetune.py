@@ -1,103 +1,151 @@
 """Fine-tune a quantized module: the user's training goes on, quantizer parameters get an optimizer of their own.
 
-The steps of the quantizers are ordinary parameters of the module, but an optimizer that trains weights must not move
-them (its decay and learning rate are meant for weights). They are taken out of the user's optimizers before any
-optimizer state exists, and stepped by an Adam of their own whenever the user's optimizer steps. Its learning rate
-follows the user's schedule in proportion; its state is in the callback's, so that a resumed run continues it.
+What an estimator learns of the quantizers (`lq.estimators`) are ordinary parameters of the module, but an optimizer
+that trains weights must not move them (its decay and learning rate are meant for weights). They are taken out of the
+user's optimizers before any optimizer state exists, and stepped by an Adam of their own whenever the user's optimizer
+of their layer steps. Its learning rate follows the user's schedule in proportion; its state is in the callback's, so
+that a resumed run continues it.
 """
 
-import math
 import warnings
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lq.attach import set_estimator
 from lq.batchnorm import batchnorms, reestimate_batchnorm
 from lq.callbacks.data import forward_of, reduce_over, training_batches
-from lq.distillation import Distiller, float_copy
+from lq.callbacks.divergence import DivergenceWatch
+from lq.callbacks.optimizers import (
+    QuantizerOptimizer,
+    adam,
+    forget_stale_gradients,
+    loss_scale,
+    owned,
+    peak_rate,
+    remove_parameters,
+    schedule_factor,
+    steps_of,
+)
+from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
+from lq.distillation import Distiller, Loss, float_copy
 from lq.errors import NoEffectWarning, PatternError, SpecError, StateError
-from lq.quantizer import Estimator
-from lq.sites import common_module, quantizers, require_attached
-
-Schedule = Literal["cosine"]
+from lq.estimators import Estimator, NoiseScale
+from lq.estimators import estimator as estimator_of
+from lq.quantizer import Quantizer
+from lq.sites import common_module, is_attached, quantizers, require_attached
 
 
 class FineTune(pl.Callback):
-    """Train a quantized module with the straight-through estimator or with learned steps (LSQ).
+    """Train a quantized module with the straight-through estimator or with learned steps (LSQ and others).
 
     Without further arguments the user's optimizer and scheduler are kept. ``FineTune(lr=0.005, schedule="cosine")``
     replaces them by those of MPQCO: SGD with momentum 0.9, weight decay 5e-5, cosine to zero over the whole run.
 
     Args:
-        estimator: "lsq" learns the steps, "ste" leaves them as calibrated.
-        lr: learning rate of an SGD that replaces the user's optimizer; None keeps the user's.
-        momentum: of that SGD.
+        estimator: what is learned of the quantizers and how, by name: "lsq" learns the steps, "lsq_plus" the zero
+            points of activations too, "ewgs" and "adaptive_ewgs" weigh gradients by rounding errors, "noise_scale" adds
+            noise to the steps' gradients, "ste" leaves quantizers as calibrated; or an `lq.estimators.Estimator`.
+        lr: learning rate of an optimizer that replaces the user's; None keeps the user's.
+        momentum: of that optimizer, an SGD.
         weight_decay: of that SGD.
-        schedule: "cosine" replaces the user's schedulers by a cosine to zero, step by step; None keeps them.
-        quantizer_lr: learning rate of the steps' own Adam, in octaves per update; follows the user's schedule.
+        schedule: "cosine" to zero or "noise_scale" (see `lq.callbacks.schedules`) replaces the user's schedulers, step
+            by step; None keeps them.
+        warmup: first steps of that schedule, over which the learning rate rises to it.
+        quantizer_lr: learning rate of the quantizers' own Adam, in octaves of a step per update; follows the schedule.
         freeze_bn_epoch: first epoch in which BatchNorm statistics no longer change; None: they always do.
         reestimate_bn: training samples to measure BatchNorm statistics on anew when training ends; 0: keep the running
             ones.
         distill: weight of the distillation loss from the float copy; 0: none.
+        distill_loss: "kl", "symmetric_kl", or "features" (see `lq.distillation`).
+        task: factor on the gradient of your own loss while distilling; 0: the float copy is the only teacher.
         temperature: of the distillation.
         distill_from: name of the module whose output are the logits; by default the innermost one with all quantized
-            layers.
+            layers. For features, names of the modules in it whose outputs are compared.
     """
+
+    # The optimizer that quantizers of layers which none trains go with; None: they stay as they are.
+    _default_owner: int | None = None
 
     def __init__(
         self,
-        estimator: Estimator = "lsq",
+        estimator: str | Estimator = "lsq",
         *,
         lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 5e-5,
         schedule: Schedule | None = None,
+        warmup: int = 0,
         quantizer_lr: float = 1e-3,
         freeze_bn_epoch: int | None = None,
         reestimate_bn: int = 0,
         distill: float = 0.0,
+        distill_loss: Loss = "kl",
+        task: float = 1.0,
         temperature: float = 1.0,
-        distill_from: str | None = None,
+        distill_from: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if estimator not in get_args(Estimator):
-            raise SpecError(f"estimator={estimator!r} is unknown; use one of {get_args(Estimator)}")
-        if schedule is not None and schedule not in get_args(Schedule):
-            raise SpecError(f"schedule={schedule!r} is unknown; use one of {get_args(Schedule)}, or None to keep yours")
+        _check_choice("schedule", schedule, (*get_args(Schedule), None))
+        _check_choice("distill_loss", distill_loss, get_args(Loss))
         for name, value in {"lr": lr, "quantizer_lr": quantizer_lr, "temperature": temperature}.items():
             if value is not None and value <= 0:
                 raise SpecError(f"{name}={value} must be positive")
-        self.estimator: Estimator = estimator
+        if warmup < 0 or (warmup and schedule is None):
+            raise SpecError(f"warmup={warmup} belongs to schedule='cosine' or 'noise_scale', and is not negative")
+        self._estimator = estimator_of(estimator)
+        self.estimator = estimator
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.schedule = schedule
-        self.quantizer_lr = quantizer_lr
+        self.warmup = warmup
+        self.quantizer_lr: float | None = quantizer_lr
+        self._rate = quantizer_lr
         self.freeze_bn_epoch = freeze_bn_epoch
         self.reestimate_bn = reestimate_bn
         self.distill = distill
+        self.distill_loss: Loss = distill_loss
+        self.task = task
         self.temperature = temperature
         self.distill_from = distill_from
-        self._optimizer: torch.optim.Adam | None = None
+        self._own: QuantizerOptimizer | None = None
+        self._parts: list[list[nn.Parameter]] = []
+        self._peaks: list[float] = []
         self._distiller: Distiller | None = None
+        self._teacher: nn.Module | None = None
+        self._watch: DivergenceWatch | None = None
         self._resumed: dict[str, Any] = {}
         self._reestimated_at = -1
+        self._met_at: int | None = 0  # step at which all widths were at their targets
 
     # --- before training --------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose what is learned before DDP looks at it."""
-        if stage == "fit":
-            require_attached(pl_module, "FineTune")
-            set_estimator(pl_module, self.estimator)
+        if stage != "fit":
+            return
+        if is_attached(pl_module) or "configure_model" not in vars(pl_module):
+            self._choose(pl_module)
+            return
+        configure = pl_module.configure_model  # Quantize attaches when it has built the layers
+
+        def configure_model() -> None:
+            configure()
+            self._choose(pl_module)
+
+        pl_module.configure_model = configure_model  # type: ignore[method-assign]
+
+    def _choose(self, module: pl.LightningModule) -> None:
+        require_attached(module, type(self).__name__)
+        set_estimator(module, self._estimator)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,46 +157,69 @@ class FineTune(pl.Callback):
                 NoEffectWarning,
                 stacklevel=2,
             )
-        steps = [q.log2_step for q in quantizers(pl_module)]
-        self._take_over(trainer, pl_module, steps)
-        learned = [step for step in steps if step.requires_grad]
-        self._optimizer = torch.optim.Adam(learned, lr=self.quantizer_lr) if learned else None
-        if self._optimizer is not None and "optimizer" in self._resumed:
-            self._optimizer.load_state_dict(self._resumed["optimizer"])
+        self._take_over(trainer, pl_module)
+        groups = owned(pl_module, trainer.optimizers, self._default_owner)
+        self._parts = [[p for q in group for p in q.parameters() if p.requires_grad] for group in groups]
+        self._own = self._own_optimizer(trainer, pl_module, groups)
+        if self._own is not None and "optimizers" in self._resumed:
+            self._own.load_state_dict(self._resumed["optimizers"])
         if self.distill:
             self._start_distilling(trainer, pl_module)
+        self._watch = DivergenceWatch(list(quantizers(pl_module)))
+        self._peaks = self._resumed.get("peaks", [])
         self._resumed = {}
 
-    def _take_over(self, trainer: pl.Trainer, module: pl.LightningModule, steps: list[nn.Parameter]) -> None:
+    def _own_optimizer(
+        self, trainer: pl.Trainer, module: pl.LightningModule, groups: list[list[Quantizer]]
+    ) -> QuantizerOptimizer | None:
+        """The optimizer of what is learned of the quantizers, which are grouped by the user's optimizers."""
+        if not any(self._parts):
+            return None
+        return QuantizerOptimizer(self._parts, self._rate, adam(self._rate))
+
+    def _take_over(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take quantizer parameters from the user's optimizers; replace optimizer and schedulers if asked to."""
         if (self.lr is not None or self.schedule is not None) and not module.automatic_optimization:
             raise StateError(
                 "lr= and schedule= replace the optimizer of automatic optimization, but this module steps its own; "
                 "leave them out and set both in configure_optimizers"
             )
-        ours = {id(step) for step in steps}
+        ours = {id(part) for quantizer in quantizers(module) for part in quantizer.parameters()}
         if self.lr is not None:
             weights = [p for p in module.parameters() if p.requires_grad and id(p) not in ours]
-            sgd = torch.optim.SGD(weights, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-            trainer.strategy.optimizers = [sgd]
+            trainer.strategy.optimizers = [self._replacement(weights, self.lr)]
             trainer.strategy.lr_scheduler_configs = []
         for optimizer in trainer.optimizers:
-            _remove_parameters(optimizer, ours)
-        if self.schedule == "cosine":
-            total = float(trainer.estimated_stepping_batches)
-            if not 0 < total < math.inf:
+            remove_parameters(optimizer, ours)
+        if self.schedule is not None:
+            if self.schedule == "cosine" and trainer.max_epochs == -1 and trainer.max_steps == -1:
                 raise SpecError(
                     "schedule='cosine' needs the number of steps; set max_epochs or max_steps on the Trainer"
                 )
             trainer.strategy.lr_scheduler_configs = [
-                LRSchedulerConfig(_cosine(optimizer, total), interval="step") for optimizer in trainer.optimizers
+                LRSchedulerConfig(scheduler(optimizer, self._factor(trainer), self.warmup), interval="step")
+                for optimizer in trainer.optimizers
             ]
+
+    def _replacement(self, weights: list[nn.Parameter], lr: float) -> Optimizer:
+        """The optimizer that `lr` asks for."""
+        return torch.optim.SGD(weights, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def _factor(self, trainer: pl.Trainer) -> Callable[[int], float]:
+        """The schedule, as a factor on the learning rate at a step."""
+        if self.schedule == "cosine":
+            return lambda step: cosine(step, steps_of(trainer)) if step else 1.0
+        return lambda step: noise_scale(step, steps_of(trainer), self._met_at) if step else 1.0
 
     def _start_distilling(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         student = common_module(module)[1]
-        if self.distill_from is not None:
+        features = None
+        if self.distill_from is not None and self.distill_loss == "features":
+            features = [self.distill_from] if isinstance(self.distill_from, str) else list(self.distill_from)
+            student = module
+        elif self.distill_from is not None:
             try:
-                student = module.get_submodule(self.distill_from)
+                student = module.get_submodule(str(self.distill_from))
             except AttributeError as error:
                 raise PatternError(
                     f"distill_from={self.distill_from!r} is no module of {type(module).__name__}; "
@@ -161,13 +232,23 @@ class FineTune(pl.Callback):
             module._trainer = attached
         if "teacher" in self._resumed:
             teacher.load_state_dict(self._resumed["teacher"])
+        self._teacher = teacher
         self._distiller = Distiller(
             student,
             teacher,
             weight=self.distill,
+            loss=self.distill_loss,
+            task=self.task,
             temperature=self.temperature,
-            gradient_scale=lambda: _loss_scale(trainer) / trainer.accumulate_grad_batches,
+            features=features,
+            gradient_scale=lambda: loss_scale(trainer) / trainer.accumulate_grad_batches,
         )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the rates to compare with: by now a search for one is over."""
+        if not self._peaks:
+            self._peaks = [peak_rate(optimizer) for optimizer in trainer.optimizers]
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -179,25 +260,39 @@ class FineTune(pl.Callback):
                 norm.eval()
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed the noise of this step."""
+        if isinstance(self._estimator, NoiseScale):
+            self._estimator.at_step(trainer.fit_loop.total_batch_idx)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Forget gradients that the user has forgotten."""
+        forget_stale_gradients(trainer.optimizers, self._parts)
+
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Step the quantizer parameters along with the user's optimizer."""
-        if self._optimizer is None or all(p.grad is None for p in self._optimizer.param_groups[0]["params"]):
+        if self._own is None:
             return
-        self._optimizer.param_groups[0]["lr"] = self.quantizer_lr * _schedule_factor(trainer)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            self._optimizer.step()
-        else:
-            scaler.step(self._optimizer)  # unscales, and skips the step if a gradient overflowed
-        self._optimizer.zero_grad()
+        stepped = getattr(optimizer, "optimizer", optimizer)
+        index = next((i for i, known in enumerate(trainer.optimizers) if known is stepped), 0)
+        self._step_own(trainer, index, schedule_factor(stepped, self._peaks[index]))
+
+    def _step_own(self, trainer: pl.Trainer, index: int, factor: float) -> None:
+        """Step the quantizers of one of the user's optimizers, whose schedule stands at `factor`."""
+        if self._own is not None:
+            self._own.step(index, factor, getattr(trainer.precision_plugin, "scaler", None))
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the distillation loss; measure BatchNorm statistics before the last validation."""
+        """Log the distillation loss; look for divergence; measure BatchNorm statistics before the last validation."""
         if self._distiller is not None:
             if self._distiller.loss is None:
                 raise StateError(
@@ -205,6 +300,8 @@ class FineTune(pl.Callback):
                     "name one that it calls, and that gives the logits, with distill_from="
                 )
             pl_module.log("distill_loss", self._distiller.loss, prog_bar=True)
+        if self._watch is not None:
+            self._watch.see(outputs, trainer.global_step)
         if trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1:
             self._reestimate(trainer, pl_module)
 
@@ -238,10 +335,11 @@ class FineTune(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """State of the quantizers' optimizer and weights of the float copy."""
         state: dict[str, Any] = {}
-        if self._optimizer is not None:
-            state["optimizer"] = self._optimizer.state_dict()
-        if self._distiller is not None:
-            state["teacher"] = self._distiller.teacher.state_dict()
+        if self._own is not None:
+            state["optimizers"] = self._own.state_dict()
+            state["peaks"] = self._peaks
+        if self._teacher is not None:
+            state["teacher"] = self._teacher.state_dict()
         return state
 
     @override
@@ -250,37 +348,6 @@ class FineTune(pl.Callback):
         self._resumed = state_dict
 
 
-def _cosine(optimizer: Optimizer, total: float) -> LambdaLR:
-    """A cosine to zero over `total` steps, from the learning rate the optimizer was meant to have at its peak."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group.pop("max_lr", group.get("initial_lr", group["lr"]))
-        for key in ("min_lr", "max_momentum", "base_momentum"):  # left by a cyclic schedule that is replaced
-            group.pop(key, None)
-    return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0))))
-
-
-def _remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
-    """Take parameters out of an optimizer that has not stepped yet."""
-    for group in optimizer.param_groups:
-        kept = [p for p in group["params"] if id(p) not in ids]
-        if len(kept) < len(group["params"]) and hasattr(optimizer, "_params"):
-            raise StateError(
-                f"{type(optimizer).__name__} keeps its own list of parameters, so that quantizer parameters cannot be "
-                "taken out; give it only the weights, or use FineTune(estimator='ste')"
-            )
-        group["params"] = kept
-
-
-def _schedule_factor(trainer: pl.Trainer) -> float:
-    """Where the user's schedule stands: current over initial learning rate; 1 without a schedule."""
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            initial = group.get("max_lr", group.get("initial_lr"))  # cyclic schedules start far below their peak
-            if initial:
-                return float(group["lr"]) / float(initial)
-    return 1.0
-
-
-def _loss_scale(trainer: pl.Trainer) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise SpecError(f"{name}={value!r} is unknown; use one of {tuple(choices)}")

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lq.attach import attach, attached_plan
 from lq.calibration import Forward, calibrate, needs_calibration
+from lq.callbacks.averages import give_to_averages
 from lq.callbacks.data import first_batch, forward_of, reduce_over, training_batches
 from lq.checkpoint import planned_by, rebuild
 from lq.errors import DataError, SpecError, StateError
@@ -32,6 +33,8 @@ from lq.spec import QuantSpec
 from lq.structure import Structure
 
 _COPYING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
+_FINDERS = {"LearningRateFinder", "BatchSizeFinder"}
+_SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
 
 class Quantize(pl.Callback):
@@ -100,6 +103,8 @@ class Quantize(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fold and attach, once."""
+        _check_strategy(trainer)
+        _put_finders_last(trainer)
         if is_attached(pl_module):
             self._check_same(pl_module)
             return
@@ -120,6 +125,7 @@ class Quantize(pl.Callback):
             forward=forward_of(trainer, pl_module, self.forward),
             reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
         )
+        give_to_averages(trainer, pl_module)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -202,6 +208,39 @@ class Quantize(pl.Callback):
                     f"{type(callback).__name__} copies the module before Quantize has attached quantizers to it; "
                     "list Quantize before it in Trainer(callbacks=[...])"
                 )
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    """Raise if the Trainer's strategy would split weights over devices: a part of a channel has no range."""
+    if _SHARDING & _class_names(trainer.strategy):
+        raise StateError(
+            f"Quantize does not work with {type(trainer.strategy).__name__}, which shards the weights that it rounds; "
+            "use Trainer(strategy='ddp') or a single device"
+        )
+
+
+def _put_finders_last(trainer: pl.Trainer) -> None:
+    """Have the searches for a learning rate or a batch size run after lq's callbacks have calibrated.
+
+    They train in ``on_fit_start``, and Lightning (its Tuner too) puts them first. The list is replaced, not changed:
+    the Trainer is iterating over it.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    end = 1 + max((i for i, callback in enumerate(callbacks) if _is_ours(callback)), default=-1)
+    finders = [callback for callback in callbacks[:end] if _FINDERS & _class_names(callback)]
+    if finders:
+        others = [callback for callback in callbacks[:end] if callback not in finders]
+        trainer.callbacks = [*others, *finders, *callbacks[end:]]  # type: ignore[attr-defined]
+
+
+def _is_ours(callback: pl.Callback) -> bool:
+    """Whether it is one of lq's callbacks, or a subclass."""
+    return any(base.__module__.startswith("lq.callbacks.") for base in type(callback).__mro__)
+
+
+def _class_names(thing: object) -> set[str]:
+    """Names of its class and bases: the same in both packages that Lightning comes as."""
+    return {base.__name__ for base in type(thing).__mro__}
 
 
 def _call_with(model: torch.nn.Module, example: Any) -> Any:

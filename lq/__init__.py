@@ -14,6 +14,8 @@ from lq.calibration import calibrate as calibrate
 from lq.checkpoint import load as load
 from lq.errors import BudgetError as BudgetError
 from lq.errors import DataError as DataError
+from lq.errors import DivergenceError as DivergenceError
+from lq.errors import DivergenceWarning as DivergenceWarning
 from lq.errors import LqError as LqError
 from lq.errors import NoEffectWarning as NoEffectWarning
 from lq.errors import PatternError as PatternError

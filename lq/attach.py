@@ -18,6 +18,8 @@ from torch.nn.utils import parametrize
 
 from lq.channels import ChannelLayout
 from lq.errors import StateError
+from lq.estimators import Estimator
+from lq.estimators import estimator as estimator_of
 from lq.interception import (
     CALLS,
     SharedQuantizer,
@@ -26,7 +28,7 @@ from lq.interception import (
     remove_call_quantizers,
 )
 from lq.patterns import select
-from lq.quantizer import ActivationQuantizer, Estimator, WeightQuantizer
+from lq.quantizer import ActivationQuantizer, WeightQuantizer
 from lq.scheme import Override, PlannedSite, Width, plan_sites
 from lq.sites import (
     INPUT,
@@ -58,7 +60,7 @@ def attach(
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     overrides: Mapping[str, Override] | None = None,
-    estimator: Estimator = "ste",
+    estimator: str | Estimator = "ste",
 ) -> M:
     """Quantize the weights, and on request the activations, of `model`, in place.
 
@@ -82,7 +84,8 @@ def attach(
             of other kinds that have a ``weight`` of two or more dimensions can be named too.
         exclude: name patterns of layers to leave in float.
         overrides: other widths by name pattern, such as ``{"layer4": {"weights": 2}}``; the last match wins.
-        estimator: "ste" keeps the steps as calibrated, "lsq" makes them learnable.
+        estimator: how gradients pass the rounding, and what of the grid is learned: one of `lq.estimators`, or its
+            name: "ste", "lsq", "lsq_plus", "ewgs", "adaptive_ewgs", "noise_scale".
 
     Returns:
         The model.
@@ -268,11 +271,12 @@ def attached_plan(model: nn.Module) -> dict[str, QuantSpec] | None:
     return plan
 
 
-def set_estimator(model: nn.Module, estimator: Estimator) -> None:
-    """Choose the gradient of every quantizer: "ste" or "lsq"."""
+def set_estimator(model: nn.Module, estimator: str | Estimator) -> None:
+    """Choose how gradients pass all quantizers: an estimator of `lq.estimators`, or its name."""
     require_attached(model, "lq.set_estimator")
+    chosen = estimator_of(estimator)
     for quantizer in quantizers(model):
-        quantizer.set_estimator(estimator)
+        quantizer.set_estimator(chosen)
 
 
 def set_bits(

@@ -207,7 +207,7 @@ class Costs:
         def add(quantizer: Quantizer | None, role: Literal["weight", "activation"], numel: int = 0) -> str | None:
             if quantizer is None:
                 return None
-            bits = float(quantizer.bits.mean())
+            bits = float(quantizer.bits.detach().mean())
             module, _, place = quantizer.name.rpartition(".")
             layer = Site(module, place, role).layer
             tensors.setdefault(quantizer.name, TensorCost(quantizer.name, layer, role, numel, bits))
@@ -217,7 +217,7 @@ class Costs:
             weight, quantizer, given = float_weight(module), weight_quantizer(module), input_quantizer(module)
             count = 0 if weight is None else weight.numel()
             if quantizer is not None and quantizer.name not in tensors:
-                codes += float(quantizer.bits.mean()) * count / 8
+                codes += float(quantizer.bits.detach().mean()) * count / 8
             right, left = add(quantizer, "weight", count), add(given, "activation")
             counted = [q.macs for q in (quantizer, given) if q is not None and q.macs is not None]
             products.append(Product(name, counted[0] if counted else 0.0, left, right))

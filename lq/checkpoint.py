@@ -4,6 +4,7 @@ A quantized model's own ``load_state_dict`` takes quantized and float state dict
 float ones). `load` is for the other direction: it builds the quantizers a checkpoint was saved with.
 """
 
+import math
 import posixpath
 from collections.abc import Mapping
 from dataclasses import replace
@@ -147,6 +148,7 @@ def _site(key: str) -> Site | None:
 
 
 def _spec(bits: Tensor, *, symmetric: bool) -> QuantSpec:
-    """A spec of these widths."""
-    widths = int(bits) if bits.ndim == 0 else tuple(int(b) for b in bits.tolist())
+    """A spec of these widths; of widths that are being learned, of the integers above."""
+    integers = [width if (width := math.ceil(b)) <= 8 else 16 for b in bits.flatten().tolist()]
+    widths = integers[0] if bits.ndim == 0 else tuple(integers)
     return QuantSpec(widths, per_channel=bits.ndim > 0, symmetric=symmetric)

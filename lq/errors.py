@@ -31,3 +31,11 @@ class RecipeError(LqError, ValueError):
 
 class NoEffectWarning(UserWarning):
     """A call was valid but changed nothing, or less than it was probably meant to."""
+
+
+class DivergenceError(LqError):
+    """Training diverged: the loss is not a finite number."""
+
+
+class DivergenceWarning(UserWarning):
+    """Training goes the wrong way, or the range of a quantizer has left its values."""

@@ -7,15 +7,19 @@ Backward (Esser et al., Learned Step Size Quantization, equations 3 to 5), ``v =
 
 - to the values, straight through inside the grid: ``dx^/dx = 1`` if ``low < v < high``, else 0;
 - to the step: ``dx^/ds = round(v) - v`` inside, ``low`` below, ``high`` above, times a gradient scale ``1 / sqrt(N *
-  Qp)``.
+  Qp)``;
+- to the bounds, where they are learned: ``dx^/dlow = s`` below, ``dx^/dhigh = s`` above, else 0.
 
-Both lines together are ``s * dL/ds = sum(g * x^ - g_x * x)``, with ``g_x`` the gradient to the values: two dot products
-instead of a tensor of partial derivatives. Steps are given by their logarithm, so ``dL/d(log2 s) = ln 2 * s * dL/ds``.
-Symmetric two-level grids lie at half steps: `offset` is 0.5 for them and 0 for the rest.
+All are sums of products that share their factors: ``s * dL/ds = sum(g * x^ - g_x * x)``, with ``g_x`` the gradient to
+the values, and ``sum(g - g_x)``, ``sum((g - g_x) * x^)`` give what lies below and above (between integer widths a value
+beyond a bound may round to the level before it; it counts for both bounds, by where that level lies). No tensor of
+partial derivatives is made. Steps are given by their logarithm, so ``dL/d(log2 s) = ln 2 * s * dL/ds``. Symmetric
+two-level grids lie at half steps: `offset` is 0.5 for them and 0 for the rest. What `lq.estimators` do otherwise enters
+as a `Backward`.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +31,20 @@ Bound = float | Tensor
 #: |log2 of a step| is kept below this, so that steps and their reciprocals are float32 numbers.
 STEP_LIMIT = 100.0
 
-# Elements of a weight that the CPU works on at a time.
+# Elements that the CPU works on at a time: they stay in its cache from one operation to the next.
 _BLOCK = 1 << 18
+
+
+class Backward(Protocol):
+    """What an estimator changes of the gradients above."""
+
+    def weigh(self, grad: Tensor, error: Tensor) -> Tensor:
+        """Gradient to values, from the straight-through one and ``v - round(v)``; rows share a step."""
+        ...
+
+    def noise(self, size: Tensor) -> Tensor | None:
+        """Random part of ``dL/ds``, given ``s * |g|`` over the values that share a step; None: there is none."""
+        ...
 
 
 def step_size(log2_step: Tensor) -> Tensor:
@@ -49,21 +65,30 @@ def round_to_grid(x: Tensor, step: Tensor, low: Bound, high: Bound, offset: Boun
     >>> round_to_grid(torch.tensor([-9.0, 0.4, 0.6, 9.0]), torch.tensor(0.5), -2, 1)
     tensor([-1.0000,  0.5000,  0.5000,  0.5000])
     """
+    low, high = _alike(low, high)
     return _round(x * step.reciprocal(), offset).clamp_(low, high).mul_(step)  # type: ignore[arg-type]
 
 
 def fake_quantize(
-    x: Tensor, log2_step: Tensor, low: Bound, high: Bound, offset: Bound = 0.0, *, gradient_scale: Bound = 1.0
+    x: Tensor,
+    log2_step: Tensor,
+    low: Bound,
+    high: Bound,
+    offset: Bound = 0.0,
+    *,
+    gradient_scale: Bound = 1.0,
+    backward: Backward | None = None,
 ) -> Tensor:
     """Round `x` to a grid, with the straight-through gradient to `x` and LSQ's gradient to the step.
 
     Args:
         x: values, any shape and floating dtype; the arithmetic is float32, the result has the dtype of `x`.
         log2_step: logarithm of the step, float32; broadcasts to `x`: one element, or one per channel.
-        low: lowest level, in steps.
-        high: highest level, in steps.
+        low: lowest level, in steps; a tensor that requires a gradient gets one.
+        high: highest level, in steps; likewise.
         offset: 0 where levels are multiples of the step, 0.5 where they lie halfway between.
-        gradient_scale: factor on the gradient to the step.
+        gradient_scale: factor on the gradients to step and bounds.
+        backward: what an estimator changes of the gradients; None: nothing.
 
     >>> x = torch.tensor([0.3, 5.0], requires_grad=True)
     >>> log2_step = torch.tensor(-1.0, requires_grad=True)
@@ -73,84 +98,175 @@ def fake_quantize(
     >>> log2_step.grad / (0.5 * math.log(2))  # (round(0.6) - 0.6) + 1
     tensor(1.4000)
     """
-    if torch.is_grad_enabled() and (x.requires_grad or log2_step.requires_grad):
-        return _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale)  # type: ignore[no-any-return]
+    learned = (t for t in (x, log2_step, low, high) if isinstance(t, Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
+        rounded: Tensor = _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale, backward)
+        return rounded
     return round_to_grid(x.float(), step_size(log2_step), low, high, offset).to(x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, log2_step: Tensor, low: Bound, high: Bound, offset: Bound, gradient_scale: Bound
+        ctx: Any,
+        x: Tensor,
+        log2_step: Tensor,
+        low: Bound,
+        high: Bound,
+        offset: Bound,
+        gradient_scale: Bound,
+        backward: Backward | None,
     ) -> Tensor:
         step = step_size(log2_step)
         y = round_to_grid(x.float(), step, low, high, offset)
         # The consumer keeps y for its own backward (in float32), so that keeping it here costs no memory.
-        keep = ctx.needs_input_grad[1] and x.dtype == torch.float32 and x.device.type == "cpu"
-        ctx.save_for_backward(x, step, y if keep and step.numel() == 1 else None)
-        ctx.grid = (low, high, offset)
+        keep = any(ctx.needs_input_grad[1:4]) and x.dtype == torch.float32 and _on_host(x)
+        ctx.bounds = [None if isinstance(bound, Tensor) else bound for bound in (low, high, offset)]
+        tensors = (bound if isinstance(bound, Tensor) else None for bound in (low, high, offset))
+        ctx.save_for_backward(x, step, y if keep and step.numel() == 1 else None, *tensors)
         ctx.gradient_scale = gradient_scale
+        ctx.backward_rule = backward
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, y = ctx.saved_tensors
-        low, high, offset = ctx.grid
-        grad32, x32 = grad.float(), x.float()
-        grad_step = None
-        if not ctx.needs_input_grad[1]:
-            grad_x = _inside(grad32, x32 * step.reciprocal(), low, high)
+        x, step, y, *tensors = ctx.saved_tensors
+        low, high, offset = (b if t is None else t for b, t in zip(ctx.bounds, tensors, strict=True))
+        shapes = [bound.shape if isinstance(bound, Tensor) else () for bound in (low, high)]
+        low, high = _alike(low, high)
+        grad32, x32, rule = grad.float(), x.float(), ctx.backward_rule
+        to_step, to_bounds = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:4])
+        if not to_step and not to_bounds and rule is None:
+            return _inside(grad32, x32 * step.reciprocal(), low, high).to(x.dtype), *(None,) * 6
+        sums = _Sums(step, low, high, to_bounds, rule)
+        plain = x32.is_contiguous() and grad32.is_contiguous() and _on_host(x)
+        if plain and y is not None and not isinstance(low, Tensor):
+            grad_x = _tensor_gradients(grad32, x32, y, sums)
+        elif plain and step.ndim and step.numel() == step.shape[0]:
+            grad_x = _channel_gradients(grad32, x32, offset, sums)
         else:
-            plain = x32.is_contiguous() and grad32.is_contiguous() and not isinstance(low, Tensor)
-            if plain and y is not None:
-                grad_x, inner = _tensor_gradients(grad32, x32, y, step, low, high)
-            elif plain and x.device.type == "cpu" and step.ndim and step.numel() == step.shape[0]:
-                grad_x, inner = _channel_gradients(grad32, x32, step, low, high, offset)
-            else:
-                grad_x, inner = _gradients(grad32, x32, step, low, high, offset)
-            grad_step = inner.mul_(ctx.gradient_scale * math.log(2))
-        return grad_x.to(x.dtype), grad_step, None, None, None, None
+            grad_x = _gradients(grad32, x32, offset, sums)
+        grad_step, grad_low, grad_high = sums.gradients(ctx.gradient_scale)
+        bounds = (
+            found.sum_to_size(shape) if needed else None
+            for found, shape, needed in zip((grad_low, grad_high), shapes, ctx.needs_input_grad[2:4], strict=True)
+        )
+        return grad_x.to(x.dtype), grad_step if to_step else None, *bounds, None, None, None
 
 
-def _gradients(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, offset: Bound) -> tuple[Tensor, Tensor]:
-    """The gradient to `x`; and ``sum(grad * x^ - grad_x * x)`` over elements that share a step, shaped like `step`."""
-    levels = x * step.reciprocal()
-    grad_x = _inside(grad, levels, low, high)
-    passed = (grad_x * levels).sum_to_size(step.shape)
-    rounded = _round(levels, offset).clamp_(low, high)  # type: ignore[arg-type]
-    return grad_x, rounded.mul_(grad).sum_to_size(step.shape).sub_(passed).mul_(step)
+class _Sums:
+    """Sums over the elements that share a step, from which the gradients to step and bounds follow."""
+
+    def __init__(self, step: Tensor, low: Bound, high: Bound, to_bounds: bool, rule: Backward | None) -> None:
+        self.step, self.low, self.high, self.to_bounds, self.rule = step, low, high, to_bounds, rule
+        self.product = self.outside = self.total = self.square = torch.zeros(())
+
+    def gradients(self, scale: Bound) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients to log2 of the step, to the low and to the high bound."""
+        to_step = self.product.mul_(math.log(2) * self.step)
+        noise = self.rule.noise(self.square.sqrt_().mul_(self.step)) if self.rule is not None else None
+        if noise is not None:
+            to_step = to_step.add_(noise.mul_(math.log(2) * self.step))
+        if not self.to_bounds:
+            return to_step.mul_(scale), to_step, to_step
+        span = torch.as_tensor(self.high - self.low, device=self.step.device)
+        above = (self.outside - self.low * self.total) / span.clamp(min=1e-6)
+        below = self.total - above
+        return to_step.mul_(scale), below.mul_(self.step).mul_(scale), above.mul_(self.step).mul_(scale)
 
 
-def _tensor_gradients(
-    grad: Tensor, x: Tensor, y: Tensor, step: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor]:
-    """`_gradients` for one step and contiguous CPU tensors: three passes over memory, no temporaries."""
-    size = float(step)
-    grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * size, high * size)
-    inner = torch.dot(grad.view(-1), y.view(-1)).sub_(torch.dot(grad_x.view(-1), x.view(-1)))
-    return grad_x, inner.view(step.shape)
+def _gradients(grad: Tensor, x: Tensor, offset: Bound, sums: _Sums) -> Tensor:
+    """The gradient to `x`, on any device and in any memory layout; fills `sums`."""
+    shape = sums.step.shape
+    levels = x * sums.step.reciprocal()
+    grad_x = _inside(grad, levels, sums.low, sums.high)
+    rounded = _round(levels.clone(), offset).clamp_(sums.low, sums.high)  # type: ignore[arg-type]
+    sums.product = (rounded * grad).sum_to_size(shape).sub_((grad_x * levels).sum_to_size(shape))
+    if sums.to_bounds:
+        out = grad - grad_x
+        sums.total, sums.outside = out.sum_to_size(shape), out.mul_(rounded).sum_to_size(shape)
+    if sums.rule is None:
+        return grad_x
+    sums.square = grad.square().sum_to_size(shape)
+    error = levels.clamp_(sums.low, sums.high).sub_(rounded)  # type: ignore[arg-type]
+    if sums.step.numel() == 1:
+        return sums.rule.weigh(grad_x.reshape(1, -1), error.reshape(1, -1)).view(x.shape)
+    order = sorted(range(x.ndim), key=lambda d: shape[d] == 1)  # dimensions of the steps come first
+    rows = [t.permute(order).reshape(sums.step.numel(), -1) for t in (grad_x, error)]
+    weighed = sums.rule.weigh(*rows).view([x.shape[d] for d in order])
+    return weighed.permute([order.index(d) for d in range(x.ndim)])
 
 
-def _channel_gradients(
-    grad: Tensor, x: Tensor, step: Tensor, low: float, high: float, offset: float
-) -> tuple[Tensor, Tensor]:
+def _tensor_gradients(grad: Tensor, x: Tensor, y: Tensor, sums: _Sums) -> Tensor:
+    """`_gradients` for one step and contiguous CPU tensors, `y` being the rounded ones: no temporaries."""
+    size, shape = float(sums.step), sums.step.shape
+    low, high = sums.low, sums.high
+    g, v, q = grad.view(-1), x.view(-1), y.view(-1)
+    grad_x = torch.ops.aten.hardtanh_backward(g, v, low * size, high * size)
+    inner = torch.dot(g, q).sub_(torch.dot(grad_x, v))
+    sums.product = inner.div_(size).view(shape)
+    if sums.to_bounds:
+        sums.total = g.sum().sub_(grad_x.sum()).view(shape)
+        sums.outside = torch.dot(g, q).sub_(torch.dot(grad_x, q)).div_(size).view(shape)
+    if sums.rule is not None:
+        sums.square = torch.dot(g, g).view(shape)
+        error = torch.clamp(v, float(low) * size, float(high) * size).sub_(q).div_(size)
+        grad_x = sums.rule.weigh(grad_x.view(1, -1), error.view(1, -1))
+    found: Tensor = grad_x.view(x.shape)
+    return found
+
+
+def _channel_gradients(grad: Tensor, x: Tensor, offset: Bound, sums: _Sums) -> Tensor:
     """`_gradients` for steps along dimension 0 of contiguous CPU tensors; large ones in blocks of channels.
 
     Temporaries of many MB would cost more than the arithmetic: the system hands their memory out anew each time.
     """
+    channels, shape = sums.step.numel(), sums.step.shape
     grad_x = torch.empty_like(grad)
-    channels = step.numel()
     size = max(1, _BLOCK * channels // max(x.numel(), 1))
-    rows = (t.view(channels, -1).split(size) for t in (grad, x, grad_x, step.reciprocal()))
-    inner = []
-    for g, v, out, inverse in zip(*rows, strict=True):
+    tensors = [t.view(channels, -1).split(size) for t in (grad, x, grad_x, sums.step.reciprocal())]
+    bounds = [_split(bound, size, len(tensors[0])) for bound in (sums.low, sums.high, offset)]
+    found: list[tuple[Tensor, ...]] = []
+    for g, v, out, inverse, low, high, shift in zip(*tensors, *bounds, strict=True):
         levels = v * inverse
-        torch.ops.aten.hardtanh_backward.grad_input(g, levels, low, high, grad_input=out)
-        passed = torch.linalg.vecdot(out, levels)
-        inner.append(torch.linalg.vecdot(g, _round(levels, offset).clamp_(low, high)).sub_(passed))
-    total = inner[0] if len(inner) == 1 else torch.cat(inner)
-    return grad_x, total.view(step.shape).mul_(step)
+        _inside(g, levels, low, high, out)
+        rounded = _round(levels.clone(), shift).clamp_(low, high)
+        row = [torch.linalg.vecdot(g, rounded).sub_(torch.linalg.vecdot(out, levels))]
+        if sums.to_bounds:
+            row += [g.sum(1).sub_(out.sum(1)), torch.linalg.vecdot(g, rounded).sub_(torch.linalg.vecdot(out, rounded))]
+        if sums.rule is not None:
+            row.append(torch.linalg.vecdot(g, g))
+            out.copy_(sums.rule.weigh(out, levels.clamp_(low, high).sub_(rounded)))
+        found.append(tuple(row))
+    joined = [torch.cat(parts).view(shape) for parts in zip(*found, strict=True)]
+    sums.product = joined.pop(0)
+    if sums.to_bounds:
+        sums.total, sums.outside = joined.pop(0), joined.pop(0)
+    if sums.rule is not None:
+        sums.square = joined.pop(0)
+    return grad_x
+
+
+def _split(bound: Bound, size: int, blocks: int) -> Any:
+    """A bound for each block of channels."""
+    if isinstance(bound, Tensor) and bound.numel() > 1:
+        return bound.detach().reshape(-1, 1).split(size)
+    return [bound.detach() if isinstance(bound, Tensor) else bound] * blocks
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether a number can be read without waiting, and without a break in a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _alike(low: Bound, high: Bound) -> tuple[Bound, Bound]:
+    """Both bounds as numbers or both as tensors; single ones on the CPU, which waits for nobody, as numbers."""
+    low, high = (float(b) if isinstance(b, Tensor) and b.numel() == 1 and _on_host(b) else b for b in (low, high))
+    if isinstance(low, Tensor) != isinstance(high, Tensor):
+        like = low if isinstance(low, Tensor) else high
+        low, high = (b if isinstance(b, Tensor) else torch.as_tensor(like).new_tensor(b) for b in (low, high))
+    return low, high
 
 
 def _round(levels: Tensor, offset: Bound) -> Tensor:
@@ -160,8 +276,13 @@ def _round(levels: Tensor, offset: Bound) -> Tensor:
     return levels.round_()
 
 
-def _inside(grad: Tensor, levels: Tensor, low: Bound, high: Bound) -> Tensor:
+def _inside(grad: Tensor, levels: Tensor, low: Bound, high: Bound, out: Tensor | None = None) -> Tensor:
     """`grad` where ``low < levels < high``, else 0."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return torch.where((levels > low) & (levels < high), grad, 0.0)
+        inside = (levels > low) & (levels < high)
+        zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
+        return torch.where(inside, grad, zero) if out is None else torch.where(inside, grad, zero, out=out)
+    if out is not None:
+        torch.ops.aten.hardtanh_backward.grad_input(grad, levels, low, high, grad_input=out)
+        return out
     return torch.ops.aten.hardtanh_backward(grad, levels, low, high)  # type: ignore[no-any-return]

@@ -4,28 +4,30 @@ State, of shape () per tensor or (C,) per channel, enough to run without knowing
 
 - ``log2_step``: the step as its logarithm. The step is positive whatever an optimizer does, and one learning rate
   means one relative change for every tensor (published LSQ ports let the step cross zero). NaN: no range yet.
-- ``zero_point``, ``bits``: floats, because averages over integer buffers (EMA callbacks) would truncate them.
+- ``zero_point``, ``bits``: floats, because averages over integers (EMA callbacks) would truncate them, and because
+  both can be learned. Learned widths are real numbers until `settle` makes them integers.
 
-The range that calibration finds becomes step and zero point (`Levels.fit`); training moves only the step.
+The range that calibration finds becomes step and zero point (`Levels.fit`); an estimator says what training moves.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lq.channels import ChannelLayout
 from lq.errors import SpecError, StateError
+from lq.estimators import STE, Estimator, estimator
 from lq.functional import Bound, fake_quantize, round_to_grid, step_size
 from lq.histogram import Histogram, raise_if_not_finite
 from lq.ranges import Levels, Samples, range_rule
 from lq.spec import QuantSpec, check_bits
 
-#: How gradients reach the step: not at all (straight-through to the values only), or as in LSQ.
-Estimator = Literal["ste", "lsq"]
+# Zero points that differ by less are the same.
+_SAME = 1e-3
 
 
 class Quantizer(nn.Module):
@@ -41,21 +43,24 @@ class Quantizer(nn.Module):
     """
 
     log2_step: nn.Parameter
-    zero_point: Tensor
-    bits: Tensor
+    zero_point: nn.Parameter
+    bits: nn.Parameter
+
+    #: Whether a grid of which only the state is known counts as symmetric.
+    _symmetric_unless_told = True
 
     def __init__(self, spec: QuantSpec, channels: int | None = None, name: str = "") -> None:
         super().__init__()
         shape = () if channels is None else (channels,)
         self.spec: QuantSpec | None = spec
         self.name = name
-        self.estimator: Estimator = "ste"
+        self.estimator: Estimator = STE()
         self.macs: float | None = None  # multiply-accumulates per sample of the layer, once a batch was run
         #: Sees the tensor instead of it being rounded, and returns what flows on; None: round.
         self.tap: Callable[[Tensor], Tensor] | None = None
         self.log2_step = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
-        self.register_buffer("zero_point", torch.zeros(shape))
-        self.register_buffer("bits", _widths(spec.bits, shape, name))
+        self.zero_point = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.bits = nn.Parameter(_widths(spec.bits, shape, name), requires_grad=False)
         self._read_state()
 
     @property
@@ -68,32 +73,36 @@ class Quantizer(nn.Module):
         """Distance of two levels, positive; shape () or (C,)."""
         return step_size(self.log2_step)
 
-    def set_estimator(self, estimator: Estimator) -> None:
-        """Choose the gradient: "ste" leaves the step alone, "lsq" learns it.
+    def set_estimator(self, value: str | Estimator) -> None:
+        """Choose how gradients pass, and what of the grid is learned: an estimator or its name (`lq.estimators`).
 
         Raises:
             SpecError: for another name, or when power-of-two steps should be learned.
         """
-        if estimator not in get_args(Estimator):
-            raise SpecError(f"estimator={estimator!r} is unknown; use one of {get_args(Estimator)}")
-        if estimator == "lsq" and self.spec is not None and self.spec.power_of_two:
+        chosen = estimator(value)
+        if chosen.learns and self.spec is not None and self.spec.power_of_two:
             raise SpecError(f"{self.name}: power-of-two steps cannot be learned; use estimator='ste'")
-        self.estimator = estimator
-        self.log2_step.requires_grad_(estimator == "lsq")
+        self.estimator = chosen
+        self.log2_step.requires_grad_("log2_step" in chosen.learns)
+        self.zero_point.requires_grad_("zero_point" in chosen.learns and not self._spec_is_symmetric)
+        self.bits.requires_grad_("bits" in chosen.learns)
 
     def set_bits(self, bits: int | tuple[int, ...]) -> None:
         """Change the width(s) and keep the range: the step grows as levels get fewer.
 
         Re-calibrating afterwards (`lq.calibrate`) finds the best range of the new width.
         """
-        widths = _widths(bits, tuple(self.bits.shape), self.name).to(self.bits.device)
-        with torch.no_grad():
-            old, new = (torch.exp2(b.clamp(min=1)) - 1 for b in (self.bits, widths))
-            zero_point = (self.zero_point * new / old).round()
-            signed_middle = self.zero_point == _middle(self.bits)
-            self.log2_step.add_(torch.log2(old / new))
-            self.zero_point.copy_(torch.where(signed_middle, _middle(widths), zero_point).where(widths > 0, 0.0))
-            self.bits.copy_(widths)
+        self.settle(_widths(bits, tuple(self.bits.shape), self.name).to(self.bits.device))
+
+    @torch.no_grad()
+    def settle(self, widths: Tensor) -> None:
+        """Change widths to `widths`, shaped like ``bits``, and keep the range; the zero point becomes an integer."""
+        old, new = (torch.exp2(b.clamp(min=1)) - 1 for b in (self.bits, widths))
+        zero_point = (self.zero_point * new / old).round()
+        signed_middle = (self.zero_point - middle(self.bits)).abs() < _SAME
+        self.log2_step.add_(torch.log2(old / new))
+        self.zero_point.copy_(torch.where(signed_middle, middle(widths), zero_point).where(widths > 0, 0.0))
+        self.bits.copy_(widths)
         self._read_state()
 
     def extra_repr(self) -> str:
@@ -104,7 +113,7 @@ class Quantizer(nn.Module):
 
     def grid(self, samples: Samples, signed: bool, bits: Tensor, *, weights: bool) -> tuple[Tensor, Tensor]:
         """Step and zero point that the spec's range rule finds for rows of `samples` at widths `bits`; (C,) each."""
-        spec = self.spec or QuantSpec(8, symmetric=bool((self.zero_point == _middle(self.bits)).all()))
+        spec = self.spec or QuantSpec(8, symmetric=bool((self.zero_point == middle(self.bits)).all()))
         step = torch.empty_like(bits)
         zero_point = torch.empty_like(bits)
         low_bits = bits < 8
@@ -121,27 +130,63 @@ class Quantizer(nn.Module):
 
     def _set_range(self, samples: Samples, signed: bool, *, weights: bool) -> None:
         """Pick the range of the samples by the spec's rule and turn it into step and zero point."""
-        bits = self.bits.reshape(-1).to(samples.values.device)
+        bits = self.bits.detach().reshape(-1).to(samples.values.device)
         step, zero_point = self.grid(samples, signed, bits, weights=weights)
         with torch.no_grad():
             self.log2_step.copy_(torch.log2(step).view(self.log2_step.shape))
             self.zero_point.copy_(zero_point.view(self.zero_point.shape))
         self._read_state()
 
+    @property
+    def _spec_is_symmetric(self) -> bool:
+        """Whether the zero of the grid is fixed by what it was made for."""
+        return self._symmetric_unless_told if self.spec is None else self.spec.symmetric
+
     def _read_state(self) -> None:
         """Keep on the host what every forward needs, so that it never waits for the device."""
         self._calibrated = not bool(self.log2_step.isnan().any())
-        low, high = -self.zero_point, torch.exp2(self.bits) - 1 - self.zero_point
+        bits, zero_point = self.bits.detach(), self.zero_point.detach()
+        self._symmetric = self._spec_is_symmetric and bool(((zero_point - middle(bits)).abs() < _SAME).all())
+        self._unsigned = not self._symmetric and not bool(zero_point.any())
+        if not self._spec_is_symmetric:
+            zero_point = zero_point.round()
+        low, high = -zero_point, torch.exp2(bits) - 1 - zero_point
         uniform = low.numel() > 0 and bool((low == low.flatten()[0]).all() and (high == high.flatten()[0]).all())
         self._uniform = (float(low.flatten()[0]), float(high.flatten()[0])) if uniform else None
 
-    def _bounds(self) -> tuple[Bound, Bound, Bound]:
-        """Lowest level, highest level (in steps) and offset: numbers if all channels agree."""
-        if self._uniform is not None:
-            low, high = self._uniform
-            return low, high, low % 1.0
-        zero_point = self.zero_point
-        return -zero_point, torch.exp2(self.bits) - 1 - zero_point, zero_point.frac()
+    @property
+    def is_unsigned(self) -> bool:
+        """Whether zero is the lowest level."""
+        return self._unsigned
+
+    @property
+    def learns_offset(self) -> bool:
+        """Whether the zero point is learned: by the estimator, and on a grid whose zero point follows the data."""
+        return "zero_point" in self.estimator.learns and not (self._spec_is_symmetric or self._unsigned)
+
+    def _grid(self) -> tuple[Tensor, Bound, Bound, Bound]:
+        """Log-step, lowest and highest level (in steps) and offset; bounds are numbers if all channels agree."""
+        learns_bits, learns_offset = "bits" in self.estimator.learns, self.learns_offset
+        log2_step: Tensor = self.log2_step
+        for part, learned in ((self.zero_point, learns_offset), (self.bits, learns_bits)):
+            if part.requires_grad and not learned:
+                log2_step = log2_step + 0.0 * part  # DDP wants whatever may be learned in the graph
+        if self._uniform is not None and not learns_bits and not learns_offset:
+            return log2_step, *self._uniform, self._uniform[0] % 1.0
+        bits = self.bits if learns_bits else self.bits.detach()
+        if self._unsigned:
+            return log2_step, 0.0, torch.exp2(bits) - 1, 0.0
+        zero: Tensor = self.zero_point.detach()
+        if learns_offset:
+            zero = self.zero_point + (zero.round() - self.zero_point).detach()
+        elif learns_bits and self._symmetric:
+            zero = middle(bits)
+        elif not self._spec_is_symmetric:
+            zero = zero.round()
+        low = -zero
+        # Below two bits levels go over from multiples of the step to those of the two-level grid.
+        offset = torch.where(bits.detach() < 2, torch.remainder(low.detach(), 1.0), 0.0)
+        return log2_step, low, torch.exp2(bits) - 1 - zero, offset
 
     def _check_finite(self, x: Tensor) -> None:
         """Raise if `x` has NaN or Inf. A sum finds it at a fraction of a rounding's cost; on the CPU only: no syncs."""
@@ -246,13 +291,18 @@ class WeightQuantizer(Quantizer):
 
     def _quantize(self, weight: Tensor) -> Tensor:
         self._check_finite(weight)
-        low, high, offset = (self.layout.spread(b, weight) if isinstance(b, Tensor) else b for b in self._bounds())
-        scale: Bound = 1.0
-        if self.estimator == "lsq":
-            shared = weight.numel() / max(self.bits.numel(), 1)
-            scale = _gradient_scale(shared, high)
-        log2_step = self.layout.spread(self.log2_step, weight)
-        rounded = fake_quantize(self.layout.split(weight), log2_step, low, high, offset, gradient_scale=scale)
+        log2_step, *bounds = self._grid()
+        low, high, offset = (self.layout.spread(b, weight) if isinstance(b, Tensor) else b for b in bounds)
+        values_per_step = weight.numel() / max(self.bits.numel(), 1)
+        rounded = fake_quantize(
+            self.layout.split(weight),
+            self.layout.spread(log2_step, weight),
+            low,
+            high,
+            offset,
+            gradient_scale=self.estimator.gradient_scale(values_per_step, high),
+            backward=self.estimator if self.estimator.changes_gradients else None,
+        )
         return self.layout.join(rounded)
 
 
@@ -264,6 +314,8 @@ class ActivationQuantizer(Quantizer):
         name: where it sits, for messages.
         tokens: the tensor holds vectors along its last dimension (the input of a Linear), each a row of its own.
     """
+
+    _symmetric_unless_told = False
 
     def __init__(self, spec: QuantSpec, name: str = "activation", *, tokens: bool = False) -> None:
         super().__init__(spec, None, name)
@@ -322,21 +374,27 @@ class ActivationQuantizer(Quantizer):
                 f"{self.name} has no range yet: run lq.calibrate(model, batches) or load a quantized checkpoint"
             )
         self._check_finite(x)
-        low, high, offset = self._bounds()
-        scale = _gradient_scale(x.numel() / max(x.shape[0], 1), high) if self.estimator == "lsq" and x.ndim else 1.0
-        return fake_quantize(x, self.log2_step, low, high, offset, gradient_scale=scale)
+        log2_step, low, high, offset = self._grid()
+        values_of_a_sample = x.numel() / max(x.shape[0], 1) if x.ndim else 1.0
+        return fake_quantize(
+            x,
+            log2_step,
+            low,
+            high,
+            offset,
+            gradient_scale=self.estimator.gradient_scale(values_of_a_sample, high),
+            backward=self.estimator if self.estimator.changes_gradients else None,
+        )
 
 
-def _gradient_scale(count: float, high: Bound) -> Bound:
-    """LSQ's factor on the gradient of a step shared by `count` values: ``1 / sqrt(count * Qp)``."""
-    if isinstance(high, Tensor):
-        return torch.rsqrt(high.clamp(min=0.5) * count)
-    return 1 / math.sqrt(max(high, 0.5) * max(count, 1.0))
+def middle(bits: Tensor) -> Tensor:
+    """Zero point of the signed symmetric grid; between integer widths it goes on without a jump.
 
-
-def _middle(bits: Tensor) -> Tensor:
-    """Zero point of the signed symmetric grid."""
-    return torch.where(bits == 1, 0.5, torch.exp2(bits - 1)).where(bits > 0, 0.0)
+    >>> middle(torch.tensor([0.0, 1.0, 1.5, 2.0, 4.0]))
+    tensor([0.0000, 0.5000, 1.2500, 2.0000, 8.0000])
+    """
+    few = torch.where(bits < 1, (torch.exp2(bits) - 1) / 2, 1.5 * bits - 1)
+    return torch.where(bits < 2, few, torch.exp2(bits - 1))
 
 
 def _widths(bits: int | tuple[int, ...], shape: tuple[int, ...], name: str) -> Tensor:

@@ -158,7 +158,7 @@ def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = 
         layers=tuple(layers),
         bytes=rest + sum(layer.bytes for layer in layers),
         float_bytes=sum(_bytes(t) for t in everything.values()),
-        average_bits=sum(float(q.bits.mean()) * w.numel() for q, w in weights) / values
+        average_bits=sum(float(q.bits.detach().mean()) * w.numel() for q, w in weights) / values
         if values
         else float(FLOAT_BITS),
         bitops=sum(bitops) if bitops else None,
@@ -170,8 +170,8 @@ def _summarize(name: str, module: nn.Module, macs: float | None, stored_before: 
     kind = type(module).__name__.removeprefix("Parametrized")
     shape = () if weight is None else tuple(weight.shape)
     count = 0 if weight is None else weight.numel()
-    average = float(FLOAT_BITS) if quantizer is None else float(quantizer.bits.mean())
-    input_bits = None if site is None or not site.calibrated else int(site.bits)
+    average = float(FLOAT_BITS) if quantizer is None else float(quantizer.bits.detach().mean())
+    input_bits = None if site is None or not site.calibrated else int(site.bits.detach())
     stored = sum(_bytes(t) for t in _own_tensors(module) if t is not weight)
     again = weight is not None and id(weight) in stored_before
     stored_before.add(id(weight))
@@ -185,7 +185,9 @@ def _summarize(name: str, module: nn.Module, macs: float | None, stored_before: 
         name=name,
         kind=kind,
         shape=shape,
-        weight_bits=() if quantizer is None else tuple(sorted({int(b) for b in quantizer.bits.flatten().tolist()})),
+        weight_bits=()
+        if quantizer is None
+        else tuple(sorted({int(b) for b in quantizer.bits.detach().flatten().tolist()})),
         average_bits=average,
         input_bits=input_bits,
         bytes=stored,
@@ -198,13 +200,13 @@ def _summarize_call(name: str, operands: dict[str, Quantizer], macs: float | Non
     """A call: its weight, if it has one, stays stored in float and counts with the rest of the model."""
     second = [q for operand, q in operands.items() if "weight" in operand or operand == "right"]
     first = [q for operand, q in operands.items() if operand in ("input", "left")]
-    average = float(second[0].bits.mean()) if second else float(FLOAT_BITS)
-    input_bits = int(first[0].bits) if first and first[0].bits.ndim == 0 else None
+    average = float(second[0].bits.detach().mean()) if second else float(FLOAT_BITS)
+    input_bits = int(first[0].bits.detach()) if first and first[0].bits.ndim == 0 else None
     return LayerSummary(
         name=name,
         kind=name.rpartition(".")[2].rpartition("_")[0],
         shape=(),
-        weight_bits=tuple(sorted({int(b) for q in second for b in q.bits.flatten().tolist()})),
+        weight_bits=tuple(sorted({int(b) for q in second for b in q.bits.detach().flatten().tolist()})),
         average_bits=average,
         input_bits=input_bits,
         bytes=sum(2 * _bytes(q.log2_step) for q in operands.values()),
@@ -217,7 +219,7 @@ def _code_bits(quantizer: Quantizer | None, count: int) -> int:
     """Bits of the codes of a weight of `count` values, and of its channels' widths if these differ."""
     if quantizer is None:
         return 0
-    widths = quantizer.bits
+    widths = quantizer.bits.detach()
     told = WIDTH_BITS * widths.numel() if widths.numel() > 1 and bool((widths != widths[0]).any()) else 0
     return int(widths.double().sum()) * (count // max(widths.numel(), 1)) + told
 

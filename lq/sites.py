@@ -167,3 +167,9 @@ def common_module(model: nn.Module) -> tuple[str, nn.Module]:
     names = [name for name, _ in quantized_layers(model)] or [name for name, _ in layers(model)]
     name = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in names]))
     return name, model.get_submodule(name)
+
+
+def copy_quantizers(source: nn.Module, target: nn.Module) -> None:
+    """Give the quantizers of a copy of a model the state of those of the model."""
+    for mine, theirs in zip(quantizers(source), quantizers(target), strict=True):
+        theirs.load_state_dict(mine.state_dict())

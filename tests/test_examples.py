@@ -1,12 +1,15 @@
 """The examples run, and the README's Python parses and names what exists."""
 
 import ast
+import json
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lq
 import lq.callbacks
@@ -69,3 +72,28 @@ def test_allocation_of_the_digits_network(tmp_path: Path) -> None:
     assert lq.Allocation.load(tmp_path / "channel.json").weights
     for name in ("bits_per_layer", "sensitivity", "pareto_front"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif("LQ_DATA" not in os.environ, reason="LQ_DATA is not set: fine-tuning needs real weights and images")
+def test_benchmark_of_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "examples/benchmarks/finetuning.py"), run_name="finetuning")["main"]
+    reader = runpy.run_path(str(ROOT / "examples/benchmarks/allocation.py"), run_name="allocation")["pack"]()
+    for split in ("train", "test"):  # the few exact images instead of decoding 60 000
+        pixels, labels = reader.cifar10(split)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        torch.save((images, torch.from_numpy(labels)), tmp_path / f"images_{split}.pt")
+    few = ["--images", "256", "--threads", str(torch.get_num_threads())]
+    main(["float", "--output", str(tmp_path / "float.pt"), "--epochs", "1", *few])
+    table = ["table", "--output", str(tmp_path), "--bits", "4", "--steps", "2", "--methods", "ptq", "ste", "lsq", *few]
+    main([*table, "--part", "1", "--of", "2"])
+    main(table)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    main(table)
+    assert (tmp_path / "results.jsonl").read_text().splitlines() == lines  # nothing is run twice
+    found = {row["run"]["method"]: row["result"] for row in map(json.loads, lines)}
+    assert list(found) == ["ptq", "lsq", "float", "ste"]
+    assert found["float"]["top1"] > 80
+    assert found["float"]["kl"] == 0
+    assert all(found[method]["top1"] > 60 and found[method]["kl"] > 0 for method in ("ptq", "ste", "lsq"))
+    assert all(found[method]["average_bits"] < 4.1 for method in ("ptq", "ste", "lsq"))
+    assert f"| LSQ | {found['lsq']['top1']:.2f} (" in capsys.readouterr().out

@@ -231,7 +231,7 @@ def test_quantized_weight_is_computed_once_per_version(monkeypatch):
         (lambda: weight_quantizer(torch.ones(3, 2), 4).set_bits(9), "bits=9 is not a width"),
         (
             lambda: weight_quantizer(torch.ones(3, 2), 4).set_estimator("pact"),
-            r"estimator='pact' is unknown; use one of \('ste', 'lsq'\)",
+            r"estimator='pact' is unknown; use one of \('ste', 'lsq', 'lsq_plus'",
         ),
         (
             lambda: weight_quantizer(torch.ones(3, 2), 4, power_of_two=True).set_estimator("lsq"),

@@ -41,7 +41,8 @@ class Watch(pl.Callback):
         self.tuner, self.rates, self.user_rates, self.updates, self.user_updates = tuner, [], [], 0, 0
 
     def on_fit_start(self, trainer, pl_module):
-        self.count(self.tuner._optimizer, "updates")
+        self.own = self.tuner._own.optimizers[0] if self.tuner._own is not None else None
+        self.count(self.own, "updates")
         self.count(trainer.optimizers[0], "user_updates")
         self.begin = steps(pl_module)
 
@@ -53,8 +54,8 @@ class Watch(pl.Callback):
         self.user_rates.append(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        if self.tuner._optimizer is not None:
-            self.rates.append(self.tuner._optimizer.param_groups[0]["lr"])
+        if self.own is not None:
+            self.rates.append(self.own.param_groups[0]["lr"])
 
 
 def tune(module, tuner, data=None, **kwargs):

@@ -1,0 +1,17 @@
+"""Averages of the module that other callbacks keep (`WeightAveraging` and its kind, stochastic weight averaging)."""
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lq.sites import copy_quantizers
+
+
+def give_to_averages(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Give the copies that were made in ``setup`` the grids that `module` has got since.
+
+    Ranges that calibration finds and widths that are chosen are no averages of what was before.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            copy_quantizers(module, average)
