@@ -8,3 +8,4 @@ from lq.callbacks.finetune import FineTune as FineTune
 from lq.callbacks.loading import load_from_checkpoint as load_from_checkpoint
 from lq.callbacks.noise_scale import LearnNoiseScale as LearnNoiseScale
 from lq.callbacks.quantize import Quantize as Quantize
+from lq.callbacks.reduce_bits import ReduceBits as ReduceBits

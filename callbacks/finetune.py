@@ -36,7 +36,7 @@ from lq.callbacks.optimizers import (
 from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
 from lq.distillation import Distiller, Loss, float_copy
 from lq.errors import NoEffectWarning, PatternError, SpecError, StateError
-from lq.estimators import Estimator, NoiseScale
+from lq.estimators import Estimator
 from lq.estimators import estimator as estimator_of
 from lq.quantizer import Quantizer
 from lq.sites import common_module, is_attached, quantizers, require_attached
@@ -260,14 +260,6 @@ class FineTune(pl.Callback):
                 norm.eval()
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Seed the noise of this step."""
-        if isinstance(self._estimator, NoiseScale):
-            self._estimator.at_step(trainer.fit_loop.total_batch_idx)
-
-    @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Forget gradients that the user has forgotten."""
         forget_stale_gradients(trainer.optimizers, self._parts)
@@ -321,6 +313,12 @@ class FineTune(pl.Callback):
             ranks=trainer.world_size,
         )
         self._reestimated_at = trainer.global_step
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up what other callbacks may have put in place of the parameters, such as their averages."""
+        for quantizer in quantizers(pl_module):
+            quantizer.refresh()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

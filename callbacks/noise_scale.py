@@ -20,13 +20,14 @@ from typing_extensions import override
 from lq.budget import Costs, parse_budget
 from lq.callbacks.averages import give_to_averages
 from lq.callbacks.finetune import FineTune
-from lq.callbacks.optimizers import QuantizerOptimizer, loss_scale, steps_of
+from lq.callbacks.optimizers import QuantizerOptimizer, adam, loss_scale, steps_of
 from lq.callbacks.schedules import Schedule
 from lq.distillation import Loss
 from lq.errors import BudgetError, SpecError
 from lq.estimators import NoiseScale
-from lq.noise_scale import Penalty, SizeBudget, Targets, WidthLearner, target_widths
+from lq.noise_scale import HEAD, Penalty, SizeBudget, Targets, WidthLearner, target_widths
 from lq.quantizer import Quantizer
+from lq.refitting import fit_ranges
 from lq.report import WIDTH_BITS, summary
 from lq.sites import quantizers
 
@@ -81,7 +82,7 @@ class LearnNoiseScale(FineTune):
         *,
         first_last: int | None = 8,
         pins: Mapping[str, int] | None = None,
-        until: float = 0.5,
+        until: float = 0.1,
         lr: float | None = None,
         schedule: Schedule | None = None,
         warmup: int = 0,
@@ -125,6 +126,7 @@ class LearnNoiseScale(FineTune):
         self._values = torch.zeros(0)  # how many values share each step
         self._penalty = Penalty(0.0)
         self._deadline = 0
+        self._progress = 0.0
         self._loss: Tensor | None = None
         self._met_at = None
         self._settled_at: int | None = None
@@ -140,18 +142,27 @@ class LearnNoiseScale(FineTune):
     # --- before training --------------------------------------------------------------------------------------------
 
     @override
+    def _choose(self, module: pl.LightningModule) -> None:
+        self._estimator = NoiseScale(widths=True)
+        super()._choose(module)
+
+    @override
     def _own_optimizer(
         self, trainer: pl.Trainer, module: pl.LightningModule, groups: list[list[Quantizer]]
     ) -> QuantizerOptimizer:
         weights = self.weights if self.budget is None else None
         targets = target_widths(module, weights, self.activations, first_last=self.first_last, pins=self.pins)
+        if "noise_scale" not in self._resumed:
+            fit_ranges(module, {**self._mean_widths(module), **targets}, HEAD)
         self._learners = [WidthLearner(group, targets) for group in groups if group]
+        self._met_at, self._settled_at, self._progress, self._deadline = None, None, 0.0, 0
         self._parts = [[p for q in learner.members for p in q.parameters()] for learner in self._learners]
         saved = self._resumed.get("noise_scale")
         start = self._all("start")
         if saved is not None:
             start = saved["start"].to(start.device)
             self._met_at, self._settled_at = saved["met_at"], saved["settled_at"]
+            self._progress = saved["progress"]
             for learner, parts in zip(self._learners, saved["parts"], strict=True):
                 learner.load(parts)
         self._aim = self._aim_at(module, start)
@@ -159,12 +170,23 @@ class LearnNoiseScale(FineTune):
         self._penalty = Penalty(2 * rate, self.warmup)
         if saved is not None:
             self._penalty.steps, self._penalty.loss = saved["penalty"]
-        own = QuantizerOptimizer(
-            [learner.parameters for learner in self._learners], rate, lambda group: torch.optim.RAdam(group, lr=rate)
-        )
         if self._settled_at is not None:
             self._use_integers(module)
-        return own
+        return self._adam(rate)
+
+    def _adam(self, rate: float) -> QuantizerOptimizer:
+        return QuantizerOptimizer([learner.parameters for learner in self._learners], rate, adam(rate))
+
+    def _mean_widths(self, module: nn.Module) -> dict[str, float]:
+        """The mean width of a budget for all weights, unless their widths have been chosen already."""
+        if self.budget is None:
+            return {}
+        budget, costs = parse_budget(self.budget), Costs.of(module)
+        weights = [t for t in costs.tensors.values() if t.role == "weight" and t.numel]
+        values = max(sum(t.numel for t in weights), 1)
+        mean = math.ceil(budget.limit * 8 / values if budget.kind == "bytes" else budget.cost_limit)
+        chosen = len({t.bits for t in weights}) > 1
+        return {} if chosen else {t.name: float(min(max(mean, 1), 8)) for t in weights}
 
     def _plan(self, trainer: pl.Trainer) -> None:
         """Spread the way of the widths over the length of the run."""
@@ -238,7 +260,11 @@ class LearnNoiseScale(FineTune):
         pull = self._aim.gradient(bits) * self._penalty.factor() * loss_scale(trainer)
         learner.gather(pull.split(sizes)[index])
         self._own.step(index, factor, scaler)
-        learner.hold(self._aim.ceiling(progress, self._all("bits")).split(sizes)[index])
+        moved = self._all("bits")
+        before, now = (self._aim.ceiling(share, moved).split(sizes)[index] for share in (self._progress, progress))
+        learner.hold(before, now)
+        if index == len(self._learners) - 1:
+            self._progress = progress
         learner.write()
         learner.clear()
         if self._met_at is None and self._aim.met(self._all("bits")):
@@ -277,6 +303,8 @@ class LearnNoiseScale(FineTune):
         if self._met_at is None:
             self._met_at = self._settled_at
         self._use_integers(module)
+        if self._own is not None:  # what gradients were on the way down is no measure of what they are now
+            self._own = self._adam(self._own.lr)
         if self._watch is not None:
             self._watch.restart()
         give_to_averages(trainer, module)
@@ -302,6 +330,7 @@ class LearnNoiseScale(FineTune):
             state["noise_scale"] = {
                 "parts": [learner.state() for learner in self._learners],
                 "start": self._aim.start,
+                "progress": self._progress,
                 "penalty": (self._penalty.steps, float(self._penalty.loss)),
                 "met_at": self._met_at,
                 "settled_at": self._settled_at,

@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from lq.errors import SpecError
 from lq.patterns import select
-from lq.quantizer import Quantizer, WeightQuantizer, middle
+from lq.quantizer import Quantizer, middle
 from lq.scheme import first_and_last
 from lq.sites import Site, activation_quantizers, quantized_layers, quantizers
 from lq.spec import check_bits
+
+#: Bits above the target at which the way down begins.
+HEAD = 2.0
 
 #: Channels below this width, in bits, are pruned.
 PRUNED = 0.5
@@ -128,14 +131,14 @@ class WidthLearner:
         self.log2_range = nn.Parameter(self.log2_step.detach() + start)
         levels = torch.exp2(start) - 1
         self.zero_share = nn.Parameter(self._flat("zero_point") / levels.clamp(min=1))
-        self.is_weight = self._each([float(isinstance(q, WeightQuantizer)) for q in self.members]).bool()
+        self.is_weight = self._each([float(q.is_weight) for q in self.members]).bool()
         self.learns_zero = self._each([float(q.learns_offset) for q in self.members]).bool()
-        self.target = self._each([targets.get(q.name, float("inf")) for q in self.members])
+        self.target = self._each([targets.get(q.name, float("nan")) for q in self.members])
         self.start = start
         self.pruned = start == 0
         per_channel = self._each([float(q.bits.ndim > 0) for q in self.members]).bool()
         free = torch.where(self.is_weight & per_channel, 0.0, _LEAST)
-        self.least = torch.minimum(torch.where(self.target.isfinite(), self.target, free), start)
+        self.least = torch.minimum(torch.where(self.target.isnan(), free, self.target), start)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -154,9 +157,9 @@ class WidthLearner:
         levels = torch.exp2(self.bits)
         to_zero = self._gradients("zero_point").where(self.learns_zero, 0.0)
         to_bits += to_zero * self.zero_share * levels * math.log(2)  # the zero point keeps its place in the range
-        to_bits.masked_fill_(self.pruned, 0.0)
-        self.log2_step.grad = (to_step - to_bits).masked_fill_(self.pruned, 0.0)
-        self.log2_range.grad = to_bits
+        arrived = self.bits <= self.target + _WITHIN  # from there, step and range move as one
+        self.log2_step.grad = torch.where(arrived, to_step, to_step - to_bits).masked_fill_(self.pruned, 0.0)
+        self.log2_range.grad = torch.where(arrived, to_step, to_bits).masked_fill_(self.pruned, 0.0)
         self.zero_share.grad = to_zero * (levels - 1)
 
     @torch.no_grad()
@@ -173,12 +176,18 @@ class WidthLearner:
         self.zero_share.clamp_(0.0, 1.0)
 
     @torch.no_grad()
-    def hold(self, ceiling: Tensor) -> None:
-        """Bring widths above `ceiling` down to it, and those below their least up to it; prune what is to be pruned."""
+    def hold(self, before: Tensor, now: Tensor) -> None:
+        """Keep the widths below a ceiling that falls; prune what is to be pruned.
+
+        What a step has moved beyond the ceiling as it was (or below the least width) step and range take back alike.
+        By what the ceiling falls the noise grows; how much more should be clipped is up to the gradient.
+        """
         bits = self.bits
         self.pruned |= (bits < PRUNED) & (self.least == 0.0)
-        wanted = torch.maximum(torch.minimum(bits, ceiling), self.least).masked_fill_(self.pruned, 0.0)
-        self.log2_step.add_(bits - wanted)  # the noise grows; what is clipped is up to the gradient
+        allowed = torch.maximum(torch.minimum(bits, before), self.least).masked_fill_(self.pruned, 0.0)
+        self.log2_step.add_((bits - allowed) / 2)
+        self.log2_range.sub_((bits - allowed) / 2)
+        self.log2_step.add_((allowed - torch.maximum(now, self.least)).clamp_(min=0.0).masked_fill_(self.pruned, 0.0))
         self.zero_share.clamp_(0.0, 1.0)
 
     @torch.no_grad()
@@ -207,14 +216,14 @@ class WidthLearner:
         self.follow()
 
     def state(self) -> list[Tensor]:
-        """What is learned, to the bit."""
-        return [parameter.detach() for parameter in self.parameters]
+        """What is learned, to the bit, and what bounds it."""
+        return [*(parameter.detach() for parameter in self.parameters), self.least, self.pruned]
 
     @torch.no_grad()
     def load(self, state: Sequence[Tensor]) -> None:
         """Restore what `state` gave."""
-        for parameter, value in zip(self.parameters, state, strict=True):
-            parameter.copy_(value)
+        for mine, value in zip([*self.parameters, self.least, self.pruned], state, strict=True):
+            mine.copy_(value)
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -256,13 +265,13 @@ class Targets:
 
     def ceiling(self, progress: float, bits: Tensor) -> Tensor:
         """The widths allowed after a share of the way."""
-        top = torch.maximum(self.start, self.target.clamp(max=self.start.max()))
+        top = torch.maximum(self.start, self.target)
         left = (1 - progress) ** 2  # the last bits are the dearest: they go slowest
-        return torch.where(self.target.isfinite(), self.target + (top - self.target) * left, self.target)
+        return (self.target + (top - self.target) * left).nan_to_num(float("inf"))
 
     def integers(self, bits: Tensor) -> Tensor:
         """Integer widths for the learned ones."""
-        return torch.minimum(_upward(bits), self.target)
+        return torch.minimum(_upward(bits), self.target.nan_to_num(float("inf")))
 
 
 class SizeBudget:

@@ -29,6 +29,9 @@ from lq.spec import QuantSpec, check_bits
 # Zero points that differ by less are the same.
 _SAME = 1e-3
 
+# Relative error of an average of equal numbers.
+_ROUNDING = 1e-5
+
 
 class Quantizer(nn.Module):
     """Rounds a tensor to a grid.
@@ -46,8 +49,8 @@ class Quantizer(nn.Module):
     zero_point: nn.Parameter
     bits: nn.Parameter
 
-    #: Whether a grid of which only the state is known counts as symmetric.
-    _symmetric_unless_told = True
+    #: Whether it rounds a weight. Grids of weights of which only the state is known count as symmetric.
+    is_weight = True
 
     def __init__(self, spec: QuantSpec, channels: int | None = None, name: str = "") -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class Quantizer(nn.Module):
         self.log2_step = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
         self.zero_point = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.bits = nn.Parameter(_widths(spec.bits, shape, name), requires_grad=False)
-        self._read_state()
+        self.refresh()
 
     @property
     def calibrated(self) -> bool:
@@ -103,7 +106,7 @@ class Quantizer(nn.Module):
         self.log2_step.add_(torch.log2(old / new))
         self.zero_point.copy_(torch.where(signed_middle, middle(widths), zero_point).where(widths > 0, 0.0))
         self.bits.copy_(widths)
-        self._read_state()
+        self.refresh()
 
     def extra_repr(self) -> str:
         """Widths and state, for ``print(model)``."""
@@ -135,15 +138,24 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             self.log2_step.copy_(torch.log2(step).view(self.log2_step.shape))
             self.zero_point.copy_(zero_point.view(self.zero_point.shape))
-        self._read_state()
+        self.refresh()
 
     @property
     def _spec_is_symmetric(self) -> bool:
         """Whether the zero of the grid is fixed by what it was made for."""
-        return self._symmetric_unless_told if self.spec is None else self.spec.symmetric
+        return self.is_weight if self.spec is None else self.spec.symmetric
 
-    def _read_state(self) -> None:
-        """Keep on the host what every forward needs, so that it never waits for the device."""
+    def refresh(self) -> None:
+        """Read the state anew, after it was changed from outside: keep on the host what every forward needs.
+
+        Averages of equal numbers can differ from them by a rounding error; widths and zero points are mended.
+        """
+        with torch.no_grad():
+            for part, unit in ((self.bits, 1.0), (self.zero_point, 0.5)):
+                whole = (part / unit).round() * unit
+                off = (part - whole).abs()
+                if bool(((off > 0) & (off < _ROUNDING * part.abs())).any()):
+                    part.copy_(torch.where(off < _ROUNDING * part.abs(), whole, part))
         self._calibrated = not bool(self.log2_step.isnan().any())
         bits, zero_point = self.bits.detach(), self.zero_point.detach()
         self._symmetric = self._spec_is_symmetric and bool(((zero_point - middle(bits)).abs() < _SAME).all())
@@ -153,6 +165,11 @@ class Quantizer(nn.Module):
         low, high = -zero_point, torch.exp2(bits) - 1 - zero_point
         uniform = low.numel() > 0 and bool((low == low.flatten()[0]).all() and (high == high.flatten()[0]).all())
         self._uniform = (float(low.flatten()[0]), float(high.flatten()[0])) if uniform else None
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the zero point is that of the signed symmetric grid."""
+        return self._symmetric
 
     @property
     def is_unsigned(self) -> bool:
@@ -205,7 +222,7 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_state()
+        self.refresh()
 
 
 class WeightQuantizer(Quantizer):
@@ -234,12 +251,12 @@ class WeightQuantizer(Quantizer):
             DataError: if the weight has NaN or Inf.
         """
         raise_if_not_finite(weight, self.name)
-        self._set_range(*self._samples(weight), weights=True)
+        self._set_range(*self.samples(weight), weights=True)
 
     @torch.no_grad()
     def rounded_at(self, weight: Tensor, bits: int) -> Tensor:
         """Return `weight` as it would be at another width with the range of that width; the state stays as it is."""
-        samples, signed = self._samples(weight)
+        samples, signed = self.samples(weight)
         widths = torch.full_like(samples.low, float(check_bits(bits)))
         step, zero_point = self.grid(samples, signed, widths, weights=True)
         low = -zero_point
@@ -247,7 +264,7 @@ class WeightQuantizer(Quantizer):
         step, *grid = (self.layout.spread(part.to(weight.dtype).view(self.bits.shape), weight) for part in parts)
         return self.layout.join(round_to_grid(self.layout.split(weight), step, *grid))
 
-    def _samples(self, weight: Tensor) -> tuple[Samples, bool]:
+    def samples(self, weight: Tensor) -> tuple[Samples, bool]:
         """The values that share a step, by row, and whether they have both signs."""
         weight = weight.detach().float()
         values = self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
@@ -278,7 +295,7 @@ class WeightQuantizer(Quantizer):
         """Have the next `at_call` find the range."""
         with torch.no_grad():
             self.log2_step.fill_(torch.nan)
-        self._read_state()
+        self.refresh()
 
     def train(self, mode: bool = True) -> "WeightQuantizer":
         """Set the mode and forget the kept weight: weights that are swapped unseen by autograd are so between modes."""
@@ -315,7 +332,7 @@ class ActivationQuantizer(Quantizer):
         tokens: the tensor holds vectors along its last dimension (the input of a Linear), each a row of its own.
     """
 
-    _symmetric_unless_told = False
+    is_weight = False
 
     def __init__(self, spec: QuantSpec, name: str = "activation", *, tokens: bool = False) -> None:
         super().__init__(spec, None, name)
@@ -340,18 +357,18 @@ class ActivationQuantizer(Quantizer):
         Raises:
             StateError: if it was not calibrated since it was made.
         """
-        self._set_range(*self._samples(), weights=False)
+        self._set_range(*self.samples(), weights=False)
 
     @torch.no_grad()
     def grids(self, bits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Step, lowest and highest level at each width, fitted to what calibration saw; shape (len(bits),) each."""
-        samples, signed = self._samples()
+        samples, signed = self.samples()
         widths = torch.tensor([float(check_bits(b)) for b in bits], device=samples.values.device)
         rows = replace(samples, values=samples.values.expand(len(widths), -1))
         step, zero_point = self.grid(rows, signed, widths, weights=False)
         return step, -zero_point, torch.exp2(widths) - 1 - zero_point
 
-    def _samples(self) -> tuple[Samples, bool]:
+    def samples(self) -> tuple[Samples, bool]:
         """The values seen, and whether they have both signs."""
         if self.seen is None:
             raise StateError(

@@ -10,13 +10,12 @@ learned, so that the width is. Gradients:
   ``r = +-1/2`` at random.
 
 Source: Salishev, What We Do (not?) Know About Quantization; Salishev et al., GDNSQ (arXiv 2508.14004) and its published
-code. The random sum is drawn at once, as a normal number of the same variance, ``|g|^2 / 12``: one number for a step
-instead of one for a value. Its generator is seeded by the training step, so that it leaves no trace in others and a
-resumed run draws the same.
+code. Here the random sum is drawn at once, as one number of the same variance, ``|g|^2 / 12``, for each step instead of
+one for each value: ``|g| * u`` with ``u`` uniform between -1/2 and 1/2, taken from the last ten bits of ``s * |g|``
+itself. So there is no generator whose state would have to be kept, copied to devices or kept apart from the user's.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -24,38 +23,27 @@ from torch import Tensor
 
 from lq.estimators.estimator import Estimator, Part
 
+_LAST_BITS = 1 << 10
 
-@dataclass(eq=False)
+
+@dataclass(frozen=True)
 class NoiseScale(Estimator):
     """Steps and zero points are learned; widths too, where something holds them down (`lq.noise_scale`).
 
     Args:
         widths: whether widths are learned.
-        seed: of the random part.
     """
 
     changes_gradients: ClassVar[bool] = True
 
     widths: bool = False
-    seed: int = 0
-    _step: int = field(default=0, init=False, repr=False)
-    _drawn: int = field(default=0, init=False, repr=False)
 
     @property
     def learns(self) -> frozenset[Part]:
         """Step and zero point, and on request the width."""
         return frozenset({"log2_step", "zero_point", "bits"} if self.widths else {"log2_step", "zero_point"})
 
-    def at_step(self, step: int) -> None:
-        """Have the noise that is drawn from now on depend on the number of the training step."""
-        self._step, self._drawn = step, 0
-
     def noise(self, size: Tensor) -> Tensor | None:
         """``s * sum(g * r) / sqrt(3)`` over the values that share a step."""
-        if torch.compiler.is_compiling():
-            return torch.randn_like(size).mul_(size).div_(math.sqrt(12))  # compilers know no generators
-        self._drawn += 1
-        seed = hash((self.seed, self._step, self._drawn)) & (2**63 - 1)
-        generator = torch.Generator(size.device).manual_seed(seed)
-        normal = torch.randn(size.shape, generator=generator, device=size.device, dtype=size.dtype)
-        return normal.mul_(size).div_(math.sqrt(12))
+        last = size.float().view(torch.int32).bitwise_and(_LAST_BITS - 1).float()
+        return (last + 0.5).div_(_LAST_BITS).sub_(0.5).mul_(size)

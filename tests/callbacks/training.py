@@ -20,7 +20,10 @@ Chain = Callable[[], list[pl.Callback]]
 #: One line for each way to train, with ``quantizer_lr=1e-3``; a fresh chain at every call.
 STAGES: dict[str, Chain] = {
     "lsq": lambda: [Quantize(4, 4, fold_bn=False), FineTune("lsq")],
-    "noise_scale": lambda: [Quantize(8, 8, fold_bn=False), LearnNoiseScale(3, 3, quantizer_lr=1e-3, distill=0)],
+    "noise_scale": lambda: [
+        Quantize(8, 8, fold_bn=False),
+        LearnNoiseScale(3, 3, until=0.5, quantizer_lr=1e-3, distill=0),
+    ],
 }
 
 #: Those that follow gradients alone: no noise, no schedule of widths, so that they can be computed by hand.
