@@ -25,7 +25,7 @@ from lq.callbacks.schedules import Schedule
 from lq.distillation import Loss
 from lq.errors import BudgetError, SpecError
 from lq.estimators import NoiseScale
-from lq.noise_scale import HEAD, Penalty, SizeBudget, Targets, WidthLearner, target_widths
+from lq.noise_scale import HEAD, Penalty, SizeBudget, Targets, WidthLearner, prune_silent, target_widths
 from lq.quantizer import Quantizer
 from lq.refitting import fit_ranges
 from lq.report import WIDTH_BITS, summary
@@ -41,7 +41,8 @@ class LearnNoiseScale(FineTune):
     """Train a quantized module with learned noise scales: widths come down to targets, or share a budget.
 
     Widths start where `Quantize` (or `AllocateBits`) has put them: 8 bits, say. Channels that come to less than half a
-    bit are pruned. The user's optimizer is kept unless `lr` is given, which replaces it by RAdam.
+    bit, or that are all zeros in the end, are pruned. The user's optimizer is kept unless `lr` is given, which replaces
+    it by RAdam.
 
     Args:
         weights: width that weights come down to, in bits; not used with a budget.
@@ -243,6 +244,8 @@ class LearnNoiseScale(FineTune):
         if self._own is None or index >= len(self._learners):
             return
         learner, scaler = self._learners[index], getattr(trainer.precision_plugin, "scaler", None)
+        if not self._deadline:
+            self._plan(trainer)
         if self._settled_at is not None:
             learner.gather_steps()
             self._own.step(index, factor, scaler)
@@ -252,8 +255,6 @@ class LearnNoiseScale(FineTune):
             return
         if index == 0:
             self._penalty.take(self._loss)
-        if not self._deadline:
-            self._plan(trainer)
         progress = min(max(self._penalty.steps - self.warmup, 0) / max(self._deadline - self.warmup, 1), 1.0)
         bits = self._all("bits")
         sizes = [len(one.bits) for one in self._learners]
@@ -261,7 +262,7 @@ class LearnNoiseScale(FineTune):
         learner.gather(pull.split(sizes)[index])
         self._own.step(index, factor, scaler)
         moved = self._all("bits")
-        before, now = (self._aim.ceiling(share, moved).split(sizes)[index] for share in (self._progress, progress))
+        before, now = (self._aim.project(share, moved).split(sizes)[index] for share in (self._progress, progress))
         learner.hold(before, now)
         if index == len(self._learners) - 1:
             self._progress = progress
@@ -288,9 +289,10 @@ class LearnNoiseScale(FineTune):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make widths integers if training ended before its time."""
+        """Make widths integers if training ended before its time; prune channels that are all zeros by now."""
         if self._settled_at is None and self._learners:
             self._settle(trainer)
+        prune_silent(pl_module)
         super().on_train_end(trainer, pl_module)
 
     def _settle(self, trainer: pl.Trainer) -> None:

@@ -8,8 +8,8 @@ Widths are held down twice:
   with every step, and the excess is ``relu(width - target)``, averaged over weights and over activations, each
   weighed by its share of the targets that are not met; or, without targets for single tensors, the excess of the
   whole size over a budget;
-- by a ceiling that falls from the widths at the start to the targets (or the budget): where GDNSQ trains until its
-  targets are met, a run that ends after a given number of steps has to meet them.
+- by a ceiling that falls from the widths at the start to the targets (or the budget, which is then used up): where
+  GDNSQ trains until its targets are met, a run that ends after a given number of steps has to meet them.
 
 A channel whose width falls below half a bit is pruned for good. `WidthLearner.settle` makes the widths integers.
 """
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from lq.errors import SpecError
 from lq.patterns import select
-from lq.quantizer import Quantizer, middle
+from lq.quantizer import Quantizer, middle, without_rounding_error
 from lq.scheme import first_and_last
-from lq.sites import Site, activation_quantizers, quantized_layers, quantizers
+from lq.sites import Site, activation_quantizers, float_weight, quantized_layers, quantizers, weight_quantizer
 from lq.spec import check_bits
 
 #: Bits above the target at which the way down begins.
@@ -36,8 +36,8 @@ PRUNED = 0.5
 
 # What a width may exceed an integer by and still become that integer.
 _SLACK = 0.1
-# Of what cannot be pruned.
-_LEAST = 1.0
+# Widths of what cannot be pruned, and of what is learned.
+_LEAST, _MOST = 1.0, 8.0
 _WITHIN = 1e-3
 
 
@@ -80,6 +80,25 @@ def target_widths(
         chosen = select(pattern, [*layers, *dict.fromkeys(layers.values())], argument="pins")
         found.update({name: float(check_bits(bits)) for name, layer in layers.items() if {name, layer} & chosen})
     return found
+
+
+@torch.no_grad()
+def prune_silent(model: nn.Module) -> int:
+    """Give channels of weights that are rounded to nothing but zeros a width of 0 bits: the forward stays the same.
+
+    Returns:
+        The number of channels pruned.
+    """
+    pruned = 0
+    for module in model.modules():
+        quantizer, weight = weight_quantizer(module), float_weight(module)
+        if quantizer is None or weight is None or not quantizer.bits.ndim or quantizer.tap is not None:
+            continue
+        silent = (quantizer.layout.rows(quantizer(weight)) == 0).all(1) & (quantizer.bits > 0)
+        if bool(silent.any()):
+            pruned += int(silent.sum())
+            quantizer.settle(quantizer.bits.detach().masked_fill(silent, 0.0))
+    return pruned
 
 
 @dataclass
@@ -148,7 +167,7 @@ class WidthLearner:
     @property
     def bits(self) -> Tensor:
         """The widths ``I_alpha``, in bits; shape (steps,)."""
-        return (self.log2_range - self.log2_step).detach()
+        return without_rounding_error((self.log2_range - self.log2_step).detach(), 1.0)
 
     @torch.no_grad()
     def gather(self, penalty: Tensor) -> None:
@@ -177,17 +196,20 @@ class WidthLearner:
 
     @torch.no_grad()
     def hold(self, before: Tensor, now: Tensor) -> None:
-        """Keep the widths below a ceiling that falls; prune what is to be pruned.
+        """Bring the widths to `now`; prune what is to be pruned.
 
-        What a step has moved beyond the ceiling as it was (or below the least width) step and range take back alike.
-        By what the ceiling falls the noise grows; how much more should be clipped is up to the gradient.
+        Args:
+            before: widths that what is allowed has had so far makes of those that the last step has left. Step and
+                range take back the difference alike.
+            now: what has become of the allowed since. By what it falls the noise grows; how much more should be clipped
+                is up to the gradient.
         """
         bits = self.bits
         self.pruned |= (bits < PRUNED) & (self.least == 0.0)
-        allowed = torch.maximum(torch.minimum(bits, before), self.least).masked_fill_(self.pruned, 0.0)
+        allowed, wanted = (torch.maximum(b, self.least).masked_fill_(self.pruned, 0.0) for b in (before, now))
         self.log2_step.add_((bits - allowed) / 2)
         self.log2_range.sub_((bits - allowed) / 2)
-        self.log2_step.add_((allowed - torch.maximum(now, self.least)).clamp_(min=0.0).masked_fill_(self.pruned, 0.0))
+        self.log2_step.add_((allowed - wanted).clamp_(min=0.0))
         self.zero_share.clamp_(0.0, 1.0)
 
     @torch.no_grad()
@@ -263,11 +285,11 @@ class Targets:
             gradient[kind] = over[kind] * share / max(int(kind.sum()), 1)
         return gradient
 
-    def ceiling(self, progress: float, bits: Tensor) -> Tensor:
-        """The widths allowed after a share of the way."""
+    def project(self, progress: float, bits: Tensor) -> Tensor:
+        """The widths, as far as they are allowed after a share of the way."""
         top = torch.maximum(self.start, self.target)
         left = (1 - progress) ** 2  # the last bits are the dearest: they go slowest
-        return (self.target + (top - self.target) * left).nan_to_num(float("inf"))
+        return torch.minimum(bits, (self.target + (top - self.target) * left).nan_to_num(float("inf")))
 
     def integers(self, bits: Tensor) -> Tensor:
         """Integer widths for the learned ones."""
@@ -300,17 +322,17 @@ class SizeBudget:
         over = self.costs / self.limit if self.total(bits) > self.limit else torch.zeros_like(bits)
         return over * self.start.max() + self.others.gradient(bits)
 
-    def ceiling(self, progress: float, bits: Tensor) -> Tensor:
-        """The widths, less what all have to give up alike to come within what is allowed after a share of the way."""
+    def project(self, progress: float, bits: Tensor) -> Tensor:
+        """The widths, plus or minus what all have to take alike to cost what is allowed after a share of the way."""
         begin = max(self.total(self.start), self.limit)
         allowed = self.limit + (begin - self.limit) * (1 - progress) ** 2
-        held = torch.minimum(bits, self.others.ceiling(progress, bits))
-        for _ in range(20):  # widths stop at zero, so that the rest has to give up more
-            excess = self.total(held) - allowed
-            giving = self.costs * (held > 0)
-            if excess <= 0 or not giving.any():
+        held = self.others.project(progress, bits)
+        for _ in range(20):  # widths stop at 0 and 8 bits, so that the rest has to take more
+            missing = allowed - self.total(held)
+            moves = self.costs * ((held > 0) & (held < _MOST) if missing > 0 else held > 0)
+            if abs(missing) <= 1e-6 * self.limit or not bool(moves.any()):
                 break
-            held = torch.where(giving > 0, (held - excess / float(giving.sum())).clamp(min=0.0), held)
+            held = torch.where(moves > 0, (held + missing / float(moves.sum())).clamp(0.0, _MOST), held)
         return held
 
     def integers(self, bits: Tensor) -> Tensor:
@@ -320,11 +342,11 @@ class SizeBudget:
         left = self.limit * (1 + 1e-6) - self.total(whole)
         order = torch.where(costly, bits - whole, -1.0).argsort(descending=True)
         fits = torch.cumsum(self.costs[order].double(), 0) <= left
-        up = order[fits & costly[order] & (bits - whole > _SLACK)[order] & (whole < 8)[order]]
+        up = order[fits & costly[order] & (bits - whole > _SLACK)[order] & (whole < _MOST)[order]]
         whole[up] += 1
         return whole
 
 
 def _upward(bits: Tensor) -> Tensor:
     """The least integers that are no smaller, but for a slack; 8 at most, 0 where pruned."""
-    return torch.where(bits < PRUNED, 0.0, (bits - _SLACK).ceil().clamp(1.0, 8.0))
+    return torch.where(bits < PRUNED, 0.0, (bits - _SLACK).ceil().clamp(1.0, _MOST))

@@ -152,10 +152,9 @@ class Quantizer(nn.Module):
         """
         with torch.no_grad():
             for part, unit in ((self.bits, 1.0), (self.zero_point, 0.5)):
-                whole = (part / unit).round() * unit
-                off = (part - whole).abs()
-                if bool(((off > 0) & (off < _ROUNDING * part.abs())).any()):
-                    part.copy_(torch.where(off < _ROUNDING * part.abs(), whole, part))
+                mended = without_rounding_error(part, unit)
+                if not torch.equal(mended, part):
+                    part.copy_(mended)
         self._calibrated = not bool(self.log2_step.isnan().any())
         bits, zero_point = self.bits.detach(), self.zero_point.detach()
         self._symmetric = self._spec_is_symmetric and bool(((zero_point - middle(bits)).abs() < _SAME).all())
@@ -402,6 +401,16 @@ class ActivationQuantizer(Quantizer):
             gradient_scale=self.estimator.gradient_scale(values_of_a_sample, high),
             backward=self.estimator if self.estimator.changes_gradients else None,
         )
+
+
+def without_rounding_error(values: Tensor, unit: float) -> Tensor:
+    """`values`, of which those next to a multiple of `unit` are that multiple.
+
+    >>> without_rounding_error(torch.tensor([2.9999998, 2.9]), 1.0)
+    tensor([3.0000, 2.9000])
+    """
+    whole = (values / unit).round() * unit
+    return torch.where((values - whole).abs() < _ROUNDING * values.abs(), whole, values)
 
 
 def middle(bits: Tensor) -> Tensor:

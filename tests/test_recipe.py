@@ -8,11 +8,15 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 import lq
-from lq.callbacks import AllocateBits, FineTune, Quantize
+from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize, ReduceBits
 from lq.recipe import recipe_path
 from tests.helpers import QUIET, cli, fit, steps, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+
+OURS = (Quantize, AllocateBits, FineTune, LearnNoiseScale, ReduceBits)
+EXPECTED = {"ptq_w8a8", "ste_w4a4", "lsq_w4a4", "lsq_w2a2", "mpqco", "rdoq", "hawq_v2"}
+EXPECTED |= {"mpqco_finetune", "lsqplus_w2a2", "noise_scale_w4a4", "noise_scale_w2a2", "noise_scale_free"}
 
 every = pytest.mark.parametrize("name", lq.recipe_names())
 
@@ -22,7 +26,7 @@ def entries(name):
 
 
 def test_the_first_recipes_are_there():
-    assert {"ptq_w8a8", "ste_w4a4", "lsq_w4a4", "lsq_w2a2", "mpqco", "rdoq", "hawq_v2"} <= set(lq.recipe_names())
+    assert set(lq.recipe_names()) >= EXPECTED
 
 
 @every
@@ -65,9 +69,9 @@ def test_cli_appends_a_recipe_to_the_users_callbacks(name, tmp_path):
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": [monitor]}
     mine.write_text(yaml.safe_dump({"trainer": options}))
     callbacks = cli(mine, recipe_path(name)).trainer.callbacks
-    kinds = [type(c) for c in callbacks if isinstance(c, (LearningRateMonitor, Quantize, AllocateBits, FineTune))]
+    kinds = [type(c) for c in callbacks if isinstance(c, (LearningRateMonitor, *OURS))]
     assert kinds == [LearningRateMonitor, *(type(c) for c in lq.recipe(name))]
-    built = [c for c in callbacks if type(c) in (Quantize, AllocateBits, FineTune)]
+    built = [c for c in callbacks if type(c) in OURS]
     for callback, entry in zip(built, entries(name), strict=True):
         for argument, value in entry["init_args"].items():
             assert getattr(callback, argument) == value

@@ -47,6 +47,7 @@ TITLES = {
     "ewgs": "EWGS",
     "adaptive_ewgs": "adaptive EWGS",
     "noise": "noise scale",
+    "noise8": "noise scale, from 8 bits",
     "free": "noise scale, bits on average",
 }
 METHODS = tuple(TITLES)[1:-1]
@@ -228,8 +229,8 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
     """What a user would list; `size` in bytes where bits are learned, the callback's learning rate `faster`."""
     if method == "float":
         return []
-    noise = method in ("noise", "free")
-    start = 8 if noise else bits
+    noise = method in ("noise", "noise8", "free")
+    start = 8 if method in ("noise8", "free") else bits
     quantize = Quantize(weights=start, activations=start, fold_bn=False, calibration_samples=512)
     if method == "ptq":
         return [quantize]
@@ -240,7 +241,7 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
         "task": 0.0 if distill else 1.0,
     }
     if noise:
-        aim: dict[str, Any] = {"weights": bits} if method == "noise" else {"budget": f"{size}B"}
+        aim: dict[str, Any] = {"budget": f"{size}B"} if method == "free" else {"weights": bits}
         return [quantize, LearnNoiseScale(**aim, activations=bits, **common)]
     return [quantize, FineTune(method, **common)]
 

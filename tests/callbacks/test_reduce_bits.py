@@ -35,18 +35,16 @@ def chain(*more, asked=2, start=4, until=0.5, estimator="lsq"):
     return [Quantize(asked, asked, fold_bn=False), ReduceBits(start, until), FineTune(estimator), *more]
 
 
-@pytest.mark.parametrize(
-    ("start", "until", "expected"), [(4, 0.5, "444433332222222222"[:17]), (3, 1.0, "33333333333333332")]
-)
-def test_widths_come_down_one_by_one(start, until, expected):
+@pytest.mark.parametrize(("start", "until"), [(4, 0.5), (3, 1.0), (8, 0.25)])
+def test_widths_come_down_one_by_one(start, until):
     widths = Widths()
     fit(tiny(), chain(widths, start=start, until=until), max_epochs=4)
     inner = [seen["net.3.weight"] for seen in widths.seen]
     asked = [max(2, 2 + math.ceil((start - 2) * (1 - min(k / (until * 16), 1)) - 1e-6)) for k in range(17)]
     assert inner == [[float(b)] for b in asked]
-    assert inner == [[float(b)] for b in expected] or start == 4
+    assert inner[0] == [start] and inner[-1] == [2] and inner == sorted(inner, reverse=True)
     assert [seen["net.3.input"] for seen in widths.seen] == inner
-    assert all(seen["net.8.weight"] == [8.0] for seen in widths.seen)  # more than the start: kept
+    assert all(seen["net.8.weight"] == [8.0] for seen in widths.seen)  # no less than the start: kept
 
 
 def test_first_widths_are_those_of_a_calibration_at_them():
