@@ -28,12 +28,14 @@ class DivergenceWatch:
 
     def __init__(self, members: Sequence[Quantizer]) -> None:
         self.members = list(members)
+        #: While widths come down the loss goes up.
+        self.expects_rise = False
         self.warned: set[str] = set()
         self.restart()
 
     def restart(self) -> None:
         """Compare with what comes from now on."""
-        self._first: float | None = None
+        self._first: float | None = None  # mean loss of the first window, or twice the first loss if that is less
         self._risen = 0
         self._losses: list[Tensor] = []
         self._steps = 0
@@ -56,7 +58,8 @@ class DivergenceWatch:
         if self._losses:
             mean = float(torch.stack(self._losses).float().mean())
             self._check_finite(mean, step)
-            self._check_rise(mean, step)
+            if not self.expects_rise:
+                self._check_rise(mean, step)
         self._check_ranges(step)
         self._losses, self._steps = [], 0
 
@@ -69,7 +72,7 @@ class DivergenceWatch:
 
     def _check_rise(self, mean: float, step: int) -> None:
         if self._first is None:
-            self._first = mean
+            self._first = min(mean, 2 * float(self._losses[0]))
         self._risen = self._risen + 1 if mean > _RISE * self._first else 0
         if self._risen >= _PATIENCE:
             self._warn(

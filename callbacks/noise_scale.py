@@ -229,6 +229,13 @@ class LearnNoiseScale(FineTune):
     def _replacement(self, weights: list[nn.Parameter], lr: float) -> Optimizer:
         return torch.optim.RAdam(weights, lr=lr)
 
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have the loss rise without a word as long as widths come down."""
+        super().on_train_start(trainer, pl_module)
+        if self._watch is not None:
+            self._watch.expects_rise = self._settled_at is None
+
     # --- training ---------------------------------------------------------------------------------------------------
 
     @override
@@ -309,6 +316,7 @@ class LearnNoiseScale(FineTune):
             self._own = self._adam(self._own.lr)
         if self._watch is not None:
             self._watch.restart()
+            self._watch.expects_rise = False
         give_to_averages(trainer, module)
         rank_zero_info(f"Learned the widths of {type(module).__name__}: {summary(module).total()}")
 

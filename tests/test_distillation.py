@@ -3,12 +3,13 @@
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import lq
-from lq.distillation import Distiller, float_copy, kl_divergence
-from lq.errors import StateError
+from lq.distillation import Distiller, float_copy, kl_divergence, stages, symmetric_kl_divergence
+from lq.errors import PatternError, SpecError, StateError
 from lq.sites import is_attached, quantizers
 
 
@@ -110,6 +111,74 @@ def test_outputs_other_than_a_tensor():
         StateError, match="needs a tensor of logits, Pair gives a tuple; name the module .* distill_from="
     ):
         student(batch())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_symmetric_divergence_counts_both_ways(temperature):
+    student, teacher = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(4))
+    both = kl_divergence(student, teacher, temperature) + kl_divergence(teacher, student, temperature)
+    assert symmetric_kl_divergence(student, teacher, temperature) == both
+    assert both == symmetric_kl_divergence(teacher, student, temperature)
+
+
+def deep(seed=0):
+    torch.manual_seed(seed)
+    block = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)) for _ in range(2)]
+    return nn.Sequential(nn.Linear(4, 4), *block, nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("features", [None, ["1"], ["1", "2", "3"]])
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_gradient_of_features_is_that_of_the_sum_of_losses(features, scale):
+    student, teacher, plain = deep(0), deep(1), deep(0)
+    options = {"weight": 0.7, "loss": "features", "features": features, "gradient_scale": lambda: scale}
+    distiller = Distiller(student, teacher, **options)
+    student(batch()).square().mean().mul(scale).backward()
+    loss, x, target = 0.0, batch(), batch()
+    for name, layer in plain.named_children():
+        with torch.no_grad():
+            target = teacher[int(name)](target)
+        x = layer(x)
+        if name in (features or ["1", "2"]):
+            loss = loss + (x - target).square().mean() / target.square().mean()
+    ((x.square().mean() + 0.7 * loss) * scale).backward()
+    torch.testing.assert_close(grads(student), grads(plain))
+    torch.testing.assert_close(distiller.loss, loss.detach())
+
+
+def test_stages_are_the_parts_with_layers_of_their_own():
+    assert stages(deep()) == ["1", "2"]
+    assert stages(network()) == ["0", "1", "2"]
+    assert stages(timm.create_model("test_resnet")) == ["conv1", "layer1", "layer2", "layer3", "layer4"]
+
+
+@pytest.mark.parametrize("task", [0.0, 0.5, 1.0])
+def test_the_task_can_be_turned_down(task):
+    student, teacher, plain = network(0), network(1), network(0)
+    Distiller(student, teacher, weight=2.0, task=task)
+    student(batch()).square().mean().backward()
+    output = plain(batch())
+    (task * output.square().mean() + 2.0 * kl_divergence(output, teacher(batch()).detach())).backward()
+    torch.testing.assert_close(grads(student), grads(plain))
+
+
+def test_unknown_losses_and_features():
+    with pytest.raises(SpecError, match="distill_loss='mse' is unknown; use one of"):
+        Distiller(network(), network(1), weight=1.0, loss="mse")
+    with pytest.raises(PatternError, match=r"features \['layer9'\] are no modules of Sequential; it has 0, 1, 2"):
+        Distiller(network(), network(1), weight=1.0, loss="features", features=["layer9"])
+
+
+def test_keeps_no_graph_and_no_second_quantizers():
+    student = lq.attach(deep(), 3, 3, first_last=None)
+    lq.calibrate(student, [batch()])
+    teacher = float_copy(student)
+    distiller = Distiller(student, teacher, weight=1.0, loss="features")
+    output = student(batch())
+    assert not distiller.loss.requires_grad and not list(quantizers(teacher))
+    assert all(t.grad_fn is None for t in distiller._targets.values())
+    output.sum().backward()
+    assert distiller._targets == {}
 
 
 @pytest.mark.parametrize("attach", [True, False])
