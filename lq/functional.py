@@ -19,6 +19,7 @@ as a `Backward`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,15 +32,20 @@ Bound = float | Tensor
 #: |log2 of a step| is kept below this, so that steps and their reciprocals are float32 numbers.
 STEP_LIMIT = 100.0
 
-# Elements that the CPU works on at a time: they stay in its cache from one operation to the next.
-_BLOCK = 1 << 18
+# Elements that the CPU works on at a time, of weights and of activations: they stay in its cache between operations.
+_BLOCK, _LARGE_BLOCK = 1 << 18, 1 << 20
 
 
 class Backward(Protocol):
     """What an estimator changes of the gradients above."""
 
-    def weigh(self, grad: Tensor, error: Tensor) -> Tensor:
-        """Gradient to values, from the straight-through one and ``v - round(v)``; rows share a step."""
+    @property
+    def weighs(self) -> bool:
+        """Whether `weigh` does anything."""
+        ...
+
+    def weigh(self, grad: Tensor, error: Tensor) -> None:
+        """Change the gradient to values in place, given ``v - round(v)`` where it is not zero; rows share a step."""
         ...
 
     def noise(self, size: Tensor) -> Tensor | None:
@@ -66,7 +72,7 @@ def round_to_grid(x: Tensor, step: Tensor, low: Bound, high: Bound, offset: Boun
     tensor([-1.0000,  0.5000,  0.5000,  0.5000])
     """
     low, high = _alike(low, high)
-    return _round(x * step.reciprocal(), offset).clamp_(low, high).mul_(step)  # type: ignore[arg-type]
+    return _clamp(_round(x * step.reciprocal(), offset), low, high).mul_(step)
 
 
 def fake_quantize(
@@ -162,18 +168,29 @@ class _Sums:
         self.step, self.low, self.high, self.to_bounds, self.rule = step, low, high, to_bounds, rule
         self.product = self.outside = self.total = self.square = torch.zeros(())
 
+    def take(self, found: Sequence[Tensor], shape: torch.Size, scale: float = 1.0) -> None:
+        """Take sums in their order, those with levels in them times `scale`."""
+        parts = [part.view(shape) for part in found]
+        self.product = parts.pop(0).mul_(scale)
+        if self.to_bounds:
+            self.total, self.outside = parts.pop(0), parts.pop(0).mul_(scale)
+        if self.rule is not None:
+            self.square = parts.pop(0)
+
     def gradients(self, scale: Bound) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients to log2 of the step, to the low and to the high bound."""
-        to_step = self.product.mul_(math.log(2) * self.step)
+        factor = self.step * scale
         noise = self.rule.noise(self.square.sqrt_().mul_(self.step)) if self.rule is not None else None
-        if noise is not None:
-            to_step = to_step.add_(noise.mul_(math.log(2) * self.step))
+        derivative = self.product if noise is None else self.product.add_(noise)
+        to_step = derivative.mul_(math.log(2)).mul_(factor)
         if not self.to_bounds:
-            return to_step.mul_(scale), to_step, to_step
-        span = torch.as_tensor(self.high - self.low, device=self.step.device)
-        above = (self.outside - self.low * self.total) / span.clamp(min=1e-6)
-        below = self.total - above
-        return to_step.mul_(scale), below.mul_(self.step).mul_(scale), above.mul_(self.step).mul_(scale)
+            return to_step, to_step, to_step
+        if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
+            span: Bound = (self.high - self.low).clamp(min=1e-6)  # type: ignore[union-attr]
+        else:
+            span = max(self.high - self.low, 1e-6)
+        above = self.outside.sub_(self.total * self.low).div_(span).mul_(factor)
+        return to_step, self.total.mul_(factor).sub_(above), above
 
 
 def _gradients(grad: Tensor, x: Tensor, offset: Bound, sums: _Sums) -> Tensor:
@@ -181,7 +198,7 @@ def _gradients(grad: Tensor, x: Tensor, offset: Bound, sums: _Sums) -> Tensor:
     shape = sums.step.shape
     levels = x * sums.step.reciprocal()
     grad_x = _inside(grad, levels, sums.low, sums.high)
-    rounded = _round(levels.clone(), offset).clamp_(sums.low, sums.high)  # type: ignore[arg-type]
+    rounded = _clamp(_round(levels.clone(), offset), sums.low, sums.high)
     sums.product = (rounded * grad).sum_to_size(shape).sub_((grad_x * levels).sum_to_size(shape))
     if sums.to_bounds:
         out = grad - grad_x
@@ -189,32 +206,35 @@ def _gradients(grad: Tensor, x: Tensor, offset: Bound, sums: _Sums) -> Tensor:
     if sums.rule is None:
         return grad_x
     sums.square = grad.square().sum_to_size(shape)
-    error = levels.clamp_(sums.low, sums.high).sub_(rounded)  # type: ignore[arg-type]
-    if sums.step.numel() == 1:
-        return sums.rule.weigh(grad_x.reshape(1, -1), error.reshape(1, -1)).view(x.shape)
-    order = sorted(range(x.ndim), key=lambda d: shape[d] == 1)  # dimensions of the steps come first
-    rows = [t.permute(order).reshape(sums.step.numel(), -1) for t in (grad_x, error)]
-    weighed = sums.rule.weigh(*rows).view([x.shape[d] for d in order])
-    return weighed.permute([order.index(d) for d in range(x.ndim)])
+    if not sums.rule.weighs:
+        return grad_x
+    order = sorted(range(x.ndim), key=lambda d: shape[d] == 1) if shape else list(range(x.ndim))
+    back = [order.index(d) for d in range(x.ndim)]  # dimensions of the steps come first
+    rows = [t.permute(order).reshape(max(sums.step.numel(), 1), -1) for t in (grad_x, levels.sub_(rounded))]
+    weighed = rows[0].clone()
+    sums.rule.weigh(weighed, rows[1])
+    return weighed.view([x.shape[d] for d in order]).permute(back)
 
 
 def _tensor_gradients(grad: Tensor, x: Tensor, y: Tensor, sums: _Sums) -> Tensor:
-    """`_gradients` for one step and contiguous CPU tensors, `y` being the rounded ones: no temporaries."""
-    size, shape = float(sums.step), sums.step.shape
-    low, high = sums.low, sums.high
-    g, v, q = grad.view(-1), x.view(-1), y.view(-1)
-    grad_x = torch.ops.aten.hardtanh_backward(g, v, low * size, high * size)
-    inner = torch.dot(g, q).sub_(torch.dot(grad_x, v))
-    sums.product = inner.div_(size).view(shape)
-    if sums.to_bounds:
-        sums.total = g.sum().sub_(grad_x.sum()).view(shape)
-        sums.outside = torch.dot(g, q).sub_(torch.dot(grad_x, q)).div_(size).view(shape)
-    if sums.rule is not None:
-        sums.square = torch.dot(g, g).view(shape)
-        error = torch.clamp(v, float(low) * size, float(high) * size).sub_(q).div_(size)
-        grad_x = sums.rule.weigh(grad_x.view(1, -1), error.view(1, -1))
-    found: Tensor = grad_x.view(x.shape)
-    return found
+    """`_gradients` for one step and contiguous CPU tensors, `y` being the rounded ones; in blocks of values."""
+    size = float(sums.step)
+    low, high = float(sums.low) * size, float(sums.high) * size
+    grad_x = torch.empty_like(grad)
+    found = []
+    for g, v, q, out in zip(*(t.view(-1).split(_LARGE_BLOCK) for t in (grad, x, y, grad_x)), strict=True):
+        torch.ops.aten.hardtanh_backward.grad_input(g, v, low, high, grad_input=out)
+        arrived = torch.dot(g, q)
+        row = [arrived - torch.dot(out, v)]
+        if sums.to_bounds:
+            row += [g.sum() - out.sum(), arrived - torch.dot(out, q)]
+        if sums.rule is not None:
+            row.append(torch.dot(g, g))
+            if sums.rule.weighs:
+                sums.rule.weigh(out.view(1, -1), torch.sub(v, q).div_(size).view(1, -1))
+        found.append(torch.stack(row))
+    sums.take((torch.stack(found).sum(0) if len(found) > 1 else found[0]).unbind(), sums.step.shape, 1 / size)
+    return grad_x
 
 
 def _channel_gradients(grad: Tensor, x: Tensor, offset: Bound, sums: _Sums) -> Tensor:
@@ -226,26 +246,35 @@ def _channel_gradients(grad: Tensor, x: Tensor, offset: Bound, sums: _Sums) -> T
     grad_x = torch.empty_like(grad)
     size = max(1, _BLOCK * channels // max(x.numel(), 1))
     tensors = [t.view(channels, -1).split(size) for t in (grad, x, grad_x, sums.step.reciprocal())]
+    offset = 0.0 if isinstance(offset, Tensor) and not bool(offset.any()) else offset
     bounds = [_split(bound, size, len(tensors[0])) for bound in (sums.low, sums.high, offset)]
-    found: list[tuple[Tensor, ...]] = []
+    found: list[list[Tensor]] = []
     for g, v, out, inverse, low, high, shift in zip(*tensors, *bounds, strict=True):
         levels = v * inverse
-        _inside(g, levels, low, high, out)
-        rounded = _round(levels.clone(), shift).clamp_(low, high)
-        row = [torch.linalg.vecdot(g, rounded).sub_(torch.linalg.vecdot(out, levels))]
+        _inside_of_rows(g, levels, low, high, out)
+        product = torch.linalg.vecdot(out, levels)
+        error = levels.clone() if sums.rule is not None and sums.rule.weighs else None
+        rounded = _clamp(_round(levels, shift), low, high)
+        arrived = torch.linalg.vecdot(g, rounded)
+        row = [arrived - product]
         if sums.to_bounds:
-            row += [g.sum(1).sub_(out.sum(1)), torch.linalg.vecdot(g, rounded).sub_(torch.linalg.vecdot(out, rounded))]
+            row += [g.sum(1).sub_(out.sum(1)), arrived.sub_(torch.linalg.vecdot(out, rounded))]
         if sums.rule is not None:
             row.append(torch.linalg.vecdot(g, g))
-            out.copy_(sums.rule.weigh(out, levels.clamp_(low, high).sub_(rounded)))
-        found.append(tuple(row))
-    joined = [torch.cat(parts).view(shape) for parts in zip(*found, strict=True)]
-    sums.product = joined.pop(0)
-    if sums.to_bounds:
-        sums.total, sums.outside = joined.pop(0), joined.pop(0)
-    if sums.rule is not None:
-        sums.square = joined.pop(0)
+            if error is not None:
+                sums.rule.weigh(out, error.sub_(rounded))
+        found.append(row)
+    sums.take([torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)], shape)
     return grad_x
+
+
+def _inside_of_rows(grad: Tensor, levels: Tensor, low: Bound, high: Bound, out: Tensor) -> None:
+    """Fill `out` with `grad` where ``low < levels < high``, else 0; each row may have bounds of its own."""
+    if isinstance(low, Tensor):
+        reach = torch.as_tensor(high - low).clamp(min=1e-6).reciprocal().mul_(2)
+        levels = (levels * reach).sub_((low + high) * reach / 2)  # the bounds are -1 and 1
+        low, high = -1.0, 1.0
+    torch.ops.aten.hardtanh_backward.grad_input(grad, levels, low, high, grad_input=out)
 
 
 def _split(bound: Bound, size: int, blocks: int) -> Any:
@@ -276,13 +305,15 @@ def _round(levels: Tensor, offset: Bound) -> Tensor:
     return levels.round_()
 
 
-def _inside(grad: Tensor, levels: Tensor, low: Bound, high: Bound, out: Tensor | None = None) -> Tensor:
+def _clamp(levels: Tensor, low: Bound, high: Bound) -> Tensor:
+    """Clamp in place (`clamp_` itself takes seven times as long with tensors as bounds)."""
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return torch.minimum(torch.maximum(levels, low, out=levels), high, out=levels)
+    return levels.clamp_(low, high)  # type: ignore[arg-type]
+
+
+def _inside(grad: Tensor, levels: Tensor, low: Bound, high: Bound) -> Tensor:
     """`grad` where ``low < levels < high``, else 0."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        inside = (levels > low) & (levels < high)
-        zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
-        return torch.where(inside, grad, zero) if out is None else torch.where(inside, grad, zero, out=out)
-    if out is not None:
-        torch.ops.aten.hardtanh_backward.grad_input(grad, levels, low, high, grad_input=out)
-        return out
+        return torch.where((levels > low) & (levels < high), grad, 0.0)
     return torch.ops.aten.hardtanh_backward(grad, levels, low, high)  # type: ignore[no-any-return]

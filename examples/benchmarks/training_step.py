@@ -1,10 +1,12 @@
-"""Time one quantized training step against the float step: W4A4 with learned steps.
+"""Time one quantized training step of each gradient estimator against the float step: W4A4.
 
-Forward, backward and SGD step on random images, batch 8: resnet18 at 128 px, vit_tiny at 224 px; NVIDIA ModelOpt beside
-lq if it is installed. Steps of all variants run in turn in one process; the ratio is the median over rounds. Memory is
-the growth of the peak of the process by three steps, each variant in a process of its own.
+Forward, backward and SGD step on random images, batch 8: resnet18 at 128 px, vit_tiny at 224 px; "learned widths" is
+the noise scale with its widths learned too. NVIDIA ModelOpt runs beside lq if it is installed. Steps of all variants
+run in turn in one process; the ratio is the median over rounds. Memory is the growth of the peak of the process by
+three steps, each variant in a process of its own.
 
     python examples/benchmarks/training_step.py --rounds 20
+    python examples/benchmarks/training_step.py --estimators lsq noise_scale
 """
 
 import argparse
@@ -24,7 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
+from lq.estimators import ESTIMATORS, NoiseScale
 
+WIDTHS = "learned widths"
 WORK: dict[str, tuple[dict[str, Any], int]] = {
     "resnet18": ({"zero_init_last": False}, 128),
     "vit_tiny_patch16_224": ({}, 224),
@@ -33,20 +37,21 @@ BATCH = 8
 
 
 def build(name: str, variant: str) -> nn.Module:
-    """The model of one variant: "float", "lq" or "modelopt"."""
+    """The model of one variant: "float", "modelopt", or one of lq's estimators."""
     torch.manual_seed(0)
     options, size = WORK[name]
     model: nn.Module = timm.create_model(name, **options).train()
     images = torch.randn(BATCH, 3, size, size)
-    if variant == "lq":
-        lq.attach(model, weights=4, activations=4, estimator="lsq")
-        lq.calibrate(model, [images])
-    elif variant == "modelopt":
+    if variant == "modelopt":
         import modelopt.torch.quantization as mtq
 
         config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
         _set_bits(config["quant_cfg"], 4)
         model = mtq.quantize(model, config, lambda m: m(images))
+    elif variant != "float":
+        estimator = NoiseScale(widths=True) if variant == WIDTHS else variant
+        lq.attach(model, weights=4, activations=4, estimator=estimator)
+        lq.calibrate(model, [images])
     return model
 
 
@@ -112,12 +117,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds")
     parser.add_argument("--threads", type=int, default=2)
+    known = [*ESTIMATORS, WIDTHS]
+    parser.add_argument("--estimators", nargs="+", choices=known, default=known)
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    variants = ["float", "lq"] + (["modelopt"] if importlib.util.find_spec("modelopt") else [])
+    peers = ["modelopt"] if importlib.util.find_spec("modelopt") else []
+    variants = ["float", *options.estimators, *peers]
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"{'model':22} {'variant':10} {'median s':>9} {'/ float':>8} {'step MB':>8}")
+    print(f"{'model':22} {'variant':14} {'median s':>9} {'/ float':>8} {'step MB':>8}")
     for name in WORK:
         seconds = compare(name, variants, options.rounds)
         figures[name] = {}
@@ -126,7 +134,7 @@ def main() -> None:
             median, ratio = statistics.median(seconds[variant]), statistics.median(ratios)
             memory = peak_memory(name, variant, options.threads)
             figures[name][variant] = {"seconds": median, "ratio": ratio, "megabytes": memory}
-            print(f"{name:22} {variant:10} {median:9.4f} {ratio:8.3f} {memory:8.0f}")
+            print(f"{name:22} {variant:14} {median:9.4f} {ratio:8.3f} {memory:8.0f}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)

@@ -16,7 +16,8 @@ class Estimator:
     Estimators hold no state of a tensor: one object serves all quantizers of a model.
     """
 
-    #: Whether `weigh` or `noise` do anything.
+    #: Whether `weigh` does anything, and whether `weigh` or `noise` do.
+    weighs: ClassVar[bool] = False
     changes_gradients: ClassVar[bool] = False
 
     @property
@@ -28,14 +29,13 @@ class Estimator:
         """Factor on the gradients to the grid, for `count` values per step and the highest level `high`."""
         return 1.0
 
-    def weigh(self, grad: Tensor, error: Tensor) -> Tensor:
-        """The gradient to values, of the straight-through one.
+    def weigh(self, grad: Tensor, error: Tensor) -> None:
+        """Change the gradient to values in place; large tensors come in blocks of values.
 
         Args:
             grad: straight-through gradient, 0 outside the grid; shape (rows that share a step, values).
-            error: ``v - round(v)`` in steps, 0 outside the grid; same shape.
+            error: ``v - round(v)`` in steps; same shape.
         """
-        return grad
 
     def noise(self, size: Tensor) -> Tensor | None:
         """A random part of ``dL/ds``, given ``s * |g|`` over the values that share a step; None: there is none."""

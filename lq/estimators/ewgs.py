@@ -11,6 +11,7 @@ Source: the published code of GDNSQ (arXiv 2508.14004), where it helps at 1 bit.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lq.errors import SpecError
@@ -32,26 +33,31 @@ class EWGS(LSQ):
     """
 
     delta: float = 0.01
+    weighs: ClassVar[bool] = True
     changes_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.delta < 2:
             raise SpecError(f"delta={self.delta} is not in [0, 2): beyond, gradients would change their sign")
 
-    def weigh(self, grad: Tensor, error: Tensor) -> Tensor:
-        """The gradient, increased by ``delta * |grad| * error``."""
-        return grad.addcmul_(grad.abs(), error, value=self.delta)
+    def weigh(self, grad: Tensor, error: Tensor) -> None:
+        """Increase the gradient by ``delta * |grad| * error``."""
+        grad.addcmul_(grad.abs(), error, value=self.delta)
 
 
 @dataclass(frozen=True)
 class AdaptiveEWGS(LSQ):
     """EWGS with a strength that follows from each tensor or channel."""
 
+    weighs: ClassVar[bool] = True
     changes_gradients: ClassVar[bool] = True
 
-    def weigh(self, grad: Tensor, error: Tensor) -> Tensor:
-        """The gradient, weighed by the strength of each row."""
-        along = grad.sign().mul_(error)
-        variance = error.var(dim=1, correction=0, keepdim=True).clamp_(min=_LEAST_VARIANCE)
-        taken = along.mul_(along.mean(dim=1, keepdim=True) / variance).clamp_(max=_LARGEST)
-        return grad.addcmul_(grad, taken, value=-1.0)
+    def weigh(self, grad: Tensor, error: Tensor) -> None:
+        """Weigh the gradient by the strength of each row, which counts what is inside the grid."""
+        sign = grad.sign()
+        count = error.shape[1]
+        along = torch.linalg.vecdot(sign, error).div_(count)
+        inside = error.mul_(sign.abs())
+        variance = torch.linalg.vecdot(inside, inside).div_(count).sub_(inside.mean(dim=1).square_())
+        delta = along.div_(variance.clamp_(min=_LEAST_VARIANCE)).unsqueeze_(1)
+        grad.addcmul_(grad, inside.mul_(sign).mul_(delta).clamp_(max=_LARGEST), value=-1.0)

@@ -45,5 +45,5 @@ class NoiseScale(Estimator):
 
     def noise(self, size: Tensor) -> Tensor | None:
         """``s * sum(g * r) / sqrt(3)`` over the values that share a step."""
-        last = size.float().view(torch.int32).bitwise_and(_LAST_BITS - 1).float()
-        return (last + 0.5).div_(_LAST_BITS).sub_(0.5).mul_(size)
+        last = size.float().view(torch.int32).bitwise_and(_LAST_BITS - 1)
+        return last.mul(1 / _LAST_BITS).sub_(0.5 - 0.5 / _LAST_BITS).mul_(size)

@@ -28,11 +28,6 @@ class Case:
     def inside(self, v: float) -> bool:
         return self.low < v < self.high
 
-    def error(self, v: float) -> float:
-        """``v - round(v)`` inside the grid, else what is left after clamping."""
-        clamped = min(max(v, self.low), self.high)
-        return clamped - min(max(round(clamped - self.offset) + self.offset, self.low), self.high)
-
     def straight_through(self) -> list[float]:
         return [g if self.inside(v) else 0.0 for g, v, _ in self.levels()]
 
