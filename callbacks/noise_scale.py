@@ -123,6 +123,7 @@ class LearnNoiseScale(FineTune):
         self.until = until
         self.quantizer_lr = quantizer_lr
         self._learners: list[WidthLearner] = []
+        self._owners: list[int] = []  # which of the user's optimizers each belongs to
         self._aim: Targets | SizeBudget = Targets(torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0))
         self._values = torch.zeros(0)  # how many values share each step
         self._penalty = Penalty(0.0)
@@ -156,8 +157,8 @@ class LearnNoiseScale(FineTune):
         if "noise_scale" not in self._resumed:
             fit_ranges(module, {**self._mean_widths(module), **targets}, HEAD)
         self._learners = [WidthLearner(group, targets) for group in groups if group]
+        self._owners = [index for index, group in enumerate(groups) if group]
         self._met_at, self._settled_at, self._progress, self._deadline = None, None, 0.0, 0
-        self._parts = [[p for q in learner.members for p in q.parameters()] for learner in self._learners]
         saved = self._resumed.get("noise_scale")
         start = self._all("start")
         if saved is not None:
@@ -245,11 +246,14 @@ class LearnNoiseScale(FineTune):
         self._loss = loss.detach() * trainer.accumulate_grad_batches
         if self._distiller is not None and self._distiller.loss is not None:
             self._loss = self._distiller.loss
+        if trainer.world_size > 1 and self._settled_at is None:  # widths have to stay the same on all ranks
+            self._loss = trainer.strategy.reduce(self._loss.clone(), reduce_op="mean")
 
     @override
     def _step_own(self, trainer: pl.Trainer, index: int, factor: float) -> None:
-        if self._own is None or index >= len(self._learners):
+        if self._own is None or index not in self._owners:
             return
+        index = self._owners.index(index)
         learner, scaler = self._learners[index], getattr(trainer.precision_plugin, "scaler", None)
         if not self._deadline:
             self._plan(trainer)

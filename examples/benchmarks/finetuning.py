@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
-from lq.callbacks import FineTune, LearnNoiseScale, Quantize
+from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize
 
 TITLES = {
     "float": "float",
@@ -49,8 +49,9 @@ TITLES = {
     "noise": "noise scale",
     "noise8": "noise scale, from 8 bits",
     "free": "noise scale, bits on average",
+    "free_allocated": "the same, from an allocation",
 }
-METHODS = tuple(TITLES)[1:-1]
+METHODS = tuple(TITLES)[1:-2]
 BATCH = 128
 FLOAT_LR, LR, QUANTIZER_LR = 0.02, 2e-3, 0.03
 ABOUT_LIGHTNING = ".*(does not have many workers|LeafSpec).*"
@@ -229,8 +230,9 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
     """What a user would list; `size` in bytes where bits are learned, the callback's learning rate `faster`."""
     if method == "float":
         return []
-    noise = method in ("noise", "noise8", "free")
-    start = 8 if method in ("noise8", "free") else bits
+    free = method in ("free", "free_allocated")
+    noise = free or method in ("noise", "noise8")
+    start = 8 if free or method == "noise8" else bits
     quantize = Quantize(weights=start, activations=start, fold_bn=False, calibration_samples=512)
     if method == "ptq":
         return [quantize]
@@ -241,8 +243,9 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
         "task": 0.0 if distill else 1.0,
     }
     if noise:
-        aim: dict[str, Any] = {"budget": f"{size}B"} if method == "free" else {"weights": bits}
-        return [quantize, LearnNoiseScale(**aim, activations=bits, **common)]
+        aim: dict[str, Any] = {"budget": f"{size}B", "until": 0.5} if free else {"weights": bits}
+        allocate = [AllocateBits(f"{size}B", "model_fisher", granularity="channel")] * (method == "free_allocated")
+        return [quantize, *allocate, LearnNoiseScale(**aim, activations=bits, **common)]
     return [quantize, FineTune(method, **common)]
 
 
@@ -326,7 +329,8 @@ def spread(values: list[float], sign: str = "") -> str:
 def free(options: argparse.Namespace) -> None:
     """Noise scale with the same width everywhere and with that width on average, on the same seeds."""
     options.seeds_other = options.seeds
-    runs = runs_of(("noise", "free"), options)
+    methods = ("noise", "free", "free_allocated")
+    runs = runs_of(methods, options)
     work(runs, options)
     there = read(options.output)
     print("top-1 %, KL to float, bits per weight, stored bytes")
@@ -334,8 +338,10 @@ def free(options: argparse.Namespace) -> None:
         top1, kl, average, size = (there[run][key] for key in ("top1", "kl", "average_bits", "bytes"))
         name = f"{TITLES[run.method]}, {run.bits} bits, seed {run.seed}"
         print(f"  {name:44} {top1:6.2f}  {kl:8.4f}  {average:6.3f}  {size}")
-    pairs = [(there[a], there[b]) for a, b in zip(runs[1::2], runs[2::2], strict=True) if a in there and b in there]
-    print(f"on average minus everywhere: {spread([b['top1'] - a['top1'] for a, b in pairs], '+')} points")
+    for index, method in enumerate(methods[1:], 1):
+        pairs = [pair for pair in zip(runs[1::3], runs[1 + index :: 3], strict=True) if {*pair} <= {*there}]
+        gain = [there[b]["top1"] - there[a]["top1"] for a, b in pairs]
+        print(f"{TITLES[method]}, minus the same width everywhere: {spread(gain, '+')} points")
 
 
 def diverge(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ import sys
 
 sys.path.insert(0, sys.argv[3])
 import torch
-from lq.callbacks import AllocateBits, FineTune, Quantize
+from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize
 from tests.helpers import dataset, fit, tiny
 from torch.utils.data import DataLoader
 
@@ -47,6 +47,12 @@ if ranks > 1:
     made = fit(module, [Quantize(4, 4, fold_bn=False), tuner], data(), max_epochs=2, **options)
     assert made.world_size == 2 and made.global_step == 4
     save(made, module, "trained")
+    for name, aim in (("targets", {"weights": 3, "activations": 3}), ("budget", {"activations": 4, "budget": 3.0})):
+        module = tiny()
+        tuner = LearnNoiseScale(**aim, until=0.5, quantizer_lr=0.1)
+        made = fit(module, [Quantize(8, 8, fold_bn=False), tuner], data(), max_epochs=4, **options)
+        assert made.global_step == 8 and tuner._settled_at == 3
+        save(made, module, name)
     made.strategy.barrier()
     torch.distributed.destroy_process_group()  # its threads must end before the interpreter does
 """
@@ -79,6 +85,11 @@ def test_two_ranks_calibrate_and_allocate_as_one_and_train(tmp_path):
     assert len({*one_allocated["net.3.parametrizations.weight.0.bits"].tolist()}) > 1
     assert_same(load("allocated-2-0"), one_allocated)
     assert_same(load("allocated-2-1"), one_allocated)
+    for name in ("targets", "budget"):
+        # running statistics are those of each rank until its next forward
+        learned, other = ({k: v for k, v in load(f"{name}-2-{r}").items() if "running" not in k} for r in (0, 1))
+        assert_same(other, learned)
+        assert all(bits.equal(bits.round()) for key, bits in learned.items() if key.endswith("bits"))
     trained = load("trained-2-0")
     assert_same(load("trained-2-1"), trained)
     for key, value in trained.items():
