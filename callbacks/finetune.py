@@ -58,7 +58,8 @@ class FineTune(pl.Callback):
         schedule: "cosine" to zero or "noise_scale" (see `lq.callbacks.schedules`) replaces the user's schedulers, step
             by step; None keeps them.
         warmup: first steps of that schedule, over which the learning rate rises to it.
-        quantizer_lr: learning rate of the quantizers' own Adam, in octaves of a step per update; follows the schedule.
+        quantizer_lr: learning rate of the quantizers' own Adam, in octaves of a step (for zero points: in ranges) per
+            update; follows the schedule.
         freeze_bn_epoch: first epoch in which BatchNorm statistics no longer change; None: they always do.
         reestimate_bn: training samples to measure BatchNorm statistics on anew when training ends; 0: keep the running
             ones.
@@ -175,7 +176,9 @@ class FineTune(pl.Callback):
         """The optimizer of what is learned of the quantizers, which are grouped by the user's optimizers."""
         if not any(self._parts):
             return None
-        return QuantizerOptimizer(self._parts, self._rate, adam(self._rate))
+        # One learning rate is one share of the range: a zero point is in steps, of which there are many at many bits.
+        scales = {id(q.zero_point): 2.0 ** float(q.bits.detach().max()) for group in groups for q in group}
+        return QuantizerOptimizer(self._parts, self._rate, adam(self._rate), scales)
 
     def _take_over(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take quantizer parameters from the user's optimizers; replace optimizer and schedulers if asked to."""

@@ -7,7 +7,7 @@ weights are, so that nothing of another optimizer's loss is left over.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lq.errors import StateError
 from lq.quantizer import Quantizer
 
-Make = Callable[[list[nn.Parameter]], Optimizer]
+Make = Callable[[list[dict[str, Any]]], Optimizer]
 
 
 class QuantizerOptimizer:
@@ -27,13 +27,22 @@ class QuantizerOptimizer:
     Args:
         groups: the parameters that belong to each of the user's optimizers, in their order.
         lr: learning rate where the user's schedule is at its peak.
-        make: makes the optimizer of a group.
+        make: makes the optimizer of parameter groups.
+        scales: factors on the learning rate, by identity of a parameter; others have 1.
     """
 
-    def __init__(self, groups: Sequence[list[nn.Parameter]], lr: float, make: Make) -> None:
+    def __init__(
+        self, groups: Sequence[list[nn.Parameter]], lr: float, make: Make, scales: Mapping[int, float] | None = None
+    ) -> None:
         self.groups = [list(group) for group in groups]
         self.lr = lr
-        self.optimizers = [make(group) if group else None for group in self.groups]
+        self.optimizers = [make(self._by_scale(group, scales or {})) if group else None for group in self.groups]
+
+    def _by_scale(self, group: list[nn.Parameter], scales: Mapping[int, float]) -> list[dict[str, Any]]:
+        found: dict[float, list[nn.Parameter]] = {}
+        for parameter in sorted(group, key=lambda p: scales.get(id(p), 1.0) != 1.0):
+            found.setdefault(scales.get(id(parameter), 1.0), []).append(parameter)
+        return [{"params": parameters, "scale": scale} for scale, parameters in found.items()]
 
     def step(self, index: int, factor: float, scaler: Any = None) -> None:
         """Step the group of one of the user's optimizers, at `factor` times the learning rate.
@@ -44,7 +53,8 @@ class QuantizerOptimizer:
         optimizer = self.optimizers[index]
         if optimizer is None or all(p.grad is None for p in self.groups[index]):
             return
-        optimizer.param_groups[0]["lr"] = self.lr * factor
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * factor * group["scale"]
         if scaler is not None:
             scaler.step(optimizer)  # unscales, and skips the step if a gradient overflowed
         else:
@@ -147,4 +157,4 @@ def steps_of(trainer: pl.Trainer) -> float:
 
 def adam(lr: float) -> Make:
     """Adam without weight decay."""
-    return lambda parameters: torch.optim.Adam(parameters, lr=lr)
+    return lambda groups: torch.optim.Adam(groups, lr=lr)

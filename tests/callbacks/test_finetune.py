@@ -448,3 +448,24 @@ def test_two_epochs_then_a_trainer_with_four(tmp_path):
             path = tmp_path / f"{len(epochs)}{index}" / "last.ckpt"
         ends.append(dict(module.state_dict()))
     assert_same(ends[0], ends[1])
+
+
+def test_zero_points_move_by_shares_of_their_range():
+    class Signed(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.net[2] = self.net[5] = nn.GELU()
+
+    torch.manual_seed(0)
+    module, tuner = Signed(), FineTune("lsq_plus", quantizer_lr=1e-3)
+
+    class Begin(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.zero_points = {q.name: q.zero_point.detach().clone() for q in quantizers(pl_module)}
+
+    begin = Begin()
+    fit(module, [quantize(overrides={"net.8": {"activations": 8}}), tuner, begin], loader(8))
+    inner, last = (next(q for q in quantizers(module) if q.name == f"net.{i}.input") for i in (3, 8))
+    moved = [float((q.zero_point - begin.zero_points[q.name]).abs().detach()) for q in (inner, last)]
+    assert moved == pytest.approx([1e-3 * 2**4, 1e-3 * 2**8], rel=0.1)  # Adam's first update
+    assert all(not (q.zero_point != begin.zero_points[q.name]).any() for q in quantizers(module) if q.is_weight)
