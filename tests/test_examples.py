@@ -40,8 +40,9 @@ def test_quickstart_reaches_its_goals(tmp_path: Path) -> None:
 def test_benchmark_of_the_training_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = runpy.run_path(str(ROOT / "examples/benchmarks/training_step.py"), run_name="training_step")
     monkeypatch.setitem(benchmark["WORK"], "test_resnet", ({}, 32))
-    seconds = benchmark["compare"]("test_resnet", ["float", "lq"], rounds=2)
-    assert [len(times) for times in seconds.values()] == [2, 2]
+    variants = ["float", "lsq", "learned widths"]
+    seconds = benchmark["compare"]("test_resnet", variants, rounds=2)
+    assert [len(times) for times in seconds.values()] == [2, 2, 2]
     assert all(time > 0 for times in seconds.values() for time in times)
 
 
