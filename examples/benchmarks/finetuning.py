@@ -243,9 +243,12 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
         "task": 0.0 if distill else 1.0,
     }
     if noise:
-        aim: dict[str, Any] = {"budget": f"{size}B", "until": 0.5} if free else {"weights": bits}
-        allocate = [AllocateBits(f"{size}B", "model_fisher", granularity="channel")] * (method == "free_allocated")
-        return [quantize, *allocate, LearnNoiseScale(**aim, activations=bits, **common)]
+        until = {"free": 0.5}.get(method, 0.1)  # an allocation needs refinement only
+        aim: dict[str, Any] = {"budget": f"{size}B"} if free else {"weights": bits}
+        learn = LearnNoiseScale(**aim, activations=bits, until=until, **common)
+        if method == "free_allocated":
+            return [quantize, AllocateBits(f"{size}B", "model_fisher", granularity="channel"), learn]
+        return [quantize, learn]
     return [quantize, FineTune(method, **common)]
 
 
