@@ -13,8 +13,9 @@ from lq.quantizer import Quantizer
 
 # Steps that are looked at together, so that a GPU is waited for once in a while only.
 _WINDOW = 25
-# The loss of a window against that of the first, and how often in a row, that is called divergence.
-_RISE, _PATIENCE = 1.3, 3
+# The loss of a window against that of the first, and how often in a row, that is called divergence: a network that has
+# converged loses a little when it is trained on, and more at the peak of a schedule.
+_RISE, _PATIENCE = 4.0, 6
 # Octaves that a range may move.
 _DRIFT = 5.0
 

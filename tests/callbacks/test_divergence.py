@@ -38,11 +38,11 @@ def test_a_loss_that_rises_and_stays_is_told_once():
     watched = watch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        see(watched, [1.0] * 25 + [1.2] * 75)  # not far enough
-        see(watched, [2.0] * 50 + [1.0] * 25)  # it comes back
-        see(watched, [2.0] * 50)
-    with pytest.warns(lq.DivergenceWarning, match=r"the loss rose from 1 to 2 \(means of 25 steps, step 24\)") as told:
-        see(watched, [2.0] * 100)
+        see(watched, [1.0] * 25 + [3.9] * 200)  # not far enough
+        see(watched, [5.0] * 125 + [1.0] * 25)  # it comes back
+        see(watched, [5.0] * 125)
+    with pytest.warns(lq.DivergenceWarning, match=r"the loss rose from 1 to 5 \(means of 25 steps, step 24\)") as told:
+        see(watched, [5.0] * 100)
     assert len(told) == 1
 
 
@@ -63,7 +63,7 @@ def test_a_range_that_runs_away_is_told_by_name():
 def test_a_loss_that_is_far_too_high_from_the_first_steps_on():
     watched = watch()
     with pytest.warns(lq.DivergenceWarning, match="the loss rose from 2.4 to 50"):
-        see(watched, [1.2] + [50.0] * 99)
+        see(watched, [1.2] + [50.0] * 199)
 
 
 def test_a_rise_that_is_expected():
@@ -71,7 +71,7 @@ def test_a_rise_that_is_expected():
     watched.expects_rise = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        see(watched, [0.1] * 25 + [2.0] * 100)
+        see(watched, [0.1] * 25 + [2.0] * 200)
 
 
 @pytest.mark.parametrize("outputs", [None, torch.tensor(1.0), {"other": 1}])
