@@ -280,8 +280,14 @@ class FineTune(pl.Callback):
 
     def _step_own(self, trainer: pl.Trainer, index: int, factor: float) -> None:
         """Step the quantizers of one of the user's optimizers, whose schedule stands at `factor`."""
-        if self._own is not None:
-            self._own.step(index, factor, getattr(trainer.precision_plugin, "scaler", None))
+        if self._own is None:
+            return
+        self._own.step(index, factor, getattr(trainer.precision_plugin, "scaler", None))
+        with torch.no_grad():
+            for quantizer in quantizers(trainer.lightning_module):
+                if quantizer.learns_offset:  # zero stays a level, and the zero point one that is learned
+                    highest = torch.exp2(quantizer.bits) - 1
+                    quantizer.zero_point.copy_(torch.minimum(quantizer.zero_point.clamp(min=0.51), highest))
 
     @override
     def on_train_batch_end(
@@ -321,6 +327,9 @@ class FineTune(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up what other callbacks may have put in place of the parameters, such as their averages."""
         for quantizer in quantizers(pl_module):
+            if quantizer.learns_offset:
+                with torch.no_grad():
+                    quantizer.zero_point.round_()  # as it is used
             quantizer.refresh()
 
     @override
