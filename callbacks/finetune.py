@@ -283,6 +283,8 @@ class FineTune(pl.Callback):
         if self._own is None:
             return
         self._own.step(index, factor, getattr(trainer.precision_plugin, "scaler", None))
+        if "zero_point" not in self._estimator.learns:
+            return
         with torch.no_grad():
             for quantizer in quantizers(trainer.lightning_module):
                 if quantizer.learns_offset:  # zero stays a level, and the zero point one that is learned
