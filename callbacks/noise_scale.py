@@ -45,8 +45,8 @@ class LearnNoiseScale(FineTune):
     it by RAdam.
 
     Args:
-        weights: width that weights come down to, in bits; not used with a budget.
-        activations: width that activations come down to.
+        weights: width that weights come down to, in bits; not used with a budget. None: they keep theirs.
+        activations: width that activations come down to; None: they keep theirs.
         budget: mean weight bits (``3.0``), compression (``"8x"``) or stored bytes (``"1.5MB"``) of all weights
             together, instead of one width for all: how it is shared is learned.
         first_last: least width of the first and last layers, as in `Quantize`; with a budget they take part in it.
@@ -126,6 +126,7 @@ class LearnNoiseScale(FineTune):
         self._owners: list[int] = []  # which of the user's optimizers each belongs to
         self._aim: Targets | SizeBudget = Targets(torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0))
         self._values = torch.zeros(0)  # how many values share each step
+        self._shares: dict[str, Tensor] = {}  # of each step in what is reported
         self._penalty = Penalty(0.0)
         self._deadline = 0
         self._progress = 0.0
@@ -153,10 +154,14 @@ class LearnNoiseScale(FineTune):
         self, trainer: pl.Trainer, module: pl.LightningModule, groups: list[list[Quantizer]]
     ) -> QuantizerOptimizer:
         weights = self.weights if self.budget is None else None
-        targets = target_widths(module, weights, self.activations, first_last=self.first_last, pins=self.pins)
+        targets: dict[str, float] = target_widths(
+            module, weights, self.activations, first_last=self.first_last, pins=self.pins
+        )
         if "noise_scale" not in self._resumed:
             fit_ranges(module, {**self._mean_widths(module), **targets}, HEAD)
-        self._learners = [WidthLearner(group, targets) for group in groups if group]
+        learned = self._sharing(module)
+        kept = {q.name: q.bits.detach().clone() for q in quantizers(module) if q.name not in {*targets, *learned}}
+        self._learners = [WidthLearner(group, {**targets, **kept}) for group in groups if group]
         self._owners = [index for index, group in enumerate(groups) if group]
         self._met_at, self._settled_at, self._progress, self._deadline = None, None, 0.0, 0
         saved = self._resumed.get("noise_scale")
@@ -178,6 +183,12 @@ class LearnNoiseScale(FineTune):
 
     def _adam(self, rate: float) -> QuantizerOptimizer:
         return QuantizerOptimizer([learner.parameters for learner in self._learners], rate, adam(rate))
+
+    def _sharing(self, module: nn.Module) -> set[str]:
+        """Names of the quantizers whose widths share the budget: those of weights that are stored in integers."""
+        if self.budget is None:
+            return set()
+        return {t.name for t in Costs.of(module).tensors.values() if t.role == "weight" and t.numel}
 
     def _mean_widths(self, module: nn.Module) -> dict[str, float]:
         """The mean width of a budget for all weights, unless their widths have been chosen already."""
@@ -208,6 +219,8 @@ class LearnNoiseScale(FineTune):
             for quantizer, size in zip(learner.members, learner.sizes, strict=True):
                 counts += [costs.tensors[quantizer.name].numel / size] * size
         self._values = torch.tensor(counts, device=start.device)
+        kinds = {"weight_bits": self._values * is_weight, "activation_bits": (~is_weight).float()}
+        self._shares = {name: counted / counted.sum() for name, counted in kinds.items() if bool(counted.any())}
         if self.budget is None:
             return targets
         budget = parse_budget(self.budget)
@@ -290,12 +303,9 @@ class LearnNoiseScale(FineTune):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report the widths: means over values of weights, and over activations."""
-        bits, is_weight = self._all("bits"), self._all("is_weight")
-        weights = self._values * is_weight
-        if bool(is_weight.any()):
-            pl_module.log("weight_bits", (bits * weights).sum() / weights.sum().clamp(min=1), prog_bar=True)
-        if not bool(is_weight.all()):
-            pl_module.log("activation_bits", bits[~is_weight].mean(), prog_bar=True)
+        bits = self._all("bits")
+        for name, shares in self._shares.items():
+            pl_module.log(name, bits @ shares, prog_bar=True)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override

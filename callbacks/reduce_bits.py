@@ -2,7 +2,7 @@
 
 The network has adapted to each width before the next one comes. A learned step is scaled as the steps that fit the two
 widths are (`lq.refitting`). Source: Zhuang et al., Towards Effective Low-bitwidth Convolutional Neural Networks, CVPR
-2018, section 3.2 (progressive quantization from higher to lower widths).
+2018 (progressive quantization from higher to lower widths).
 """
 
 import math
@@ -42,11 +42,14 @@ class ReduceBits(pl.Callback):
         self.until = until
         self._asked: dict[str, torch.Tensor] = {}
         self._fitted: dict[str, torch.Tensor] = {}
+        self._distinct: list[float] = []  # widths asked for, and bits above them now
+        self._levels: list[int] = []
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the widths asked for and begin higher; a resumed run has done so."""
         require_attached(pl_module, "ReduceBits")
+        self._levels = []
         if not self._asked:
             self._asked = {q.name: q.bits.detach().clone() for q in quantizers(pl_module)}
             self._fitted = fitted_steps(pl_module, min(self.start, 8))
@@ -64,6 +67,12 @@ class ReduceBits(pl.Callback):
 
     def _set(self, trainer: pl.Trainer, module: pl.LightningModule, progress: float) -> None:
         """Give the widths that belong to a share of the way."""
+        if not self._distinct:
+            self._distinct = sorted({bits for asked in self._asked.values() for bits in asked.reshape(-1).tolist()})
+        levels = [math.ceil(max(self.start - asked, 0) * (1 - progress) - 1e-6) for asked in self._distinct]
+        if levels == self._levels:  # on the host: no step waits for a device
+            return
+        self._levels = levels
         changed = {}
         for quantizer in quantizers(module):
             asked = self._asked[quantizer.name].to(quantizer.bits.device)

@@ -133,13 +133,13 @@ class WidthLearner:
 
     Args:
         members: the quantizers.
-        targets: widths to come down to, by name of quantizer; others have none.
+        targets: widths to come down to, by name of quantizer, one or one for each step; others have none.
 
     Raises:
         SpecError: if a quantizer has no range yet.
     """
 
-    def __init__(self, members: Sequence[Quantizer], targets: Mapping[str, float]) -> None:
+    def __init__(self, members: Sequence[Quantizer], targets: Mapping[str, float | Tensor]) -> None:
         self.members = list(members)
         for quantizer in self.members:
             if not quantizer.calibrated:
@@ -152,7 +152,9 @@ class WidthLearner:
         self.zero_share = nn.Parameter(self._flat("zero_point") / levels.clamp(min=1))
         self.is_weight = self._each([float(q.is_weight) for q in self.members]).bool()
         self.learns_zero = self._each([float(q.learns_offset) for q in self.members]).bool()
-        self.target = self._each([targets.get(q.name, float("nan")) for q in self.members])
+        parts = [torch.as_tensor(targets.get(q.name, math.nan), dtype=torch.float32) for q in self.members]
+        parts = [part.reshape(-1).expand(size) for part, size in zip(parts, self.sizes, strict=True)]
+        self.target = torch.cat([part.to(start.device) for part in parts])
         self.start = start
         self.pruned = start == 0
         per_channel = self._each([float(q.bits.ndim > 0) for q in self.members]).bool()
@@ -348,5 +350,5 @@ class SizeBudget:
 
 
 def _upward(bits: Tensor) -> Tensor:
-    """The least integers that are no smaller, but for a slack; 8 at most, 0 where pruned."""
-    return torch.where(bits < PRUNED, 0.0, (bits - _SLACK).ceil().clamp(1.0, _MOST))
+    """The least integers that are no smaller, but for a slack; 0 where pruned."""
+    return torch.where(bits < PRUNED, 0.0, (bits - _SLACK).ceil().clamp(min=1.0))

@@ -166,11 +166,6 @@ class Quantizer(nn.Module):
         self._uniform = (float(low.flatten()[0]), float(high.flatten()[0])) if uniform else None
 
     @property
-    def is_symmetric(self) -> bool:
-        """Whether the zero point is that of the signed symmetric grid."""
-        return self._symmetric
-
-    @property
     def is_unsigned(self) -> bool:
         """Whether zero is the lowest level."""
         return self._unsigned

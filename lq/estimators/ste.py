@@ -1,7 +1,7 @@
 r"""Straight-through: ``dx^/dx = 1`` inside the grid and 0 outside; the grid stays as calibrated.
 
-Source: Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation, 2013,
-section 4; the mask outside the grid is that of Hubara et al., Quantized Neural Networks, JMLR 2018.
+Source: Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation, 2013;
+with the mask outside the grid as in Hubara et al., Quantized Neural Networks, JMLR 2018.
 """
 
 from dataclasses import dataclass

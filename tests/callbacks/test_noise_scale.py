@@ -76,6 +76,21 @@ def test_widths_by_name():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("weights", "activations"), [(None, 3), (3, None)])
+def test_what_has_no_target_keeps_its_width(weights, activations):
+    spec, module = lq.QuantSpec(16, per_channel=False, symmetric=False), tiny()
+    overrides = {"net.0": {"weights": lq.QuantSpec((5, 0, 2, 8), signed=True)}, "net.8": {"activations": spec}}
+    tuner = LearnNoiseScale(weights, activations, first_last=None, until=0.5, quantizer_lr=0.3)
+    fit(module, [quantize(overrides=overrides), tuner], max_epochs=2)
+    found = {q.name: q.bits.tolist() for q in quantizers(module)}
+    if weights is None:
+        assert found["net.0.weight"] == [5, 0, 2, 8] and found["net.3.weight"] == [8] * 4
+        assert found["net.8.input"] == 3
+    else:
+        assert found["net.0.weight"] == [3, 0, 2, 3] and found["net.3.weight"] == [3] * 4
+        assert found["net.8.input"] == 16 and found["net.3.input"] == 8
+
+
 class Kinds(pl.LightningModule):
     """One layer of each kind, pointwise convolutions among them."""
 
