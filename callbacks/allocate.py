@@ -22,9 +22,8 @@ from lq.allocation import solver as solver_of
 from lq.attach import set_bits
 from lq.bit_allocation import Allocation, Granularity, Joint, allocate
 from lq.budget import Latency, parse_budget
-from lq.calibration import Forward, calibrate, needs_calibration
-from lq.callbacks.averages import give_to_averages
-from lq.callbacks.data import forward_of, reduce_over, training_batches
+from lq.calibration import Forward, needs_calibration
+from lq.callbacks.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
 from lq.errors import SpecError, StateError
 from lq.report import summary
 from lq.sensitivity import Fisher, HawqV2, Sensitivity, measure_sensitivity, metric_of
@@ -144,13 +143,7 @@ class AllocateBits(pl.Callback):
         self.allocated = None if saved is None else Allocation.from_json(saved)
 
     def _calibrate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        calibrate(
-            module,
-            training_batches(trainer, self.samples, "Calibrating"),
-            forward=forward_of(trainer, module, self.forward),
-            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
-        )
-        give_to_averages(trainer, module)
+        calibrate_on_training_data(trainer, module, self.samples, self.forward)
 
     def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Allocation:
         batches = training_batches(trainer, self.samples, "Measuring sensitivity")

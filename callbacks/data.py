@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lq.calibration import Forward, run
+from lq.calibration import Forward, calibrate, run
+from lq.callbacks.averages import give_to_averages
 from lq.cost import batch_size
 from lq.errors import DataError
 from lq.sites import common_module
@@ -98,6 +99,19 @@ def forward_of(
             return run(model, batch)
 
     return call
+
+
+def calibrate_on_training_data(
+    trainer: pl.Trainer, module: pl.LightningModule, samples: int, forward: Forward | None
+) -> None:
+    """Find the ranges of all quantizers on training samples, on all ranks together, for averages of the module too."""
+    calibrate(
+        module,
+        training_batches(trainer, samples, "Calibrating"),
+        forward=forward_of(trainer, module, forward),
+        reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+    )
+    give_to_averages(trainer, module)
 
 
 def reduce_over(trainer: pl.Trainer) -> Callable[[Tensor, str], Tensor]:

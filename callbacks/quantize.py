@@ -19,9 +19,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lq.attach import attach, attached_plan
-from lq.calibration import Forward, calibrate, needs_calibration
-from lq.callbacks.averages import give_to_averages
-from lq.callbacks.data import first_batch, forward_of, reduce_over, training_batches
+from lq.calibration import Forward, needs_calibration
+from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of
 from lq.checkpoint import planned_by, rebuild
 from lq.errors import DataError, SpecError, StateError
 from lq.folding import fold_batchnorm
@@ -119,13 +118,7 @@ class Quantize(pl.Callback):
         """Calibrate on training data, unless a checkpoint brought the ranges."""
         if not needs_calibration(pl_module):
             return
-        calibrate(
-            pl_module,
-            training_batches(trainer, self.calibration_samples, "Calibrating"),
-            forward=forward_of(trainer, pl_module, self.forward),
-            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
-        )
-        give_to_averages(trainer, pl_module)
+        calibrate_on_training_data(trainer, pl_module, self.calibration_samples, self.forward)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -1,5 +1,9 @@
 """A tiny LightningModule, its data and a quiet Trainer, shared by the tests of the callbacks."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -192,3 +196,14 @@ def most_values_over_limit(module: nn.Module) -> float:
             for row, width in zip(layer.weight.detach(), bits, strict=True):
                 worst = max(worst, row.unique().numel() / 2 ** int(width))
     return worst
+
+
+def run_on_ranks(script: Path, ranks: int, out: Path) -> None:
+    """Run a script that is given the number of ranks, a folder and the root of the project; one thread for each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(ranks), str(out), str(Path(__file__).parents[1])]
+    done = subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

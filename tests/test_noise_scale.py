@@ -10,7 +10,6 @@ import lq
 from lq.estimators import NoiseScale
 from lq.noise_scale import Penalty, SizeBudget, Targets, WidthLearner, target_widths
 from lq.quantizer import middle
-from lq.refitting import fit_ranges
 from lq.sites import quantizers
 
 NAMES = ["0.weight", "2.weight", "2.input", "4.weight", "4.input"]
@@ -50,16 +49,6 @@ def test_pins_by_layer_and_by_site():
         target_widths(network(), 3, 4, pins={"7": 5})
     with pytest.raises(lq.SpecError, match="bits=9 is not a width"):
         target_widths(network(), 9, 4)
-
-
-def test_ranges_begin_at_those_of_the_target_with_two_bits_more():
-    model, at_target = network(), network(3, first_last=None)
-    fit_ranges(model, dict.fromkeys(NAMES, 3.0), 2.0)
-    for mine, theirs in zip(quantizers(model), quantizers(at_target), strict=True):
-        assert (mine.bits == 5).all()
-        if mine.is_weight:
-            levels, fewer = 2**5 - 1, 2**3 - 1
-            torch.testing.assert_close(mine.step * levels, theirs.step * fewer)
 
 
 # --- penalty --------------------------------------------------------------------------------------------------------

@@ -1,16 +1,8 @@
 """Two ranks: the same ranges and widths as one rank on the same data, and training that keeps the ranks equal."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
-from tests.helpers import assert_same
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import assert_same, run_on_ranks
 
 SCRIPT = """
 import sys
@@ -58,21 +50,11 @@ if ranks > 1:
 """
 
 
-def run(script: Path, ranks: int, out: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(ranks), str(out), str(ROOT)]
-    done = subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_two_ranks_calibrate_and_allocate_as_one_and_train(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    run(script, 1, tmp_path)
-    run(script, 2, tmp_path)
+    run_on_ranks(script, 1, tmp_path)
+    run_on_ranks(script, 2, tmp_path)
 
     def load(name):
         return torch.load(tmp_path / f"{name}.pt", weights_only=True)

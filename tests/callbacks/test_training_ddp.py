@@ -1,18 +1,10 @@
 """Two ranks train as one does on their common batches: gradients, steps, weights, BatchNorms that are synchronized."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.callbacks.training import DISTILLED, PLAIN
-from tests.helpers import assert_same
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import assert_same, run_on_ranks
 
 SCRIPT = """
 import os
@@ -70,24 +62,14 @@ if ranks > 1:
 """
 
 
-def run(script: Path, ranks: int, out: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(ranks), str(out), str(ROOT)]
-    done = subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What one rank and two ranks ended with, by the name of the run."""
     out = tmp_path_factory.mktemp("ranks")
     script = out / "script.py"
     script.write_text(SCRIPT)
-    run(script, 1, out)
-    run(script, 2, out)
+    run_on_ranks(script, 1, out)
+    run_on_ranks(script, 2, out)
     return lambda name: torch.load(out / f"{name}.pt", weights_only=True)
 
 

@@ -3,17 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize
 from lq.sites import quantizers
-from tests.helpers import quantizer_ids
+from tests.helpers import assert_same, fit, quantizer_ids
 
 Chain = Callable[[], list[pl.Callback]]
 
@@ -119,3 +122,17 @@ class Stop(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop."""
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def check_resume(make: Callable[[int], pl.LightningModule], chain: Chain, root: Path) -> None:
+    """A run of four epochs ends, to the bit, as one does that was stopped after two and resumed with other weights."""
+
+    def train(folder: str, seed: int, *extra: pl.Callback, ckpt_path: Path | None = None) -> dict[str, Tensor]:
+        module, saver = make(seed), ModelCheckpoint(root / folder, save_last=True)
+        callbacks = [*chain(), *extra, saver]
+        fit(module, callbacks, max_epochs=4, enable_checkpointing=True, ckpt_path=ckpt_path)
+        return dict(module.state_dict())
+
+    straight, half = train("straight", 0), train("half", 0, Stop(2))
+    assert_same(train("resumed", 3, ckpt_path=root / "half" / "last.ckpt"), straight)
+    assert not all(torch.equal(half[name], value) for name, value in straight.items())
