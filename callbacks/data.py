@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -24,16 +24,32 @@ from lq.errors import DataError
 from lq.sites import common_module
 
 
+@runtime_checkable
+class BatchSource(Protocol):
+    """A callback whose batches every stage reads instead of those of the Trainer's loader."""
+
+    def source_batches(self, trainer: pl.Trainer, samples: int) -> Iterator[Any]:
+        """At least `samples` samples (over all ranks) in batches, on the device; fewer if there are fewer."""
+
+    def example_batch(self, module: pl.LightningModule) -> Any:
+        """A small batch to look at the module with, on the CPU, before there are others."""
+
+
 def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[Any]:
     """At least `samples` training samples (over all ranks) in batches, on the device; fewer if the loader ends.
 
-    The Trainer's ``limit_train_batches``, ``overfit_batches`` and ``fast_dev_run`` hold here too.
+    The Trainer's ``limit_train_batches``, ``overfit_batches`` and ``fast_dev_run`` hold here too. A `BatchSource` among
+    its callbacks is read instead of its loader.
 
     Args:
         trainer: a trainer that is fitting.
         samples: number of samples over all ranks.
         title: shown by the progress bar, if the Trainer has one.
     """
+    given = _batch_source(trainer)
+    if given is not None:
+        yield from given.source_batches(trainer, samples)
+        return
     trainer.fit_loop.setup_data()
     source = trainer.train_dataloader
     if source is None:
@@ -43,7 +59,7 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
     share, seen = math.ceil(samples / trainer.world_size), 0
     with isolate_rng(), _same_generators(loader.flattened):
         limit = None if math.isinf(trainer.num_training_batches) else int(trainer.num_training_batches)
-        for loaded, _, _ in itertools.islice(_progress(trainer, iter(loader), title), limit):
+        for loaded, _, _ in itertools.islice(progress_bar(trainer, iter(loader), title), limit):
             batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(loaded), dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             seen += batch_size(loaded)
@@ -56,6 +72,9 @@ def first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
 
     Before the loaders are set up, and without a trace: nothing is drawn from a sampler, and random states are restored.
     """
+    given = _batch_source(trainer)
+    if given is not None:
+        return given.example_batch(module)
     loop: Any = trainer.fit_loop if trainer.state.fn == "fit" else trainer._active_loop
     defined = getattr(loop, "_data_source", None)
     if defined is None or not defined.is_defined():
@@ -119,6 +138,11 @@ def reduce_over(trainer: pl.Trainer) -> Callable[[Tensor, str], Tensor]:
     return lambda tensor, operation: trainer.strategy.reduce(tensor, reduce_op=operation)
 
 
+def _batch_source(trainer: pl.Trainer) -> BatchSource | None:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, BatchSource)), None)
+
+
 @contextmanager
 def _same_generators(loaders: Iterable[Any]) -> Iterator[None]:
     """Restore the random generators that loaders and samplers carry."""
@@ -132,7 +156,7 @@ def _same_generators(loaders: Iterable[Any]) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _progress(trainer: pl.Trainer, batches: Iterable[Any], title: str) -> Iterable[Any]:
+def progress_bar(trainer: pl.Trainer, batches: Iterable[Any], title: str) -> Iterable[Any]:
     """`batches` behind a progress bar, where the Trainer shows any."""
     bar = trainer.progress_bar_callback
     if bar is None or not getattr(bar, "is_enabled", True) or not trainer.is_global_zero:

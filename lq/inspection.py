@@ -246,6 +246,11 @@ class _Builder:
                 first[name] = None
             if id(event.result) in results:
                 last[name] = None
+        before = [e.result.index for e in self.trace.calls if e.kind in _MULTIPLYING and id(e.result) not in results]
+        for name, site in self.sites.items():
+            # The last layers read nothing else (pooled, normalized): their input, in BRECQ's and QDrop's terms.
+            if site.role == "skip" and self.read[name][0].index > max(before, default=0):
+                last[site.layer] = None
         return tuple(first), tuple(last)
 
     def _floats(self) -> tuple[FloatTensor, ...]:

@@ -199,6 +199,12 @@ class Quantizer(nn.Module):
         offset = torch.where(bits.detach() < 2, torch.remainder(low.detach(), 1.0), 0.0)
         return log2_step, low, torch.exp2(bits) - 1 - zero, offset
 
+    @property
+    def bounds(self) -> tuple[Bound, Bound, Bound]:
+        """Lowest and highest level, in steps, and the offset of levels from multiples of the step; nothing learned."""
+        with torch.no_grad():
+            return self._grid()[1:]
+
     def _check_finite(self, x: Tensor) -> None:
         """Raise if `x` has NaN or Inf. A sum finds it at a fraction of a rounding's cost; on the CPU only: no syncs."""
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(x.detach().sum().item()):

@@ -2,7 +2,8 @@
 
 "First and last" follows BRECQ and QDrop: the first layer's weight, the last layer's weight and the last layer's input
 have at least 8 bits; the network's input is not quantized (an image has 256 levels already). A timm model says which
-layers these are; for others they are the first and last in the order of registration.
+layers these are; for others they are the first and last in the order of registration. Given a structure, the last layer's
+input is also the last tensor on the skip path, which is only pooled or normalized on its way there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,7 @@ def plan_sites(
     sites, edges = (
         layer_sites(model, include) if structure is None else (structure.sites, {*structure.first, *structure.last})
     )
+    last = set() if structure is None else set(structure.last)
     chosen = {site.layer for site in sites}
     known = dict.fromkeys(site.layer for site in sites)
     if structure is not None:  # a pattern may also name what stays float anyway
@@ -92,7 +94,8 @@ def plan_sites(
             spec = weight
         elif site.layer in chosen and not site.network_input and (site.role == "activation" or skip):
             spec = activation
-        if spec is not None and site.layer in edges and site.role != "skip" and first_last is not None:
+        at_edge = site.layer in edges and (site.role != "skip" or site.layer in last)
+        if spec is not None and at_edge and first_last is not None:
             spec = spec.at_least(first_last)
         wanted[site.name] = spec
     for pattern, override in (overrides or {}).items():

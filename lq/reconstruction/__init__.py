@@ -1,0 +1,12 @@
+"""Post-training reconstruction: AdaRound, BRECQ, QDrop, MRECG and NWQ as choices of one engine."""
+
+from lq.reconstruction.drop import Annealed as Annealed
+from lq.reconstruction.drop import Constant as Constant
+from lq.reconstruction.granularity import Merges as Merges
+from lq.reconstruction.losses import FisherLoss as FisherLoss
+from lq.reconstruction.losses import KLLoss as KLLoss
+from lq.reconstruction.losses import LpLoss as LpLoss
+from lq.reconstruction.reconstruct import reconstruct as reconstruct
+from lq.reconstruction.report import Reconstruction as Reconstruction
+from lq.reconstruction.report import UnitReport as UnitReport
+from lq.reconstruction.units import Unit as Unit

@@ -1,0 +1,85 @@
+r"""Losses of reconstruction: how far the output of a quantized unit is from that of the float one.
+
+All but `KL` are sums over channels and means over the rest, as the published codes of AdaRound, BRECQ and QDrop have
+them, so that lambda of the rounding penalty means the same for all. Channels are dimension 1 of images (N, C, H, W), the
+last dimension elsewhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lq.distillation import kl_divergence
+from lq.errors import SpecError
+
+#: From output, target and (for Fisher) weights to a scalar.
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class LpLoss:
+    """``mean |z - z~|^p``, summed over channels; p = 2 is the squared error."""
+
+    p: float = 2.0
+    #: Whether it needs the squared gradient of the network's loss.
+    weighted = False
+
+    def __post_init__(self) -> None:
+        if not self.p > 0:
+            raise SpecError(f"LpLoss(p={self.p}): the exponent must be positive")
+
+    def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss."""
+        error = output - target
+        error = error.square() if self.p == 2 else error.abs().pow(self.p)
+        return error.mean() * _channels(output)
+
+
+@dataclass(frozen=True)
+class FisherLoss:
+    """``mean (z - z~)^2 * g^2``, summed over channels, with g the gradient of the log-likelihood at the float output.
+
+    BRECQ's objective, the diagonal of the Fisher information in place of the Hessian (Li et al., BRECQ, ICLR 2021,
+    equation 10); see `lq.reconstruction.fisher` for the labels. Deviates: the weights of a unit are scaled to a mean of 1.
+    """
+
+    weighted = True
+
+    def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss."""
+        error = (output - target).square()
+        return (error if weights is None else error * weights).mean() * _channels(output)
+
+
+@dataclass(frozen=True)
+class KLLoss:
+    """``KL(softmax(z) || softmax(z~))``, for units whose output is the network's logits."""
+
+    temperature: float = 1.0
+    weighted = False
+
+    def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss."""
+        return kl_divergence(output, target, self.temperature)
+
+
+_NAMED = {"mse": LpLoss, "fisher": FisherLoss, "kl": KLLoss}
+
+
+def loss_of(loss: "str | Loss") -> Loss:
+    """The loss itself, or the one of that name.
+
+    >>> loss_of("mse")
+    LpLoss(p=2.0)
+    """
+    if not isinstance(loss, str):
+        return loss
+    if loss not in _NAMED:
+        raise SpecError(f"loss={loss!r} is unknown; use {', '.join(map(repr, _NAMED))} or a loss object")
+    return _NAMED[loss]()  # type: ignore[abstract]
+
+
+def _channels(output: Tensor) -> int:
+    return output.shape[1 if output.ndim == 4 else -1]

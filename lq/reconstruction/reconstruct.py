@@ -1,0 +1,305 @@
+"""`reconstruct`: fit the quantized network to the float one, unit by unit.
+
+For each unit in the order they run: capture its inputs in the network quantized so far and its float targets, learn the
+rounding of its weights and the steps of its activations, write them into the model. AdaRound, BRECQ, QDrop, MRECG and
+NWQ are choices of its arguments:
+
+==========  =========  ============  ==========  ============  ==========================================
+method      units      rounding      drop        activations   loss
+==========  =========  ============  ==========  ============  ==========================================
+AdaRound    "layer"    "adaround"    0           "float"       "mse"
+BRECQ       "block"    "adaround"    0           "float"       "mse" (its code) or "fisher" (its paper)
+QDrop       "block"    "adaround"    0.5         "learned"     "mse"
+MRECG       "mixed"    "adaround"    0.5         "learned"     "mse"
+NWQ         "network"  "softmax"     "annealed"  "learned"     "mse", regularization=1
+==========  =========  ============  ==========  ============  ==========================================
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lq.calibration import Forward, eval_mode, needs_calibration, run
+from lq.cost import batch_size as count_samples
+from lq.distillation import float_copy
+from lq.errors import DataError, SpecError, StateError
+from lq.histogram import Reduce
+from lq.quantizer import ActivationQuantizer
+from lq.reconstruction.capture import Batches, Capture
+from lq.reconstruction.drop import Drop, drop_of
+from lq.reconstruction.engine import Activations, Data, Inside, Method, UnitQuantizers, fit_unit, tapped
+from lq.reconstruction.fisher import squared_gradients
+from lq.reconstruction.flow import Flow, find_flow, first_samples
+from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
+from lq.reconstruction.losses import Loss, loss_of
+from lq.reconstruction.progress import Progress
+from lq.reconstruction.report import Reconstruction, UnitReport
+from lq.reconstruction.storage import Storage, memory_in_bytes
+from lq.reconstruction.units import Granularity, Unit, find_units
+from lq.rounding import Rounding, rounding_of
+from lq.sites import activation_quantizers, require_attached
+
+#: Units by their granularity, or by name: modules, chains of them as lists.
+Units = Granularity | Literal["mixed"] | Sequence[str | Sequence[str]]
+
+#: Wraps the steps of a unit, given its name, to show them.
+Watch = Callable[[Iterable[int], str], Iterable[int]]
+
+
+def reconstruct(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    units: Units = "block",
+    rounding: str | Rounding = "adaround",
+    loss: str | Loss = "mse",
+    drop: float | str | Drop = 0.5,
+    iterations: int = 20_000,
+    batch_size: int = 32,
+    activations: Activations = "learned",
+    step_lr: float = 1e-3,
+    regularization: float = 0.0,
+    metric: Metric = "modcap",
+    merges: int = 2,
+    search_iterations: int = 200,
+    early_stop: bool = False,
+    memory: str | float = "4GB",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    teacher: nn.Module | None = None,
+    forward: Forward | None = None,
+    reduce: Reduce | None = None,
+    ranks: int = 1,
+    watch: Watch = lambda steps, name: steps,
+) -> Reconstruction:
+    """Learn the rounding of the weights of `model`, and the steps of its activations, in place.
+
+    Its float weights are overwritten by those of their levels. A unit whose loss, over all samples and with everything
+    quantized, did not fall keeps nearest rounding. Weights that functions use, instead of layers, keep it too.
+
+    Args:
+        model: a model with quantizers, calibrated; runs in eval mode.
+        batches: any iterable of batches, read once and kept; labels are not used.
+        units: "layer", "block", "mixed" (MRECG: merged blocks), "network", or names of modules, chains as lists.
+        rounding: "nearest", "adaround", "softmax" (NWQ), or a rounding object of `lq.rounding`.
+        loss: "mse", "fisher" (BRECQ), "kl" (of logits: the network as one unit), or a function of output, target and
+            weights, such as ``LpLoss(2.4)``.
+        drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of
+            progress.
+        iterations: optimizer steps for a unit.
+        batch_size: samples in a step, over all ranks.
+        activations: "learned" along with the rounding, "quantized" with the steps they have, or "float".
+        step_lr: learning rate of the logarithm of activation steps; falls to 0 as a cosine.
+        regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
+        metric: what mixed units are chosen by: "modcap" (without data) or "loss" (a short reconstruction).
+        merges: pairs of blocks that mixed units merge.
+        search_iterations: steps for a block of that short reconstruction.
+        early_stop: end a unit when its loss falls no further and the rounding is decided.
+        memory: limit for captured activations on the device, and once more in host memory; the rest goes to files.
+        dtype: what captured activations are kept as; None: as they are.
+        seed: of the order of samples and of drops; the caller's random state is left alone.
+        resume: file that keeps finished units; if it exists, the run goes on after the last of them.
+        teacher: the float model; by default a copy of `model` without quantizers.
+        forward: called with the model and a batch; by default ``model(batch)``, or ``model(batch[0])`` for tuples and
+            lists.
+        reduce: combines a tensor over ranks: called with it and "sum", "min" or "max". Each rank has its own batches.
+        ranks: number of ranks that `reduce` combines.
+        watch: wraps the steps of a unit, given its name.
+
+    Returns:
+        What was done: loss of every unit before and after, curves, merges.
+
+    Raises:
+        StateError: if the model has no quantizers or was not calibrated, or `resume` belongs to another run.
+        DataError: if there are no batches, or samples cannot be told apart in a unit's tensors.
+        SpecError: for a choice that does not exist.
+        DivergenceError: if a loss is not a number in the end.
+
+    >>> import lq
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> data = [torch.randn(64, 8)]
+    >>> model = lq.calibrate(lq.attach(model, weights=2, activations=4, first_last=None), data)
+    >>> found = reconstruct(model, data, units="layer", iterations=100)
+    >>> all(unit.after <= unit.before for unit in found.units)
+    True
+    """
+    require_attached(model, "lq.reconstruct")
+    if needs_calibration(model):
+        raise StateError("lq.reconstruct needs calibrated quantizers; run lq.calibrate(model, batches) first")
+    for name, value in {"iterations": iterations, "batch_size": batch_size, "merges": merges}.items():
+        if value < 1:
+            raise SpecError(f"{name}={value} must be at least 1")
+    if batch_size % ranks:
+        raise SpecError(f"batch_size={batch_size} cannot be shared by {ranks} ranks; give a multiple of their number")
+    if step_lr <= 0 or regularization < 0:
+        raise SpecError(f"step_lr={step_lr} must be positive, regularization={regularization} not negative")
+    if units == "mixed" and metric not in ("modcap", "loss"):
+        raise SpecError(f"metric={metric!r} is unknown; use 'modcap' or 'loss'")
+    method = Method(
+        rounding_of(rounding),
+        loss_of(loss),
+        drop_of(drop),
+        iterations,
+        batch_size,
+        activations,
+        step_lr,
+        early_stop,
+        regularization,
+    )
+    data = list(batches)
+    if not data:
+        raise DataError("reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch")
+    twin = float_copy(model) if teacher is None else teacher
+    work = _Work(model, twin, data, forward, Storage(_device(model), memory_in_bytes(memory)), dtype, reduce, ranks, seed)
+    with work.ready(activations):
+        cut = work.units("block" if units == "mixed" else units)
+        merged = None
+        if units == "mixed":
+            cut, merged = work.merged(cut, metric, merges, replace(method, iterations=search_iterations))
+        progress = Progress.open(resume, model, work.fingerprint(cut, method), reduce)
+        return Reconstruction(tuple(work.run(cut, method, watch, progress)), merged)
+
+
+class _Work:
+    """A model, its float copy and the data: what all units have in common."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        twin: nn.Module,
+        data: Sequence[Any],
+        forward: Forward | None,
+        storage: Storage,
+        dtype: torch.dtype | None,
+        reduce: Reduce | None,
+        ranks: int,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.twin = twin
+        self.data = Batches(data, [count_samples(batch) for batch in data])
+        self.forward = forward
+        self.storage = storage
+        self.dtype = dtype
+        self.reduce = reduce
+        self.ranks = ranks
+        self.seed = seed
+        self.example = first_samples(data[0], self.data.sizes[0], 2)
+
+    def forward_on(self, model: nn.Module, batch: Any) -> Any:
+        """Run either model on a batch."""
+        return run(model, batch, self.forward)
+
+    @contextmanager
+    def ready(self, activations: Activations) -> Iterator[None]:
+        """Eval mode, no gradients for the model's own parameters, activations quantized or not."""
+        if activations not in ("learned", "quantized", "float"):
+            raise SpecError(f"activations={activations!r} is unknown; use 'learned', 'quantized' or 'float'")
+        wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with eval_mode(self.model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+            for part in activation_quantizers(self.model).values() if activations == "float" else ():
+                stack.enter_context(tapped(part, lambda x: x))
+            try:
+                for parameter in wanted:
+                    parameter.requires_grad_(False)
+                yield
+            finally:
+                for parameter in wanted:
+                    parameter.requires_grad_(True)
+
+    def units(self, units: Granularity | Sequence[str | Sequence[str]]) -> list[Unit]:
+        """The model, cut."""
+        with torch.no_grad():
+            run_twin = lambda: self.forward_on(self.twin, self.example)  # noqa: E731
+            return find_units(self.model, self.twin, units, run_twin, self.example)
+
+    def flow(self, units: Sequence[Unit]) -> Flow:
+        """How tensors come from one unit to the next."""
+        samples = min(2, self.data.sizes[0])
+        return find_flow(self.twin, units, self.forward_on, self.example, samples)
+
+    def merged(
+        self, blocks: Sequence[Unit], metric: Metric, count: int, method: Method
+    ) -> tuple[list[Unit], Merges]:
+        """MRECG's units."""
+        if metric == "modcap":
+            scores = [module_capacity(unit.bind(self.model)) for unit in blocks]
+        else:
+            before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            scores = [found.after for found in self.run(blocks, method, lambda steps, name: steps, Progress.none())]
+            self.model.load_state_dict(before)
+        return merge_units(blocks, self.flow(blocks), scores, count, metric)
+
+    def run(self, units: Sequence[Unit], method: Method, watch: Watch, progress: Progress) -> Iterator[UnitReport]:
+        """Fit one unit after the other; those that `progress` has are taken from there."""
+        flow = self.flow(units)
+        streams = [
+            Capture(m, units, flow, self.forward_on, self.data, self.storage, self.dtype, method.batch_size)
+            for m in (self.model, self.twin)
+        ]
+        quantized, whole = streams
+        weights = None
+        if getattr(method.loss, "weighted", False):
+            weights = squared_gradients(
+                self.twin, units, flow, self.forward_on, self.data, self.storage, self.dtype, self.seed, self.reduce, self.ranks
+            )
+        done: set[int] = set()
+        for k, unit in enumerate(units):
+            begin = time.perf_counter()
+            modules = unit.bind(self.model)
+            quantizers = UnitQuantizers(modules, done)
+            done |= quantizers.settled()
+            inputs, float_inputs = quantized.inputs(k), whole.inputs(k)
+            targets = whole.finish(k, float_inputs, always=True)
+            report = progress.restored(k)
+            if report is None:
+                fitted = fit_unit(
+                    modules,
+                    quantizers,
+                    Data(inputs, float_inputs, targets, None if weights is None else weights[k]),
+                    method,
+                    samples=self.data.samples,
+                    seed=self.seed * 100_003 + k,
+                    inside=self._inside(unit) if method.regularization else None,
+                    reduce=self.reduce,
+                    ranks=self.ranks,
+                    progress=lambda steps, name=unit.name: watch(steps, name),
+                )
+                seconds = time.perf_counter() - begin
+                report = UnitReport(unit.name, fitted.before, fitted.after, fitted.curve, fitted.iterations, seconds)
+                progress.keep(report, quantizers)
+            quantized.finish(k, inputs)
+            yield report
+
+    def _inside(self, unit: Unit) -> Inside | None:
+        """The blocks, or else layers, inside of a unit."""
+        parts = [part for part in self.units("block") if part.modules != unit.modules]
+        inside = [p.modules[-1] for p in parts if any(_is_inside(p.modules[0], module) for module in unit.modules)]
+        pairs = [(self.model.get_submodule(name), self.twin.get_submodule(name)) for name in inside]
+        return Inside(unit.bind(self.twin), pairs) if pairs else None
+
+    def fingerprint(self, units: Sequence[Unit], method: Method) -> Mapping[str, Any]:
+        """What has to be the same for a run to go on where another one ended."""
+        return {
+            "units": [unit.name for unit in units],
+            "method": repr(method),
+            "samples": self.data.samples,
+            "seed": self.seed,
+            "ranks": self.ranks,
+            "dtype": str(self.dtype),
+        }
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return name == module or not module or name.startswith(f"{module}.")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,24 @@
+"""Roundings of weights: how the level of each is chosen. Interchangeable; one short file each."""
+
+from lq.errors import SpecError
+from lq.rounding.adaround import AdaRound as AdaRound
+from lq.rounding.grid import WeightGrid as WeightGrid
+from lq.rounding.nearest import Nearest as Nearest
+from lq.rounding.rounding import LearnedRounding as LearnedRounding
+from lq.rounding.rounding import Rounding as Rounding
+from lq.rounding.softmax import AnnealingSoftmax as AnnealingSoftmax
+
+_NAMED: dict[str, type[Rounding]] = {"nearest": Nearest, "adaround": AdaRound, "softmax": AnnealingSoftmax}
+
+
+def rounding_of(rounding: str | Rounding) -> Rounding:
+    """The rounding itself, or the one of that name.
+
+    >>> rounding_of("adaround").penalty
+    0.01
+    """
+    if not isinstance(rounding, str):
+        return rounding
+    if rounding not in _NAMED:
+        raise SpecError(f"rounding={rounding!r} is unknown; use {', '.join(map(repr, _NAMED))} or a rounding object")
+    return _NAMED[rounding]()
