@@ -7,5 +7,8 @@ from lq.callbacks.allocate import AllocateBits as AllocateBits
 from lq.callbacks.finetune import FineTune as FineTune
 from lq.callbacks.loading import load_from_checkpoint as load_from_checkpoint
 from lq.callbacks.noise_scale import LearnNoiseScale as LearnNoiseScale
+from lq.callbacks.optimize_ranges import OptimizeRanges as OptimizeRanges
 from lq.callbacks.quantize import Quantize as Quantize
+from lq.callbacks.reconstruct import Reconstruct as Reconstruct
 from lq.callbacks.reduce_bits import ReduceBits as ReduceBits
+from lq.callbacks.synthesize import SynthesizeData as SynthesizeData

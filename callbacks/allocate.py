@@ -5,7 +5,6 @@ it is all that happens. What was allocated is in the callback's state, so that a
 """
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from lq.bit_allocation import Allocation, Granularity, Joint, allocate
 from lq.budget import Latency, parse_budget
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
+from lq.callbacks.reports import report_path, write_text
 from lq.errors import SpecError, StateError
 from lq.report import summary
 from lq.sensitivity import Fisher, HawqV2, Sensitivity, measure_sensitivity, metric_of
@@ -185,14 +185,9 @@ class AllocateBits(pl.Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        folder = trainer.log_dir or trainer.default_root_dir  # on every rank: log_dir talks to the others
-        keeps = bool(self.save_to or trainer.loggers or trainer.checkpoint_callback)
-        if trainer.is_global_zero and keeps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = Path(folder) / "allocation.json" if self.save_to is None else Path(self.save_to)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f"{path.name}.unfinished")
-            unfinished.write_text(found.to_json(), encoding="utf-8")
-            os.replace(unfinished, path)
+        path = report_path(trainer, "allocation.json", self.save_to)
+        if path is not None:
+            write_text(path, found.to_json())
 
 
 def _loss_of(module: pl.LightningModule, batch: Any) -> Any:

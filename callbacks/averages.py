@@ -6,8 +6,8 @@ from torch import nn
 from lq.sites import copy_quantizers
 
 
-def give_to_averages(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Give the copies that were made in ``setup`` the grids that `module` has got since.
+def give_to_averages(trainer: pl.Trainer, module: nn.Module, *, weights: bool = False) -> None:
+    """Give the copies that were made in ``setup`` the grids, and on request the weights, that `module` has got since.
 
     Ranges that calibration finds and widths that are chosen are no averages of what was before.
     """
@@ -15,3 +15,6 @@ def give_to_averages(trainer: pl.Trainer, module: nn.Module) -> None:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             copy_quantizers(module, average)
+            if weights:
+                copied = getattr(average, "module", average)
+                copied.load_state_dict(module.state_dict())

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,8 @@ from lq.callbacks.averages import give_to_averages
 from lq.cost import batch_size
 from lq.errors import DataError
 from lq.sites import common_module
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -156,11 +158,11 @@ def _same_generators(loaders: Iterable[Any]) -> Iterator[None]:
             generator.set_state(state)
 
 
-def progress_bar(trainer: pl.Trainer, batches: Iterable[Any], title: str) -> Iterable[Any]:
-    """`batches` behind a progress bar, where the Trainer shows any."""
+def progress_bar(trainer: pl.Trainer, items: Iterable[T], title: str, unit: str = "batch") -> Iterable[T]:
+    """`items` behind a progress bar, where the Trainer shows any."""
     bar = trainer.progress_bar_callback
     if bar is None or not getattr(bar, "is_enabled", True) or not trainer.is_global_zero:
-        return batches
+        return items
     from tqdm.auto import tqdm
 
-    return tqdm(batches, desc=title, unit="batch", leave=False)
+    return tqdm(items, desc=title, unit=unit, leave=False)

@@ -48,6 +48,7 @@ class Quantize(pl.Callback):
             start at a submodule.
         skip: also quantize the tensors on skip paths (see `lq.attach`).
         share_concats: one range for all parts of a concatenation.
+        symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own.
         fold_bn: fold BatchNorms into the convolutions before them. Post-training work wants this; training from
             few bits is more stable with BatchNorms kept.
         first_last: least width of the first and last layers; None: no exception.
@@ -71,6 +72,7 @@ class Quantize(pl.Callback):
         structure: Structure | str | Path | None = None,
         skip: bool = False,
         share_concats: bool = False,
+        symmetric: bool = True,
         fold_bn: bool = True,
         first_last: int | None = 8,
         include: Sequence[str] | str | None = None,
@@ -90,6 +92,7 @@ class Quantize(pl.Callback):
         self.structure = structure
         self._found: Structure | None = None
         self._choice: dict[str, Any] = {
+            "symmetric": symmetric,
             "first_last": first_last,
             "include": include,
             "exclude": exclude,

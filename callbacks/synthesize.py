@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
@@ -65,7 +66,6 @@ class SynthesizeData(pl.Callback):
         self.images: Tensor | None = None
         self._copy: nn.Module | None = None
         self._source: int | None = None  # fingerprint of the statistics that images come from
-        self._limit: int | float | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -73,9 +73,8 @@ class SynthesizeData(pl.Callback):
         if stage != "fit":
             return
         self._check_order(trainer)
-        if trainer.max_epochs == 0 and self._limit is None:
-            self._limit = trainer.limit_train_batches
-            trainer.limit_train_batches = 0  # Lightning asks for a loader even if it reads nothing from it
+        if trainer.max_epochs == 0:  # Lightning asks for a loader, and its length, even if it reads nothing from it
+            trainer.fit_loop._data_source = _DataLoaderSource(range(10**6), "")
         if self.images is not None or self._copy is not None or is_attached(pl_module):
             return
         if is_overridden("configure_model", pl_module) or not any(layers(pl_module)):
@@ -84,36 +83,17 @@ class SynthesizeData(pl.Callback):
             self._keep_copy(pl_module)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the Trainer its limit back."""
-        if self._limit is not None:
-            trainer.limit_train_batches, self._limit = self._limit, None
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the Trainer its limit back."""
-        self.teardown(trainer, pl_module, "fit")
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         """A fingerprint of the statistics that images come from; images can be made again."""
         return {"source": self._source}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Forget the copy if the checkpoint began with another network: what it began with is not in it."""
-        if state_dict["source"] not in (None, self._source):
-            self._copy = None
-
-    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the weights of a float checkpoint over into the copy."""
-        saved = checkpoint["state_dict"]
-        if self._copy is not None and self._copy.state_dict().keys() <= saved.keys():
-            self._copy.load_state_dict(saved)
-            self._source = _fingerprint(self._copy)
+        """Forget the copy unless the checkpoint began with the same network: its BatchNorms are no longer in it."""
+        if checkpoint["callbacks"].get(self.state_key, {}).get("source") != self._source:
+            self._copy = None
 
     def source_batches(self, trainer: pl.Trainer, samples: int) -> Iterator[Any]:
         """At least `samples` images (over all ranks) in batches, on the device; fewer if there are fewer."""

@@ -24,12 +24,16 @@ from lq.errors import SpecError as SpecError
 from lq.errors import StateError as StateError
 from lq.folding import fold_batchnorm as fold_batchnorm
 from lq.inspection import inspect as inspect
+from lq.loss_aware import optimize_ranges as optimize_ranges
 from lq.recipe import recipe as recipe
 from lq.recipe import recipe_names as recipe_names
+from lq.reconstruction import Reconstruction as Reconstruction
+from lq.reconstruction import reconstruct as reconstruct
 from lq.report import summary as summary
 from lq.sensitivity import Sensitivity as Sensitivity
 from lq.sensitivity import measure_sensitivity as measure_sensitivity
 from lq.spec import QuantSpec as QuantSpec
 from lq.structure import Structure as Structure
+from lq.synthesis import synthesize as synthesize
 
 __version__ = "0.1.0"

@@ -56,6 +56,7 @@ def attach(
     structure: Structure | None = None,
     skip: bool = False,
     share_concats: bool = False,
+    symmetric: bool = True,
     first_last: int | None = 8,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
@@ -77,6 +78,8 @@ def attach(
         skip: also quantize what residual sums read besides others, and their results (BRECQ, QDrop); needs a structure.
         share_concats: one quantizer for all parts of a concatenation and for its result, as integer hardware without
             rescaling needs it; needs a structure.
+        symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own,
+            which at few bits is nearer to the weights (BRECQ, QDrop).
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
             The network's own input stays float.
         include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.
@@ -108,6 +111,7 @@ def attach(
         structure=structure,
         skip=skip,
         share_concats=share_concats,
+        symmetric=symmetric,
         first_last=first_last,
         include=include,
         exclude=exclude,

@@ -96,7 +96,8 @@ def fake_quantize(
         offset: 0 where levels are multiples of the step, 0.5 where they lie halfway between.
         gradient_scale: factor on the gradients to step and bounds.
         backward: what an estimator changes of the gradients; None: nothing.
-        kept: 1.0 where a value stays as it is, 0.0 where it is rounded, shaped like `x`, float32; None: all are rounded.
+        kept: 1.0 where a value stays as it is, 0.0 where it is rounded, shaped like `x`, float32; None: all are
+        rounded.
 
     >>> x = torch.tensor([0.3, 5.0], requires_grad=True)
     >>> log2_step = torch.tensor(-1.0, requires_grad=True)

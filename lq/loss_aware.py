@@ -1,7 +1,7 @@
 r"""LAPQ: ranges by the loss of the whole network instead of the error of each tensor.
 
-Source: Nahshan et al., Loss Aware Post-Training Quantization, Machine Learning 110, 2021, algorithm 1. At few bits the
-loss couples the ranges of all layers, and the least error of each tensor is not the least loss. Three stages:
+Source: Nahshan et al., Loss Aware Post-Training Quantization, Machine Learning 110, 2021. At few bits the loss
+couples the ranges of all layers, and the least error of each tensor is not the least loss. Three stages:
 
 1. for each exponent p, every weight and activation gets the range of least error ``|Q(v) - v|^p`` (`lq.ranges.Lp`), and
    the loss is measured;
@@ -17,10 +17,13 @@ What deviates:
 - Weights have a range per output channel here, and per tensor in the paper. One factor scales the steps of all channels
   of a weight: the number of variables stays that of the tensors.
 - Zero points are those of stage 1 or 2; a factor scales both ends of a range.
-- Line searches stop at a coarse tolerance: far better for the same number of losses. Each starts at the present point,
-  the first probe of a golden section in a box of that proportion, and so cannot lose by a search that finds nothing.
-- Tensors of 8 bits and more take no part in stage 3, where they cost line searches and change nothing. Neither do steps
-  that are powers of two, and weights at calls, whose range is found anew where they are used.
+- A line search probes the present point first, so that it cannot end worse in the first round: its interval, 0.6 octave
+  down and one up, has the proportion of a golden section. It stops at a tenth of an octave, after five losses or so.
+  200 losses on 256 images leave ResNet-20 (CIFAR-10) with a KL of 0.27 at W3A3 and 1.62 at W2A4. With the interval
+  turned round, and half the tolerance, it is 0.52 and 1.91: at few bits steps should be free to grow.
+- Tensors of 8 bits and more take no part in stage 3: the best factor on one of ResNet-20's lowers the KL at W3A3 by 5 %
+  (on the last weight; 1 % and less on others). Neither do steps that are powers of two, nor weights at calls, whose
+  range is found anew where they are used.
 """
 
 import math
@@ -63,6 +66,8 @@ _BOX = ((1 - math.sqrt(5)) / 2, 1.0)
 _TOLERANCE, _LOSS_TOLERANCE = 0.1, 1e-3
 # Ranges of tensors with as many bits are not searched.
 _MANY_BITS = 8
+# What an infinite loss counts as: the parabolas of a line search cannot do with infinity.
+_HUGE = 1e30
 
 _State = list[tuple[Quantizer, Tensor, Tensor]]
 
@@ -331,7 +336,7 @@ def _powell(searched: list[Quantizer], measure: _Loss, start: float, evaluations
             seen[key] = measure()
             if seen[key] < least:
                 best, least = current, seen[key]
-        return seen[key]
+        return min(seen[key], _HUGE)
 
     lower, upper = (np.full(len(searched), end) for end in _BOX)
     options = {"xtol": _TOLERANCE, "ftol": _LOSS_TOLERANCE}

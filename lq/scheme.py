@@ -2,8 +2,8 @@
 
 "First and last" follows BRECQ and QDrop: the first layer's weight, the last layer's weight and the last layer's input
 have at least 8 bits; the network's input is not quantized (an image has 256 levels already). A timm model says which
-layers these are; for others they are the first and last in the order of registration. Given a structure, the last layer's
-input is also the last tensor on the skip path, which is only pooled or normalized on its way there.
+layers these are; for others they are the first and last in the order of registration. Given a structure, the last
+layer's input is also the last tensor on the skip path, which is only pooled or normalized on its way there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,13 +58,14 @@ def plan_sites(
     structure: Structure | None = None,
     skip: bool = False,
     share_concats: bool = False,
+    symmetric: bool = True,
     first_last: int | None = 8,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     overrides: Mapping[str, Override] | None = None,
 ) -> dict[str, PlannedSite]:
     """The sites to quantize, by name, in order; see `lq.attach` for the arguments."""
-    weight = None if weights is None else weight_spec(weights)
+    weight = None if weights is None else weight_spec(weights, symmetric)
     activation = None if activations is None else activation_spec(activations)
     if weight is None and activation is None and not overrides:
         raise SpecError("weights=None and activations=None leave nothing to quantize; give at least one a width")
@@ -99,7 +100,7 @@ def plan_sites(
             spec = spec.at_least(first_last)
         wanted[site.name] = spec
     for pattern, override in (overrides or {}).items():
-        _apply_override(sites, wanted, chosen, pattern, override, skip)
+        _apply_override(sites, wanted, chosen, pattern, override, skip, symmetric)
     planned = {site.name: (site, spec) for site in sites if (spec := wanted[site.name]) is not None}
     covered = {n for n, (s, _) in planned.items() if s.covered_by and all(c in planned for c in s.covered_by)}
     return _with_owners({n: found for n, found in planned.items() if n not in covered}, share_concats)
@@ -127,6 +128,7 @@ def _apply_override(
     pattern: str,
     override: Override,
     skip: bool,
+    symmetric: bool,
 ) -> None:
     if not isinstance(override, Mapping) or not override or set(override) - {"weights", "activations"}:
         raise SpecError(
@@ -141,7 +143,7 @@ def _apply_override(
             continue
         if site.role == "weight" and "weights" in override:
             width = override["weights"]
-            wanted[site.name] = None if width is None else weight_spec(width)
+            wanted[site.name] = None if width is None else weight_spec(width, symmetric)
         elif site.role != "weight" and "activations" in override:
             width = override["activations"]
             wanted[site.name] = None if width is None else activation_spec(width)

@@ -84,9 +84,9 @@ class QuantSpec:
         return replace(self, bits=raised if isinstance(self.bits, tuple) else raised[0])
 
 
-def weight_spec(value: int | QuantSpec) -> QuantSpec:
-    """A spec for weights: per output channel, symmetric, signed."""
-    return value if isinstance(value, QuantSpec) else QuantSpec(value, signed=True)
+def weight_spec(value: int | QuantSpec, symmetric: bool = True) -> QuantSpec:
+    """A spec for weights: per output channel, signed; with a zero point for each channel unless symmetric."""
+    return value if isinstance(value, QuantSpec) else QuantSpec(value, symmetric=symmetric, signed=True)
 
 
 def activation_spec(value: int | QuantSpec) -> QuantSpec:

@@ -8,12 +8,16 @@ with ``m``, ``s`` the mean and standard deviation of a channel over the batch an
 stored ones, and ``l`` running over the BatchNorms and the input itself, whose mean is to be 0 and deviation 1.
 
 Source: Cai et al., ZeroQ: A Novel Zero Shot Quantization Framework, CVPR 2020, section 3.1; Adam with learning rate
-0.5, 500 iterations and small batches are those of its code. What deviates:
+0.5, 500 iterations and small batches are those of its code. Deviations are compared, not variances, as there: they are
+in the units of the mean. What deviates:
 
-- Each channel is measured in standard deviations of its own, not in the units of its layer: there, layers and channels
-  with large values drown the others. Deviations are compared, not variances: they are in the units of the mean, and
-  the square of a variance would leave the mean no weight where noise starts from.
-- The learning rate falls along a cosine: the code waits for plateaus of the loss, which takes a host sync an iteration.
+- Each channel is measured in standard deviations of its own, not in the units of its layer, where layers and channels
+  with large values drown the others.
+- The learning rate falls along a cosine. The code waits for plateaus of the loss, which takes a host sync an iteration.
+
+What other methods add was tried on a ResNet-20 for CIFAR-10, reconstructed at 2-bit weights, and left out: shifting and
+flipping the images in each iteration, the cross-entropy with random classes and the entropy of the outputs all made
+worse calibration data, noise with the spectrum of natural images no better. 100 iterations did as well as 200 there.
 """
 
 import math

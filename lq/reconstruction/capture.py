@@ -1,19 +1,20 @@
 """Inputs and outputs of units for all samples: captured one unit after the other, at a cost linear in depth.
 
-The input of a unit is the output of the one before, as it is kept. Where the model computes something between units, its
-own code runs for that: units that are done return what was kept of them, and the run ends where the next unit begins.
-No unit is computed twice, and only outputs that a later unit needs are kept.
+The input of a unit is the output of the one before, as it is kept. Where the model computes something between units,
+its own code runs for that: units that are done return what was kept of them, and the run ends where the next unit
+begins. No unit is computed twice, and only outputs that a later unit needs are kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lq.cost import batch_size
 from lq.errors import StateError
 from lq.reconstruction.flow import Flow, Lies, Run, arguments, replaced, returning, stop_at
 from lq.reconstruction.storage import Storage, Stored
@@ -21,23 +22,43 @@ from lq.reconstruction.units import Unit
 from lq.sites import INPUT, OUTPUT
 
 
-@dataclass(frozen=True)
 class Batches:
-    """The batches that a model is run on, and how many samples each has."""
+    """The batches that a model is run on.
 
-    batches: Sequence[Any]
-    sizes: Sequence[int]
+    Args:
+        batches: read once.
+        storage: where their tensors are kept.
+    """
+
+    def __init__(self, batches: Iterable[Any], storage: Storage) -> None:
+        self._batches: list[tuple[list[Any], TreeSpec, list[torch.device | None]]] = []
+        self.sizes: list[int] = []
+        for batch in batches:
+            leaves, spec = tree_flatten(batch)
+            devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
+            kept = [storage.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._batches.append((kept, spec, devices))
+            self.sizes.append(batch_size(batch))
 
     @property
     def samples(self) -> int:
         """Number of samples."""
         return sum(self.sizes)
 
+    def __getitem__(self, position: int) -> Any:
+        """A batch, on the device it came from."""
+        kept, spec, devices = self._batches[position]
+        leaves = [
+            leaf.whole().to(device) if isinstance(leaf, Stored) else leaf
+            for leaf, device in zip(kept, devices, strict=True)
+        ]
+        return tree_unflatten(leaves, spec)
+
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Number of the first sample, number of samples, and the batch."""
         start = 0
-        for size, batch in zip(self.sizes, self.batches, strict=True):
-            yield start, size, batch
+        for position, size in enumerate(self.sizes):
+            yield start, size, self[position]
             start += size
 
 
@@ -141,12 +162,14 @@ class Capture:
             raise StateError("there are no batches to reconstruct with")
         return found
 
+    def pass_on(self, k: int, inputs: Inputs) -> None:
+        """Compute and keep the output of unit `k`, if a later unit needs it."""
+        if self.flow.last_use(k) >= 0:
+            self.finish(k, inputs)
+
     @torch.no_grad()
-    def finish(self, k: int, inputs: Inputs, *, always: bool = False) -> Outputs | None:
-        """Compute and keep the output of unit `k`, if a later unit needs it or it is asked for."""
-        last = self.flow.last_use(k)
-        if last < 0 and not always:
-            return None
+    def finish(self, k: int, inputs: Inputs) -> Outputs:
+        """Compute the output of unit `k`; it is kept while a later unit needs it."""
         modules = self.units[k].bind(self.model)
         kept: Outputs | None = None
         for start in range(0, self.batches.samples, self.chunk):
@@ -157,8 +180,9 @@ class Capture:
             if kept is None:
                 kept = Outputs(self._empty(found), lies, output.device, output.dtype)
             kept.stored.write(start, found)
-        if last >= 0 and kept is not None:
-            self._outputs[k] = kept
+        if kept is None:
+            raise StateError("there are no batches to reconstruct with")
+        self._outputs[k] = kept
         for done in [j for j in self._outputs if self.flow.last_use(j) <= k]:
             del self._outputs[done]
         return kept

@@ -2,8 +2,8 @@
 
 ``min over rounding and steps of loss(unit(x~), z)``, with x~ the input from the quantized network, z the output of the
 float one. What is learned are two vectors, whatever the number of layers: one for the rounding of all weights of the
-unit, one for the steps of its activations. The loop asks the device for no number, makes no copies but of the batch, and
-leaves the parameters of the model alone until it is done.
+unit, one for the steps of its activations. The loop asks the device for no number, makes no copies but of the batch,
+and leaves the parameters of the model alone until it is done.
 """
 
 import math
@@ -244,9 +244,7 @@ class _Fitting:
                     stack.callback(handle.remove)
             yield
 
-    def step(
-        self, step: int, index: Tensor, data: Data, reduce: Reduce | None, ranks: int
-    ) -> Tensor:
+    def step(self, step: int, index: Tensor, data: Data, reduce: Reduce | None, ranks: int) -> Tensor:
         """One step of the optimizer; returns the loss, without the penalty, on the device."""
         method = self.method
         done = step / method.iterations
@@ -338,6 +336,38 @@ class _Fitting:
             return quantized
         mask = random_mask(quantized, self._drop, self.generator)
         return quantized if mask is None else torch.lerp(quantized, whole, mask.to(quantized.dtype))
+
+
+@torch.no_grad()
+def refit_ranges(
+    modules: Sequence[nn.Module],
+    quantizers: UnitQuantizers,
+    inputs: Inputs,
+    samples: int,
+    batch_size: int,
+    reduce: Reduce | None,
+) -> None:
+    """Fit the ranges of a unit's activations to those of the float network, which it is to be near to.
+
+    Args:
+        modules: the modules of the unit.
+        quantizers: its quantizers; those that an earlier unit has settled keep their range.
+        inputs: from the float network.
+        samples: number of samples on this rank.
+        batch_size: samples to run at a time.
+        reduce: combines a tensor over ranks.
+    """
+    with ExitStack() as stack:
+        for quantizer in [q for q, _ in quantizers.weights] + quantizers.activations:
+            stack.enter_context(tapped(quantizer, lambda x: x))
+        observed = [part.observe() for part in quantizers.learned]
+        for start in range(0, samples, batch_size):
+            call(modules, inputs.batch(slice(start, min(start + batch_size, samples))), inputs.spec)
+    for part, histogram in zip(quantizers.learned, observed, strict=True):
+        if reduce is not None:
+            histogram.reduce(reduce, part.bits.device)
+        if histogram.counts is not None:
+            part.calibrate(histogram)
 
 
 @contextmanager

@@ -211,7 +211,9 @@ def _needs(
             handle = unit.bind(model)[0].register_forward_pre_hook(note(k), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(torch.enable_grad())
-        outputs = {k: leaf * 1 for k, leaf in enumerate(leaves)}  # no leaves of the graph: code may change them in place
+        outputs = {
+            k: leaf * 1 for k, leaf in enumerate(leaves)
+        }  # no leaves of the graph: code may change them in place
         stack.enter_context(replaced(returning(model, units, outputs)))
         run(model, example)
     found = []
@@ -237,7 +239,7 @@ def returning(
     found = {}
     for k, output in outputs.items():
         *inner, last = units[k].bind(model)
-        found.update({module: _first_argument for module in inner})
+        found.update(dict.fromkeys(inner, _first_argument))
         found[last] = give(output)
     return found
 

@@ -1,14 +1,13 @@
 r"""Losses of reconstruction: how far the output of a quantized unit is from that of the float one.
 
 All but `KL` are sums over channels and means over the rest, as the published codes of AdaRound, BRECQ and QDrop have
-them, so that lambda of the rounding penalty means the same for all. Channels are dimension 1 of images (N, C, H, W), the
-last dimension elsewhere.
+them, so that lambda of the rounding penalty means the same for all. Channels are dimension 1 of images (N, C, H, W),
+the last dimension elsewhere.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lq.distillation import kl_divergence
@@ -42,7 +41,8 @@ class FisherLoss:
     """``mean (z - z~)^2 * g^2``, summed over channels, with g the gradient of the log-likelihood at the float output.
 
     BRECQ's objective, the diagonal of the Fisher information in place of the Hessian (Li et al., BRECQ, ICLR 2021,
-    equation 10); see `lq.reconstruction.fisher` for the labels. Deviates: the weights of a unit are scaled to a mean of 1.
+    equation 10); see `lq.reconstruction.fisher` for the labels. Deviates: the weights of a unit are scaled to a mean of
+    1.
     """
 
     weighted = True
@@ -65,7 +65,7 @@ class KLLoss:
         return kl_divergence(output, target, self.temperature)
 
 
-_NAMED = {"mse": LpLoss, "fisher": FisherLoss, "kl": KLLoss}
+_NAMED: dict[str, Callable[[], Loss]] = {"mse": LpLoss, "fisher": FisherLoss, "kl": KLLoss}
 
 
 def loss_of(loss: "str | Loss") -> Loss:
@@ -78,7 +78,7 @@ def loss_of(loss: "str | Loss") -> Loss:
         return loss
     if loss not in _NAMED:
         raise SpecError(f"loss={loss!r} is unknown; use {', '.join(map(repr, _NAMED))} or a loss object")
-    return _NAMED[loss]()  # type: ignore[abstract]
+    return _NAMED[loss]()
 
 
 def _channels(output: Tensor) -> int:

@@ -6,7 +6,7 @@ data and weights at the start must be the same, or an error says which is not.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,9 @@ class Progress:
         """
         if path is None:
             return cls.none()
-        found = cls(Path(path), model, {**fingerprint, "model": _digest(model)})
-        if found.path is not None and found.path.exists():
-            found._read()
+        found = cls(Path(path), model, {**fingerprint, "model": digest([*model.parameters(), *model.buffers()])})
+        if Path(path).exists():
+            found._read(Path(path))
         if reduce is not None:  # the ranks may have seen the file at different times
             finished = reduce(torch.tensor(float(found._finished), device=next(model.parameters()).device), "min")
             found._finished = int(finished)
@@ -89,29 +89,28 @@ class Progress:
         torch.save({"fingerprint": self.fingerprint, "units": self._units}, unfinished)
         os.replace(unfinished, self.path)
 
-    def _read(self) -> None:
+    def _read(self, path: Path) -> None:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
             saved, units = content["fingerprint"], content["units"]
         except Exception as error:
             raise StateError(
-                f"{self.path} does not hold the progress of a reconstruction ({type(error).__name__}: {error}); "
+                f"{path} does not hold the progress of a reconstruction ({type(error).__name__}: {error}); "
                 "give resume= another path, or delete the file"
             ) from error
         other = [key for key in self.fingerprint if saved.get(key) != self.fingerprint[key]]
         if other:
             key = other[0]
             raise StateError(
-                f"{self.path} belongs to another reconstruction: its {key} is {saved.get(key)!r}, here it is "
+                f"{path} belongs to another reconstruction: its {key} is {saved.get(key)!r}, here it is "
                 f"{self.fingerprint[key]!r}; give resume= another path, or delete the file"
             )
         self._units, self._finished = units, len(units)
 
 
-def _digest(model: nn.Module) -> str:
-    """A hash of all parameters and buffers."""
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A hash of the values of tensors."""
     found = hashlib.sha256()
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

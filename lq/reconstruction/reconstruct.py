@@ -15,30 +15,31 @@ NWQ         "network"  "softmax"     "annealed"  "learned"     "mse", regulariza
 ==========  =========  ============  ==========  ============  ==========================================
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lq.calibration import Forward, eval_mode, needs_calibration, run
-from lq.cost import batch_size as count_samples
 from lq.distillation import float_copy
 from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Reduce
-from lq.quantizer import ActivationQuantizer
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.drop import Drop, drop_of
-from lq.reconstruction.engine import Activations, Data, Inside, Method, UnitQuantizers, fit_unit, tapped
+from lq.reconstruction.engine import Activations, Data, Inside, Method, UnitQuantizers, fit_unit, refit_ranges, tapped
 from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.flow import Flow, find_flow, first_samples
 from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
 from lq.reconstruction.losses import Loss, loss_of
-from lq.reconstruction.progress import Progress
+from lq.reconstruction.progress import Progress, digest
 from lq.reconstruction.report import Reconstruction, UnitReport
 from lq.reconstruction.storage import Storage, memory_in_bytes
 from lq.reconstruction.units import Granularity, Unit, find_units
@@ -95,7 +96,8 @@ def reconstruct(
             progress.
         iterations: optimizer steps for a unit.
         batch_size: samples in a step, over all ranks.
-        activations: "learned" along with the rounding, "quantized" with the steps they have, or "float".
+        activations: "learned" along with the rounding, from ranges that fit those of the float network; "quantized"
+            with the steps they have; or "float", and given the ranges that fit in the end.
         step_lr: learning rate of the logarithm of activation steps; falls to 0 as a cosine.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
         metric: what mixed units are chosen by: "modcap" (without data) or "loss" (a short reconstruction).
@@ -153,11 +155,12 @@ def reconstruct(
         early_stop,
         regularization,
     )
-    data = list(batches)
-    if not data:
+    storage = Storage(_device(model), memory_in_bytes(memory))
+    data = Batches(batches, storage)
+    if not data.samples:
         raise DataError("reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch")
     twin = float_copy(model) if teacher is None else teacher
-    work = _Work(model, twin, data, forward, Storage(_device(model), memory_in_bytes(memory)), dtype, reduce, ranks, seed)
+    work = _Work(model, twin, data, forward, storage, dtype, reduce, ranks, seed)
     with work.ready(activations):
         cut = work.units("block" if units == "mixed" else units)
         merged = None
@@ -174,7 +177,7 @@ class _Work:
         self,
         model: nn.Module,
         twin: nn.Module,
-        data: Sequence[Any],
+        data: Batches,
         forward: Forward | None,
         storage: Storage,
         dtype: torch.dtype | None,
@@ -184,14 +187,14 @@ class _Work:
     ) -> None:
         self.model = model
         self.twin = twin
-        self.data = Batches(data, [count_samples(batch) for batch in data])
+        self.data = data
         self.forward = forward
         self.storage = storage
         self.dtype = dtype
         self.reduce = reduce
         self.ranks = ranks
         self.seed = seed
-        self.example = first_samples(data[0], self.data.sizes[0], 2)
+        self.example = first_samples(data[0], data.sizes[0], 2)
 
     def forward_on(self, model: nn.Module, batch: Any) -> Any:
         """Run either model on a batch."""
@@ -225,9 +228,7 @@ class _Work:
         samples = min(2, self.data.sizes[0])
         return find_flow(self.twin, units, self.forward_on, self.example, samples)
 
-    def merged(
-        self, blocks: Sequence[Unit], metric: Metric, count: int, method: Method
-    ) -> tuple[list[Unit], Merges]:
+    def merged(self, blocks: Sequence[Unit], metric: Metric, count: int, method: Method) -> tuple[list[Unit], Merges]:
         """MRECG's units."""
         if metric == "modcap":
             scores = [module_capacity(unit.bind(self.model)) for unit in blocks]
@@ -248,7 +249,16 @@ class _Work:
         weights = None
         if getattr(method.loss, "weighted", False):
             weights = squared_gradients(
-                self.twin, units, flow, self.forward_on, self.data, self.storage, self.dtype, self.seed, self.reduce, self.ranks
+                self.twin,
+                units,
+                flow,
+                self.forward_on,
+                self.data,
+                self.storage,
+                self.dtype,
+                self.seed,
+                self.reduce,
+                self.ranks,
             )
         done: set[int] = set()
         for k, unit in enumerate(units):
@@ -257,9 +267,11 @@ class _Work:
             quantizers = UnitQuantizers(modules, done)
             done |= quantizers.settled()
             inputs, float_inputs = quantized.inputs(k), whole.inputs(k)
-            targets = whole.finish(k, float_inputs, always=True)
+            targets = whole.finish(k, float_inputs)
             report = progress.restored(k)
             if report is None:
+                if method.activations != "quantized":
+                    refit_ranges(modules, quantizers, float_inputs, self.data.samples, method.batch_size, self.reduce)
                 fitted = fit_unit(
                     modules,
                     quantizers,
@@ -270,12 +282,12 @@ class _Work:
                     inside=self._inside(unit) if method.regularization else None,
                     reduce=self.reduce,
                     ranks=self.ranks,
-                    progress=lambda steps, name=unit.name: watch(steps, name),
+                    progress=partial(_named, watch, unit.name),
                 )
                 seconds = time.perf_counter() - begin
                 report = UnitReport(unit.name, fitted.before, fitted.after, fitted.curve, fitted.iterations, seconds)
                 progress.keep(report, quantizers)
-            quantized.finish(k, inputs)
+            quantized.pass_on(k, inputs)
             yield report
 
     def _inside(self, unit: Unit) -> Inside | None:
@@ -289,12 +301,17 @@ class _Work:
         """What has to be the same for a run to go on where another one ended."""
         return {
             "units": [unit.name for unit in units],
-            "method": repr(method),
+            "method": re.sub(" at 0x[0-9a-f]+", "", repr(method)),
+            "data": digest([leaf for leaf in tree_leaves(self.data[0]) if isinstance(leaf, Tensor)]),
             "samples": self.data.samples,
             "seed": self.seed,
             "ranks": self.ranks,
             "dtype": str(self.dtype),
         }
+
+
+def _named(watch: Watch, name: str, steps: Iterable[int]) -> Iterable[int]:
+    return watch(steps, name)
 
 
 def _is_inside(name: str, module: str) -> bool:

@@ -56,7 +56,9 @@ class Reconstruction:
             merges = values["merges"]
             return cls(units, None if merges is None else Merges(**_tupled(merges)))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise DataError(f"not a saved reconstruction: {error}; write reconstruction.to_json() to the file") from error
+            raise DataError(
+                f"not a saved reconstruction: {error}; write reconstruction.to_json() to the file"
+            ) from error
 
     def table(self) -> Table:
         """Losses by unit, ready to be shown."""
@@ -94,7 +96,9 @@ class Reconstruction:
         names = [unit.name for unit in self.units]
         for label, other in (others or {}).items():
             ends = {unit.name.rpartition("+")[2]: unit.after for unit in other.units}
-            found = [(i, ends[name.rpartition("+")[2]]) for i, name in enumerate(names) if name.rpartition("+")[2] in ends]
+            found = [
+                (i, ends[name.rpartition("+")[2]]) for i, name in enumerate(names) if name.rpartition("+")[2] in ends
+            ]
             axes.plot([i for i, _ in found], [loss for _, loss in found], "s-", label=label)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize="x-small")
         axes.set_yscale("log")

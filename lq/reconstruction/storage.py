@@ -34,6 +34,18 @@ def memory_in_bytes(limit: str | float) -> int:
     return int(found)
 
 
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The type of floating-point numbers of that name.
+
+    >>> dtype_of("float16")
+    torch.float16
+    """
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise SpecError(f"dtype={name!r} is unknown; use 'float32', 'bfloat16', 'float16' or None")
+    return found
+
+
 class Storage:
     """Hands out tensors within limits.
 
@@ -64,6 +76,13 @@ class Storage:
         flat = torch.frombuffer(file.map, dtype=dtype, count=torch.Size(shape).numel()) if size else torch.empty(0)
         return Stored(flat.view(shape), file)
 
+    def keep(self, tensor: Tensor) -> "Stored":
+        """A copy of a tensor."""
+        stored = self.empty(tensor.shape, tensor.dtype)
+        stored.data.copy_(tensor)
+        stored.give_back()
+        return stored
+
     def _release(self, tier: str, size: int) -> None:
         self._used[tier] -= size
 
@@ -93,6 +112,12 @@ class Stored:
     def rows(self, index: Tensor | slice) -> Tensor:
         """Rows, in memory of their own: on the tensor's device or, from a file, on the CPU."""
         found = self.data[index].clone() if isinstance(index, slice) else self.data.index_select(0, index)
+        self.give_back()
+        return found
+
+    def whole(self) -> Tensor:
+        """All of it, in memory of its own."""
+        found = self.data.clone()
         self.give_back()
         return found
 

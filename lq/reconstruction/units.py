@@ -3,8 +3,8 @@
 One dry run of the float model (`lq.tracing`) says what is called once, with one tensor in and one out. Of that:
 
 - a *layer* is a module with a quantized weight, and the activation function behind it if nothing else reads between;
-- a *block* is what the model itself says it is (timm's ``group_matcher``), or the innermost module that adds what it was
-  given to what it made of it (a residual sum); layers outside of blocks are units of their own;
+- a *block* is what the model itself says it is (timm's ``group_matcher``), or the innermost module that adds what it
+  was given to what it made of it (a residual sum); layers outside of blocks are units of their own;
 - the *network* is the innermost module that holds all quantized layers.
 
 Source: layers as in AdaRound (activation function included), blocks as in BRECQ, whose code lists classes instead.

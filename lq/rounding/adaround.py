@@ -1,9 +1,9 @@
 r"""AdaRound: learn for each weight whether to round it up or down.
 
 ``w~ = s * clamp(floor(w / s) + h(V), low, high)`` with the rectified sigmoid ``h(V) = clamp(1.2 * sigmoid(V) - 0.1, 0,
-1)``, whose ends 0 and 1 are reached. V starts where ``h(V)`` is the fraction of the weight, so that the soft weights are
-the float ones. A penalty ``lambda * sum(1 - |2h - 1|^beta)`` drives h to its ends: it is left out for the first fifth of
-the iterations, then beta falls from 20 (weights near an end feel it) to 2 (all do), linearly.
+1)``, whose ends 0 and 1 are reached. V starts where ``h(V)`` is the fraction of the weight, so that the soft weights
+are the float ones. A penalty ``lambda * sum(1 - |2h - 1|^beta)`` drives h to its ends: it is left out for the first
+fifth of the iterations, then beta falls from 20 (weights near an end feel it) to 2 (all do), linearly.
 
 Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020, equations 22 to 24;
 constants as in MRECG's supplement, section 6.

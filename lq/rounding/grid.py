@@ -59,9 +59,7 @@ class WeightGrid:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The parts of a vector (W,) that belong to the weights, in their shapes."""
-        return [
-            part.view(weight.shape) for part, weight in zip(flat.split(self._sizes), self.weights, strict=True)
-        ]
+        return [part.view(weight.shape) for part, weight in zip(flat.split(self._sizes), self.weights, strict=True)]
 
     def nearest(self, values: Tensor | None = None) -> Tensor:
         """The nearest levels to `values`, by default to the weights; shape (W,)."""

@@ -1,8 +1,8 @@
 r"""NWQ's annealing softmax: learn for each weight which of several integers to add to its floor.
 
-``w~ = s * clamp(floor(w / s) + h(V), low, high)`` with ``h(V) = sum_k o_k * softmax(V / tau)_k``, the expectation of the
-offsets o. The temperature tau falls exponentially until the softmax is one-hot: no penalty is needed. V starts where the
-expectation is the fraction of the weight.
+``w~ = s * clamp(floor(w / s) + h(V), low, high)`` with ``h(V) = sum_k o_k * softmax(V / tau)_k``, the expectation of
+the offsets o. The temperature tau falls exponentially until the softmax is one-hot: no penalty is needed. V starts
+where the expectation is the fraction of the weight.
 
 Source: Wang et al., NWQ (poster): the formula, and that wider sets of offsets overfit small calibration sets. It does
 not state the schedule of tau; 1 to 0.01 is this project's.
@@ -37,7 +37,9 @@ class AnnealingSoftmax:
 
     def __post_init__(self) -> None:
         if not {0, 1} <= set(self.offsets) or len(set(self.offsets)) != len(self.offsets):
-            raise SpecError(f"offsets={self.offsets}: expected distinct integers with 0 and 1 among them, as (-1, 0, 1, 2)")
+            raise SpecError(
+                f"offsets={self.offsets}: expected distinct integers with 0 and 1 among them, as (-1, 0, 1, 2)"
+            )
         if min(self.temperature) <= 0 or self.lr <= 0:
             raise SpecError(f"temperature={self.temperature}, lr={self.lr}: all must be positive")
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 import lq
 from lq.callbacks import AllocateBits, FineTune, Quantize
@@ -157,7 +158,7 @@ def test_errors():
     module = tiny()
     lq.calibrate(lq.attach(module, 3, 3), loader())
     with pytest.raises(DataError, match="loss='task' got a batch of"):
-        fit(module, [OptimizeRanges(loss="task")], [[torch.randn(4, 1, 6, 6)]], max_epochs=0)
+        fit(module, [OptimizeRanges(loss="task")], DataLoader(torch.randn(8, 1, 6, 6), 4), max_epochs=0)
 
 
 SCRIPT = """
