@@ -90,6 +90,8 @@ class Quantize(pl.Callback):
         self.calibration_samples = calibration_samples
         self.forward = forward
         self.structure = structure
+        self.skip = skip
+        self.symmetric = symmetric
         self._found: Structure | None = None
         self._choice: dict[str, Any] = {
             "symmetric": symmetric,

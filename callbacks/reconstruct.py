@@ -51,6 +51,7 @@ class Reconstruct(pl.Callback):
         activations: "learned" along with the rounding, "quantized" with the steps they have, or "float" meanwhile.
         step_lr: learning rate of the logarithm of activation steps.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
+        bias_lr: learning rate of the layers' biases; 0: they stay.
         metric: what mixed units are chosen by: "modcap" (without data) or "loss" (a short reconstruction).
         merges: pairs of blocks that mixed units merge.
         search_iterations: steps for a block of that short reconstruction.
@@ -85,6 +86,7 @@ class Reconstruct(pl.Callback):
         activations: Activations = "learned",
         step_lr: float = 1e-3,
         regularization: float = 0.0,
+        bias_lr: float = 0.0,
         metric: Metric = "modcap",
         merges: int = 2,
         search_iterations: int = 200,
@@ -118,6 +120,7 @@ class Reconstruct(pl.Callback):
         self.activations: Activations = activations
         self.step_lr = step_lr
         self.regularization = regularization
+        self.bias_lr = bias_lr
         self.metric: Metric = metric
         self.merges = merges
         self.search_iterations = search_iterations
@@ -204,6 +207,7 @@ class Reconstruct(pl.Callback):
                 activations=self.activations,
                 step_lr=self.step_lr,
                 regularization=self.regularization,
+                bias_lr=self.bias_lr,
                 metric=self.metric,
                 merges=self.merges,
                 search_iterations=1 if fast else self.search_iterations,

@@ -8,15 +8,30 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 import lq
-from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize, ReduceBits
+from lq.callbacks import (
+    AllocateBits,
+    FineTune,
+    LearnNoiseScale,
+    OptimizeRanges,
+    Quantize,
+    Reconstruct,
+    ReduceBits,
+    SynthesizeData,
+)
 from lq.recipe import recipe_path
 from tests.helpers import QUIET, cli, fit, steps, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
-OURS = (Quantize, AllocateBits, FineTune, LearnNoiseScale, ReduceBits)
+OURS = (
+    Quantize, AllocateBits, FineTune, LearnNoiseScale, OptimizeRanges, Reconstruct, ReduceBits, SynthesizeData,
+)  # fmt: skip
 EXPECTED = {"ptq_w8a8", "ste_w4a4", "lsq_w4a4", "lsq_w2a2", "mpqco", "rdoq", "hawq_v2"}
 EXPECTED |= {"mpqco_finetune", "lsqplus_w2a2", "noise_scale_w4a4", "noise_scale_w2a2", "noise_scale_free"}
+EXPECTED |= {"adaround", "brecq", "qdrop", "mrecg_modcap", "mrecg_loss", "nwq", "lapq", "zeroq", "best_ptq"}
+
+#: Arguments that make a recipe's work small, for those that have them.
+SMALL = {"iterations": 2, "search_iterations": 2, "evaluations": 3, "shape": (1, 6, 6)}
 
 every = pytest.mark.parametrize("name", lq.recipe_names())
 
@@ -57,7 +72,8 @@ def test_a_recipe_says_what_it_is(name):
 @every
 def test_a_recipe_runs(name):
     module = tiny()
-    fit(module, lq.recipe(name))
+    taken = {argument for callback in lq.recipe(name) for argument in inspect.signature(type(callback)).parameters}
+    fit(module, lq.recipe(name, **{argument: value for argument, value in SMALL.items() if argument in taken}))
     assert steps(module) and all(step.isfinite().all() for step in steps(module))
 
 

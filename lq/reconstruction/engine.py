@@ -47,6 +47,7 @@ class Method:
         step_lr: learning rate of the logarithm of activation steps, for Adam; falls to 0 as a cosine.
         early_stop: end when the loss falls no further and the rounding is decided.
         regularization: weight of the squared differences of activations inside of the unit (NWQ).
+        bias_lr: learning rate of the biases, for Adam; falls to 0 as a cosine; 0: they stay.
     """
 
     rounding: Rounding
@@ -58,6 +59,7 @@ class Method:
     step_lr: float = 1e-3
     early_stop: bool = False
     regularization: float = 0.0
+    bias_lr: float = 0.0
 
 
 @dataclass
@@ -134,10 +136,13 @@ class UnitQuantizers:
         self.activations = list({id(part): part for part in found}.values())
         self.weights = list(weights.values())
         self.learned = [part for part in self.activations if id(part) not in done]
+        layers = [part for part in inside if any(float_weight(part) is weight for _, weight in self.weights)]
+        biases = [part._parameters.get("bias") for part in layers]
+        self.biases = list({id(bias): bias for bias in biases if bias is not None and id(bias) not in done}.values())
 
     def settled(self) -> set[int]:
         """Identities of what this unit decides."""
-        return {id(weight) for _, weight in self.weights} | {id(part) for part in self.learned}
+        return {id(part) for part in (*(weight for _, weight in self.weights), *self.learned, *self.biases)}
 
 
 def fit_unit(
@@ -222,8 +227,13 @@ class _Fitting:
             groups.append({"params": self.rounding.parameters, "lr": method.rounding.lr})
         if self.log2_steps is not None:
             groups.append({"params": [self.log2_steps], "lr": method.step_lr})
+        self.biases = quantizers.biases if method.bias_lr else []
+        if self.biases:
+            groups.append({"params": self.biases, "lr": method.bias_lr})
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.Adam(groups, fused=True) if groups else None
+        self._peaks = [group["lr"] for group in groups]
+        self._old_biases = [bias.detach().clone() for bias in self.biases]
         self.learned = {id(quantizer): i for i, quantizer in enumerate(learned)}
         self._weights: list[Tensor] = []
         self._steps: Sequence[Tensor] = ()
@@ -242,6 +252,8 @@ class _Fitting:
                 for module, outputs in zip(pair, self._outputs, strict=True):
                     handle = module.register_forward_hook(lambda _, __, output, to=outputs: to.append(output))
                     stack.callback(handle.remove)
+            for bias in self.biases:
+                stack.callback(_release, bias.requires_grad_(True))
             yield
 
     def step(self, step: int, index: Tensor, data: Data, reduce: Reduce | None, ranks: int) -> Tensor:
@@ -276,8 +288,9 @@ class _Fitting:
             parameter.grad = torch.zeros_like(parameter) if grad is None else grad
             if reduce is not None and ranks > 1:
                 parameter.grad = reduce(parameter.grad, "sum") / ranks
-        if self.log2_steps is not None:
-            self.optimizer.param_groups[-1]["lr"] = method.step_lr * (1 + math.cos(math.pi * done)) / 2
+        first = 1 if self.rounding.parameters else 0  # the rounding's own rate is constant
+        for group, peak in zip(self.optimizer.param_groups[first:], self._peaks[first:], strict=True):
+            group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
         self.optimizer.step()
         return loss.detach()
 
@@ -306,7 +319,7 @@ class _Fitting:
 
         def undo() -> None:
             with torch.no_grad():
-                for weight, old in zip(self.grid.weights, weights, strict=True):
+                for weight, old in zip(self.grid.weights + self.biases, weights + self._old_biases, strict=True):
                     weight.copy_(old)
                 self.grid.write(self.grid.nearest())
                 for part, old in zip(parts, steps, strict=True):
@@ -336,6 +349,10 @@ class _Fitting:
             return quantized
         mask = random_mask(quantized, self._drop, self.generator)
         return quantized if mask is None else torch.lerp(quantized, whole, mask.to(quantized.dtype))
+
+
+def _release(parameter: Tensor) -> None:
+    parameter.requires_grad_(False).grad = None
 
 
 @torch.no_grad()

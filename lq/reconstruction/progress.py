@@ -81,7 +81,8 @@ class Progress:
         if self.path is None or self.model is None:
             return
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        parts = [weight for _, weight in quantizers.weights] + [part.log2_step for part in quantizers.learned]
+        parts = [*(weight for _, weight in quantizers.weights), *quantizers.biases]
+        parts += [part.log2_step for part in quantizers.learned]
         tensors = {names[id(part)]: part.detach().cpu().clone() for part in parts}
         self._units.append({"report": asdict(report), "tensors": tensors})
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,7 @@ def reconstruct(
     activations: Activations = "learned",
     step_lr: float = 1e-3,
     regularization: float = 0.0,
+    bias_lr: float = 0.0,
     metric: Metric = "modcap",
     merges: int = 2,
     search_iterations: int = 200,
@@ -100,6 +101,7 @@ def reconstruct(
             with the steps they have; or "float", and given the ranges that fit in the end.
         step_lr: learning rate of the logarithm of activation steps; falls to 0 as a cosine.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
+        bias_lr: learning rate of the layers' biases; 0: they stay.
         metric: what mixed units are chosen by: "modcap" (without data) or "loss" (a short reconstruction).
         merges: pairs of blocks that mixed units merge.
         search_iterations: steps for a block of that short reconstruction.
@@ -154,6 +156,7 @@ def reconstruct(
         step_lr,
         early_stop,
         regularization,
+        bias_lr,
     )
     storage = Storage(_device(model), memory_in_bytes(memory))
     data = Batches(batches, storage)

@@ -101,9 +101,10 @@ def test_training_goes_on_with_the_users_data():
     assert_same(module.seen, reference.seen)
 
 
-def test_another_stage_reads_the_same_images():
+@pytest.mark.parametrize("sensitivity", ["output_distortion", "model_fisher", "kl"])
+def test_sensitivity_is_measured_on_the_same_images(sensitivity):
     module, source = trained(), synthetic(samples=24)
-    allocate = AllocateBits("8x", "output_distortion", samples=24)
+    allocate = AllocateBits("8x", sensitivity, samples=24)
     made = trainer([source, Quantize(8, 8), allocate], max_epochs=0)
     made.fit(module, Untouchable())
     assert allocate.allocated is not None
