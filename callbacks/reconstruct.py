@@ -23,7 +23,7 @@ from lq.distillation import float_copy
 from lq.errors import SpecError, StateError
 from lq.reconstruction import Reconstruction, reconstruct
 from lq.reconstruction.drop import Drop, drop_of
-from lq.reconstruction.engine import Activations
+from lq.reconstruction.engine import Activations, Start
 from lq.reconstruction.granularity import Metric
 from lq.reconstruction.losses import Loss, loss_of
 from lq.reconstruction.reconstruct import Units
@@ -47,6 +47,7 @@ class Reconstruct(pl.Callback):
         drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of
             progress.
         iterations: optimizer steps for a unit.
+        start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses.
         batch_size: samples in a step, over all ranks.
         activations: "learned" along with the rounding, "quantized" with the steps they have, or "float" meanwhile.
         step_lr: learning rate of the logarithm of activation steps.
@@ -82,6 +83,7 @@ class Reconstruct(pl.Callback):
         drop: float | str | Drop = 0.5,
         iterations: int = 20_000,
         *,
+        start: Start = "float",
         batch_size: int = 32,
         activations: Activations = "learned",
         step_lr: float = 1e-3,
@@ -116,6 +118,7 @@ class Reconstruct(pl.Callback):
         self.loss = loss
         self.drop = drop
         self.iterations = iterations
+        self.start: Start = start
         self.batch_size = batch_size
         self.activations: Activations = activations
         self.step_lr = step_lr
@@ -200,6 +203,7 @@ class Reconstruct(pl.Callback):
                 training_batches(trainer, self.samples, "Reading samples"),
                 units=self.units,
                 rounding=self.rounding,
+                start=self.start,
                 loss=self.loss,
                 drop=self.drop,
                 iterations=1 if fast else self.iterations,

@@ -24,7 +24,11 @@ from lq.reconstruction.capture import Inputs, Outputs, call
 from lq.reconstruction.drop import Drop, random_mask
 from lq.reconstruction.losses import Loss, LpLoss
 from lq.rounding import Rounding, WeightGrid
+from lq.rounding.feedback import Correlation
 from lq.sites import float_weight, weight_quantizer
+
+#: Where the rounding starts: at the float weights, or nearer to what error feedback chooses.
+Start = Literal["float", "feedback"]
 
 #: What becomes of the activations of a unit while it is fitted.
 Activations = Literal["learned", "quantized", "float"]
@@ -48,6 +52,7 @@ class Method:
         early_stop: end when the loss falls no further and the rounding is decided.
         regularization: weight of the squared differences of activations inside of the unit (NWQ).
         bias_lr: learning rate of the biases, for Adam; falls to 0 as a cosine; 0: they stay.
+        start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" chooses.
     """
 
     rounding: Rounding
@@ -60,6 +65,7 @@ class Method:
     early_stop: bool = False
     regularization: float = 0.0
     bias_lr: float = 0.0
+    start: Start = "float"
 
 
 @dataclass
@@ -176,6 +182,8 @@ def fit_unit(
         DivergenceError: if the loss is not a number in the end.
     """
     grid = WeightGrid(quantizers.weights)
+    if method.start == "feedback":
+        grid.prefer(_feedback(modules, quantizers, grid, data.inputs, samples, method.batch_size, reduce))
     device = data.inputs.device
     before = _mean_loss(modules, data, method, samples, reduce, ranks)
     fitting = _Fitting(modules, quantizers, grid, method, torch.Generator(device).manual_seed(seed), inside)
@@ -349,6 +357,39 @@ class _Fitting:
             return quantized
         mask = random_mask(quantized, self._drop, self.generator)
         return quantized if mask is None else torch.lerp(quantized, whole, mask.to(quantized.dtype))
+
+
+@torch.no_grad()
+def _feedback(
+    modules: Sequence[nn.Module],
+    quantizers: UnitQuantizers,
+    grid: WeightGrid,
+    inputs: Inputs,
+    samples: int,
+    batch_size: int,
+    reduce: Reduce | None,
+) -> Tensor:
+    """The levels that error feedback chooses, (W,); the nearest ones of layers it does not know."""
+    parts = [part for module in modules for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    seen = {id(weight): Correlation(part) for part in parts if (weight := float_weight(part)) is not None}
+    with ExitStack() as stack:
+        for part in parts:
+            to = seen[id(float_weight(part))]
+            stack.callback(part.register_forward_hook(lambda _, args, __, to=to: to.add(args[0])).remove)
+        for start in range(0, samples, batch_size):
+            call(modules, inputs.batch(slice(start, min(start + batch_size, samples))), inputs.spec)
+    levels = []
+    flat = (grid.values, *(torch.as_tensor(b, device=grid.values.device).expand_as(grid.values) for b in grid.bounds))
+    rows = zip(*(grid.split(part) for part in (*flat, grid.nearest())), strict=True)
+    for (_, weight), (values, low, high, offset, nearest) in zip(quantizers.weights, rows, strict=True):
+        found = seen.get(id(weight))
+        if found is None or found.total is None:
+            levels.append(nearest.reshape(-1))
+            continue
+        if reduce is not None:
+            found.total = reduce(found.total, "sum")
+        levels.append(found.levels(*(part.flatten(1) for part in (values, low, high, offset))).reshape(-1))
+    return torch.cat(levels) if levels else grid.values
 
 
 def _release(parameter: Tensor) -> None:

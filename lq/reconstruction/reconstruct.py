@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,17 @@ from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Reduce
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.drop import Drop, drop_of
-from lq.reconstruction.engine import Activations, Data, Inside, Method, UnitQuantizers, fit_unit, refit_ranges, tapped
+from lq.reconstruction.engine import (
+    Activations,
+    Data,
+    Inside,
+    Method,
+    Start,
+    UnitQuantizers,
+    fit_unit,
+    refit_ranges,
+    tapped,
+)
 from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.flow import Flow, find_flow, first_samples
 from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
@@ -59,6 +69,7 @@ def reconstruct(
     *,
     units: Units = "block",
     rounding: str | Rounding = "adaround",
+    start: Start = "float",
     loss: str | Loss = "mse",
     drop: float | str | Drop = 0.5,
     iterations: int = 20_000,
@@ -91,6 +102,8 @@ def reconstruct(
         batches: any iterable of batches, read once and kept; labels are not used.
         units: "layer", "block", "mixed" (MRECG: merged blocks), "network", or names of modules, chains as lists.
         rounding: "nearest", "adaround", "softmax" (NWQ), or a rounding object of `lq.rounding`.
+        start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses;
+            with rounding "nearest", that is what they get.
         loss: "mse", "fisher" (BRECQ), "kl" (of logits: the network as one unit), or a function of output, target and
             weights, such as ``LpLoss(2.4)``.
         drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of
@@ -144,6 +157,8 @@ def reconstruct(
         raise SpecError(f"batch_size={batch_size} cannot be shared by {ranks} ranks; give a multiple of their number")
     if step_lr <= 0 or regularization < 0:
         raise SpecError(f"step_lr={step_lr} must be positive, regularization={regularization} not negative")
+    if start not in get_args(Start):
+        raise SpecError(f"start={start!r} is unknown; use one of {get_args(Start)}")
     if units == "mixed" and metric not in ("modcap", "loss"):
         raise SpecError(f"metric={metric!r} is unknown; use 'modcap' or 'loss'")
     method = Method(
@@ -157,6 +172,7 @@ def reconstruct(
         early_stop,
         regularization,
         bias_lr,
+        start,
     )
     storage = Storage(_device(model), memory_in_bytes(memory))
     data = Batches(batches, storage)

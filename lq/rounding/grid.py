@@ -53,6 +53,11 @@ class WeightGrid:
             found.append(spread.expand(like.shape).reshape(-1))
         return torch.cat(found)
 
+    @property
+    def bounds(self) -> tuple[Bound, Bound, Bound]:
+        """Lowest level, highest level and offset."""
+        return self.low, self.high, self.offset
+
     def tensors(self, levels: Tensor) -> list[Tensor]:
         """Weights of these levels, each in its own shape."""
         return self.split(levels * self.step)
@@ -65,6 +70,11 @@ class WeightGrid:
         """The nearest levels to `values`, by default to the weights; shape (W,)."""
         values = self.values if values is None else values
         return round_to_grid(values, torch.ones((), device=values.device), self.low, self.high, self.offset)
+
+    @torch.no_grad()
+    def prefer(self, levels: Tensor) -> None:
+        """Move the values halfway to `levels`, (W,), and at least so far that these are the nearest ones."""
+        self.values = levels + ((self.values - levels) / 2).clamp(-0.45, 0.45)
 
     def clamp(self, levels: Tensor) -> Tensor:
         """`levels` within the grid; differentiable."""
