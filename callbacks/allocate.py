@@ -41,7 +41,8 @@ class AllocateBits(pl.Callback):
 
     Args:
         budget: mean weight bits (``3.0``), compression (``"8x"``), stored bytes (``"1.5MB"``), bit operations per
-            sample (``"2.5GBitOps"``), a `Latency`, or a list of several that all hold.
+            sample (``"2.5GBitOps"``), a `Latency`, "same" (the bytes that `Quantize`'s widths come to), or a list of
+            several that all hold.
         sensitivity: "fisher" (MPQCO), "model_fisher" (labels of the model itself), "output_distortion" (RDO-Q),
             "hawq_v2", "kl" (ZeroQ), or a metric object.
         solver: "greedy" (MPQCO), "lagrangian" (RDO-Q) or "exact".
@@ -86,7 +87,8 @@ class AllocateBits(pl.Callback):
     ) -> None:
         super().__init__()
         for one in budget if isinstance(budget, (list, tuple)) else [budget]:
-            parse_budget(one)  # wrong arguments fail here, not after the data are loaded
+            if one != "same":
+                parse_budget(one)  # wrong arguments fail here, not after the data are loaded
         solver_of(solver)
         if samples < 1:
             raise SpecError(f"samples={samples}; sensitivity needs at least 1")
@@ -163,7 +165,7 @@ class AllocateBits(pl.Callback):
         found = allocate(
             module,
             self.sensitivity_table,
-            self.budget,
+            self._budgets(module),
             solver=self.solver,
             bits=self.bits,
             granularity=self.granularity,
@@ -173,6 +175,11 @@ class AllocateBits(pl.Callback):
             layer_memory=self.layer_memory,
         )
         return Allocation.from_json(trainer.strategy.broadcast(found.to_json()))  # the same on every rank, to the bit
+
+    def _budgets(self, module: nn.Module) -> list[Any]:
+        """The budgets, with a number for "same"."""
+        given = self.budget if isinstance(self.budget, (list, tuple)) else [self.budget]
+        return [f"{summary(module).bytes}B" if one == "same" else one for one in given]
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule, found: Allocation) -> None:
         """Show, log and save what was allocated."""

@@ -50,7 +50,7 @@ class Reconstruct(pl.Callback):
         start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses.
         batch_size: samples in a step, over all ranks.
         activations: "learned" along with the rounding, "quantized" with the steps they have, or "float" meanwhile.
-        step_lr: learning rate of the logarithm of activation steps.
+        step_lr: learning rate of the logarithm of activation steps; None: by the number of iterations.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
         bias_lr: learning rate of the layers' biases; 0: they stay.
         metric: what mixed units are chosen by: "modcap" (without data) or "loss" (a short reconstruction).
@@ -86,7 +86,7 @@ class Reconstruct(pl.Callback):
         start: Start = "float",
         batch_size: int = 32,
         activations: Activations = "learned",
-        step_lr: float = 1e-3,
+        step_lr: float | None = None,
         regularization: float = 0.0,
         bias_lr: float = 0.0,
         metric: Metric = "modcap",

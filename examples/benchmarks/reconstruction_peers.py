@@ -62,7 +62,7 @@ class Job:
         if self.test is not None:
             images, labels = self.test
             hits = [model.eval()(x).argmax(1) == y for x, y in zip(images.split(100), labels.split(100), strict=True)]
-            self.found[what] = 100 * float(torch.cat(hits).float().mean())
+            self.found[what] = round(100 * torch.cat(hits).double().mean().item(), 3)
 
     def batches(self, count: int | None = None) -> list[Tensor]:
         """The first `count` images in batches."""
@@ -89,8 +89,9 @@ def plain(net: nn.Module, size: int) -> nn.Module:
 
     Convolutions that pad by the size of the image get fixed padding, and BatchNorms their activation as a module.
     """
-    from timm.layers import BatchNormAct2d, get_same_padding
     from timm.layers.conv2d_same import Conv2dSame
+    from timm.layers.norm_act import BatchNormAct2d
+    from timm.layers.padding import get_same_padding
 
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
@@ -107,8 +108,9 @@ def plain(net: nn.Module, size: int) -> nn.Module:
         if isinstance(old, Conv2dSame):
             sides = zip(shapes[old], old.kernel_size, old.stride, old.dilation, strict=True)
             high, wide = (get_same_padding(*side) for side in sides)
-            channels, bias = (old.in_channels, old.out_channels), old.bias is not None
-            conv = nn.Conv2d(*channels, old.kernel_size, old.stride, 0, old.dilation, old.groups, bias)
+            conv: Any = nn.Conv2d(old.in_channels, old.out_channels, 1, groups=old.groups, bias=old.bias is not None)
+            conv.kernel_size, conv.stride, conv.dilation = old.kernel_size, old.stride, old.dilation
+            conv.weight = old.weight
             conv.load_state_dict(old.state_dict())
             new = nn.Sequential(nn.ZeroPad2d((wide // 2, wide - wide // 2, high // 2, high - high // 2)), conv)
         elif isinstance(old, BatchNormAct2d):
@@ -142,7 +144,8 @@ def lq_qdrop(job: Job) -> None:
 def lq_reconstruct(job: Job, *, units: str, drop: float, activations: str, symmetric: bool, skip: bool) -> None:
     """Fold, attach, calibrate, reconstruct."""
     lq, options = tool("lq"), job.options
-    model = lq.fold_batchnorm(job.net)
+    model = job.net
+    lq.fold_batchnorm(model)
     names = [name for name, _ in layers_of(model)][: options.layers or None]
     structure = lq.inspect(model, job.images[:2])
     with job.timed("ranges"):
@@ -168,7 +171,15 @@ def aimet_adaround(job: Job) -> None:
     """AIMET: weights rounded first, then a simulation that has them."""
     aimet = tool("aimet_torch")
     rounding, common = tool("aimet_torch.adaround.adaround_weight"), tool("aimet_torch.common.defs")
-    tool("aimet_torch._base.adaround.adaround_optimizer").BATCH_SIZE = job.options.batch_size
+    optimizer = tool("aimet_torch._base.adaround.adaround_optimizer")
+    optimizer.BATCH_SIZE = job.options.batch_size
+    inner = optimizer.AdaroundOptimizer._optimize_rounding.__func__
+
+    def timed(*arguments: Any, **more: Any) -> None:
+        with job.timed("reconstruction"):
+            inner(*arguments, **more)
+
+    optimizer.AdaroundOptimizer._optimize_rounding = classmethod(timed)
     config = os.path.join(os.path.dirname(aimet.__file__), "common/quantsim_config/default_config_per_channel.json")
     example, options = job.images[:1].clone(), job.options
     model = tool("aimet_torch.model_preparer").prepare_model(job.net).eval()
@@ -178,10 +189,10 @@ def aimet_adaround(job: Job) -> None:
     kept = layers[: options.layers or None]
     ignored = [module for _, module in layers[len(kept) :]]
     wide = [(module, 8) for module in (layers[0][1], layers[-1][1]) if module not in ignored]
-    batches = _Loader(job.batches())
+    batches = job.batches()
     parameters = rounding.AdaroundParameters(batches, len(batches), options.iterations)
     with tempfile.TemporaryDirectory() as folder:
-        with job.timed("reconstruction"):
+        with job.timed("ranges"):
             rounded = rounding.Adaround.apply_adaround(
                 model,
                 example,
@@ -194,6 +205,8 @@ def aimet_adaround(job: Job) -> None:
                 default_quant_scheme=scheme,
                 default_config_file=config,
             )
+        for suffix in ("", "_cpu"):
+            job.found[f"ranges{suffix}"] -= job.found[f"reconstruction{suffix}"]
         job.found["units"] = len(kept)
         if ignored:  # no top-1: of the other layers AIMET leaves no quantizer
             return
@@ -212,10 +225,6 @@ def aimet_adaround(job: Job) -> None:
     with job.timed("ranges"):
         simulation.compute_encodings(lambda m, _: _run(m, job.batches(RANGE_IMAGES)), None)
     job.score(simulation.model)
-
-
-class _Loader(list[Tensor]):
-    """Batches of images, as AIMET reads them from a loader."""
 
 
 @torch.no_grad()
@@ -330,7 +339,7 @@ def qdrop(job: Job) -> None:
         if isinstance(module, block):
             module.relu1, module.relu2 = module.act1, module.act2
     network.specials[block] = network.QuantBasicBlock
-    net.fc = net._modules.pop("fc")  # the last child is the one whose output stays float
+    net.add_module("fc", net._modules.pop("fc"))  # the last child is the one whose output stays float
     dictionary = tool("easydict").EasyDict
     config = dictionary(
         a_qconfig={

@@ -75,7 +75,7 @@ def reconstruct(
     iterations: int = 20_000,
     batch_size: int = 32,
     activations: Activations = "learned",
-    step_lr: float = 1e-3,
+    step_lr: float | None = None,
     regularization: float = 0.0,
     bias_lr: float = 0.0,
     metric: Metric = "modcap",
@@ -112,7 +112,8 @@ def reconstruct(
         batch_size: samples in a step, over all ranks.
         activations: "learned" along with the rounding, from ranges that fit those of the float network; "quantized"
             with the steps they have; or "float", and given the ranges that fit in the end.
-        step_lr: learning rate of the logarithm of activation steps; falls to 0 as a cosine.
+        step_lr: learning rate of the logarithm of activation steps; falls to 0 as a cosine; None: by the number of
+            iterations.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
         bias_lr: learning rate of the layers' biases; 0: they stay.
         metric: what mixed units are chosen by: "modcap" (without data) or "loss" (a short reconstruction).
@@ -155,8 +156,10 @@ def reconstruct(
             raise SpecError(f"{name}={value} must be at least 1")
     if batch_size % ranks:
         raise SpecError(f"batch_size={batch_size} cannot be shared by {ranks} ranks; give a multiple of their number")
-    if step_lr <= 0 or regularization < 0:
-        raise SpecError(f"step_lr={step_lr} must be positive, regularization={regularization} not negative")
+    if (step_lr is not None and step_lr <= 0) or regularization < 0 or bias_lr < 0:
+        raise SpecError(
+            f"step_lr={step_lr} must be positive, regularization={regularization} and bias_lr={bias_lr} not negative"
+        )
     if start not in get_args(Start):
         raise SpecError(f"start={start!r} is unknown; use one of {get_args(Start)}")
     if units == "mixed" and metric not in ("modcap", "loss"):

@@ -31,19 +31,24 @@ class AdaRound:
         beta: exponent of the penalty at its start and at its end.
         warmup: share of the iterations before the penalty starts.
         schedule: how beta goes from start to end: "linear" or "cosine".
-        lr: learning rate of V, for Adam.
+        lr: learning rate of V, for Adam; None: by the number of iterations, 1e-3 for 20 000.
     """
 
     penalty: float = 0.01
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
     schedule: Schedule = "linear"
-    lr: float = 1e-3
+    lr: float | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in get_args(Schedule):
             raise SpecError(f"schedule={self.schedule!r} is unknown; use one of {get_args(Schedule)}")
-        if self.penalty < 0 or not 0 <= self.warmup < 1 or self.lr <= 0 or min(self.beta) <= 0:
+        if (
+            self.penalty < 0
+            or not 0 <= self.warmup < 1
+            or (self.lr is not None and self.lr <= 0)
+            or min(self.beta) <= 0
+        ):
             raise SpecError(
                 f"AdaRound(penalty={self.penalty}, beta={self.beta}, warmup={self.warmup}, lr={self.lr}): the penalty "
                 "must not be negative, beta and lr must be positive, and warmup a share in [0, 1)"

@@ -11,7 +11,7 @@ from lq.rounding.grid import WeightGrid
 class Nearest:
     """The level nearest to each weight."""
 
-    lr: float = 1e-3
+    lr: float | None = None
 
     def begin(self, grid: WeightGrid) -> "_Fixed":
         """Round."""

@@ -34,8 +34,8 @@ class Rounding(Protocol):
     """A way to choose the level of every weight."""
 
     @property
-    def lr(self) -> float:
-        """Learning rate of its parameters, for Adam."""
+    def lr(self) -> float | None:
+        """Learning rate of its parameters, for Adam; None: by the number of iterations."""
         ...
 
     def begin(self, grid: WeightGrid) -> LearnedRounding:

@@ -28,19 +28,19 @@ class AnnealingSoftmax:
     Args:
         offsets: integers to add to the floor; must hold 0 and 1.
         temperature: tau at the start and at the end.
-        lr: learning rate of V, for Adam.
+        lr: learning rate of V, for Adam; None: by the number of iterations, 1e-3 for 20 000.
     """
 
     offsets: Sequence[int] = (0, 1)
     temperature: tuple[float, float] = (1.0, 0.01)
-    lr: float = 1e-3
+    lr: float | None = None
 
     def __post_init__(self) -> None:
         if not {0, 1} <= set(self.offsets) or len(set(self.offsets)) != len(self.offsets):
             raise SpecError(
                 f"offsets={self.offsets}: expected distinct integers with 0 and 1 among them, as (-1, 0, 1, 2)"
             )
-        if min(self.temperature) <= 0 or self.lr <= 0:
+        if min(self.temperature) <= 0 or (self.lr is not None and self.lr <= 0):
             raise SpecError(f"temperature={self.temperature}, lr={self.lr}: all must be positive")
 
     def begin(self, grid: WeightGrid) -> "_Offsets":

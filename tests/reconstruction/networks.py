@@ -175,6 +175,10 @@ NETWORKS = {
 }
 
 
+#: Units by name, where what the model says of itself has none that read several arguments.
+BY_NAME = {"samples second": ["a", "b", "c"]}
+
+
 def samples(shape, count=10, seed=1):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 

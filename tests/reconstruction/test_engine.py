@@ -1,0 +1,596 @@
+"""The loop that fits a unit: what it optimizes, what it moves, what it leaves."""
+
+import math
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lq
+from lq.errors import DivergenceError
+from lq.interception import SharedQuantizer
+from lq.quantizer import ActivationQuantizer
+from lq.reconstruction import Constant, FisherLoss, LpLoss
+from lq.reconstruction.engine import Data, Inside, Method, UnitQuantizers, _order, fit_unit, refit_ranges, tapped
+from lq.rounding import AdaRound, AnnealingSoftmax, Nearest
+from lq.sites import activation_quantizers, float_weight, weight_quantizer
+from tests.helpers import assert_same
+from tests.models import Block
+from tests.reconstruction.networks import Basic, ResNet, Work, quantized, samples
+
+FAST = AdaRound(lr=0.05)
+
+
+def method(**options):
+    given = {"rounding": FAST, "loss": LpLoss(), "drop": Constant(0.0), "iterations": 20, "batch_size": 8}
+    return Method(**{**given, **options})
+
+
+class Unit:
+    """A unit with its data, ready to be fitted."""
+
+    def __init__(self, model=None, shape=(8,), weights=2, activations=4, count=24, inputs=None, **options):
+        torch.manual_seed(0)
+        if model is None:
+            model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
+        data = list(samples(shape, count).split(8))
+        self.model = quantized(model.eval(), data, weights, activations, **options).requires_grad_(False)
+        self.work = Work(self.model, data, "network")
+        self.modules = self.work.units[0].bind(self.model)
+        self.quantizers = UnitQuantizers(self.modules, set())
+        given, whole = self.work.quantized.inputs(0), self.work.whole.inputs(0)
+        self.targets = self.work.whole.finish(0, whole)
+        if inputs is not None:
+            given.leaves = [inputs(leaf, self.work.storage) if hasattr(leaf, "rows") else leaf for leaf in given.leaves]
+        self.data = Data(given, whole, self.targets)
+        self.x = torch.cat(data)
+
+    def fit(self, method, **options):
+        return fit_unit(
+            self.modules, self.quantizers, self.data, method, **{"samples": len(self.x), "seed": 0, **options}
+        )
+
+    def loss(self):
+        """The squared error of the model as it is now, over all samples."""
+        with torch.no_grad():
+            errors = (self.model(self.x) - self.work.twin(self.x)).double().square()
+        return errors.mean().item() * errors.shape[1 if errors.ndim == 4 else -1]
+
+    def weights(self):
+        return {n: p.clone() for n, p in self.model.named_parameters() if n.endswith("original")}
+
+    def steps(self):
+        return {name: (part.step.item(), part.zero_point.item()) for name, part in activations_of(self.model).items()}
+
+
+def activations_of(model):
+    return activation_quantizers(model)
+
+
+def check_written(model):
+    """Every weight is a level that rounding to the nearest leaves as it is."""
+    for layer in model.modules():
+        quantizer = weight_quantizer(layer)
+        if quantizer is not None:
+            weight = float_weight(layer)
+            with torch.no_grad():
+                assert torch.equal(quantizer(weight), weight)
+
+
+ROUNDINGS = {"nearest": Nearest(), "adaround": FAST, "softmax": AnnealingSoftmax((-1, 0, 1, 2), lr=0.05)}
+
+
+@pytest.mark.parametrize("activations", ["learned", "quantized", "float"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_losses_are_those_of_the_model_as_it_is(rounding, activations):
+    unit = Unit()
+    before = unit.loss()
+    with torch.no_grad():
+        found = unit.fit(method(rounding=ROUNDINGS[rounding], activations=activations, iterations=40, step_lr=0.02))
+    assert found.before == pytest.approx(before, rel=1e-4)
+    assert found.after == pytest.approx(unit.loss(), rel=1e-4)
+    assert found.after < found.before or (rounding == "nearest" and activations != "learned")
+    assert found.iterations == 40 and len(found.curve) == 40
+    check_written(unit.model)
+
+
+def test_what_each_kind_of_activations_moves():
+    moved = {}
+    for activations in ("learned", "quantized", "float"):
+        unit = Unit()
+        before, weights = unit.steps(), unit.weights()
+        unit.fit(method(activations=activations, iterations=40, step_lr=0.02))
+        after = unit.steps()
+        moved[activations] = [name for name in before if before[name] != after[name]]
+        assert all(before[name][1] == after[name][1] for name in before)  # zero points are fixed
+        assert any(not torch.equal(weights[n], w) for n, w in unit.weights().items())
+        assert all(not p.requires_grad for p in unit.model.parameters())
+    assert moved == {"learned": ["2.input", "4.input"], "quantized": [], "float": []}
+
+
+@pytest.mark.parametrize("activations", ["float", "quantized", "learned"])
+def test_what_a_step_sees_of_activations(activations):
+    """Float ones let tensors pass; the others round, as the model does."""
+    unit, outputs = Unit(), []
+
+    def loss(output, target, weights):
+        outputs.append(output.detach().clone())
+        return LpLoss()(output, target)
+
+    with ExitStack() as stack:
+        if activations == "float":
+            for part in activations_of(unit.model).values():
+                stack.enter_context(tapped(part, lambda x: x))
+        expected = unit.model(unit.x)[_order(24, 1, 24, 0)[0]]
+    unit.fit(method(rounding=Nearest(), activations=activations, iterations=1, batch_size=24, loss=loss))
+    assert len(outputs) == 3  # before, in the step, after
+    torch.testing.assert_close(outputs[1], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ["adaround", "softmax"])
+def test_hard_and_soft_agree_at_the_end(rounding):
+    """The output of the last steps is that of the model that is written."""
+    outputs = []
+
+    def loss(output, target, weights):
+        outputs.append(output.detach().clone())
+        return LpLoss()(output, target)
+
+    rule = {"adaround": AdaRound(penalty=0.1, lr=0.05), "softmax": AnnealingSoftmax(lr=0.05)}[rounding]
+    unit = Unit(activations=8)
+    unit.fit(method(rounding=rule, iterations=300, batch_size=24, activations="quantized", loss=loss))
+    order = _order(24, 300, 24, 0)[-1]
+    hard = unit.model(unit.x)[order]
+    soft = outputs[-2]  # then comes the loss over all samples
+    scale = (outputs[1] - hard).abs().mean()
+    assert soft.shape == hard.shape
+    assert (soft - hard).abs().mean() < 0.1 * scale
+
+
+def test_a_step_is_adams_on_the_loss_by_hand():
+    """Four steps on a linear layer, its weight and its input rounded, in float64."""
+    unit = Unit(nn.Sequential(nn.Linear(8, 3)), weights=3, count=8, overrides={"0": {"activations": 4}})
+    layer = unit.model[0]
+    quantizer, weight, part = weight_quantizer(layer), float_weight(layer).clone(), layer.input_quantizer
+    step = quantizer.step.double()[:, None]
+    low, high = -quantizer.zero_point.double()[:, None], 2**3 - 1 - quantizer.zero_point.double()[:, None]
+    floor = (weight.double() / step).floor()
+    v = torch.logit((weight.double() / step - floor + 0.1) / 1.2).requires_grad_()
+    log2_step = part.log2_step.detach().double().clone().requires_grad_()
+    x_low, x_high = -part.zero_point.double(), 2**4 - 1 - part.zero_point.double()
+    optimizer = torch.optim.Adam([{"params": [v], "lr": 0.05}, {"params": [log2_step], "lr": 0.02}])
+    x, target = unit.x.double(), unit.targets.batch(slice(0, 8)).double()
+    expected = []
+    for iteration in range(4):
+        s = torch.exp2(log2_step)
+        levels = x / s
+        rounded = torch.maximum(torch.minimum(levels + (levels.round() - levels).detach(), x_high), x_low) * s
+        h = (1.2 * v.sigmoid() - 0.1).clamp(0, 1)
+        w = torch.maximum(torch.minimum(floor + h, high), low) * step
+        loss = (F.linear(rounded, w, layer.bias.double()) - target).square().sum(1).mean()
+        expected.append(loss.item())
+        exponent = 20 - 18 * (iteration / 4 - 0.2) / 0.8
+        penalty = 0.01 * (1 - (2 * h - 1).abs() ** exponent).sum() if iteration / 4 >= 0.2 else 0
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+        optimizer.param_groups[1]["lr"] = 0.02 * (1 + math.cos(math.pi * iteration / 4)) / 2
+        optimizer.step()
+    found = unit.fit(method(iterations=4, step_lr=0.02))
+    assert found.curve == pytest.approx(expected, rel=2e-3)
+    assert found.after < found.before
+    assert part.log2_step.item() == pytest.approx(log2_step.item(), abs=1e-5)
+    levels = torch.maximum(torch.minimum(floor + (v >= 0), high), low)
+    torch.testing.assert_close(float_weight(layer), (levels * step).float(), rtol=1e-6, atol=0)
+
+
+# --- inputs and drops -------------------------------------------------------------------------------------------
+
+
+def shifted(stored, storage):
+    return storage.keep(stored.whole() + 100)
+
+
+@pytest.mark.parametrize(("probability", "kind"), [(0.0, "quantized"), (1.0, "float"), (0.5, "both")])
+def test_the_share_of_float_inputs(probability, kind):
+    unit = Unit(nn.Sequential(nn.Identity(), nn.Linear(8, 3)), activations=None, inputs=shifted)
+    taken = []
+    handle = unit.model[0].register_forward_pre_hook(lambda m, args: taken.append(args[0].detach().clone()))
+    unit.fit(method(drop=Constant(probability), iterations=30))
+    handle.remove()
+    steps = torch.stack([t for t in taken if len(t) == 8][3:-3])  # without the losses before and after
+    share = (steps < 50).float().mean().item()
+    assert share == pytest.approx({"quantized": 0, "float": 1, "both": 0.5}[kind], abs=0.05)
+    rows = set(map(tuple, torch.cat([unit.x, unit.x + 100]).round(decimals=3).tolist()))
+    whole = [tuple(row) in rows for row in steps.flatten(0, 1).round(decimals=3).tolist()]
+    assert all(whole) == (kind != "both")  # elementwise, not by sample
+
+
+def test_drops_hold_for_every_activation_and_follow_the_schedule():
+    unit, shares = Unit(activations=2), []
+    part = unit.model[2].input_quantizer
+    relu = unit.model[1]
+    inside, outside = [], []
+    relu.register_forward_hook(lambda m, a, out: inside.append(out.detach().clone()))
+    unit.model[2].register_forward_pre_hook(lambda m, args: outside.append(args[0].detach().clone()))
+    unit.fit(method(drop=lambda done: 1 - done, iterations=40, activations="quantized", rounding=Nearest()))
+    for x, y in zip(inside, outside, strict=True):
+        off = (x - x.div(part.step).round().clamp(0, 3).mul(part.step)).abs() > 1e-4
+        shares.append(((x == y) & off).float().sum().item() / max(1.0, off.float().sum().item()))
+    assert shares[:3] == [0.0] * 3 and shares[-3:] == [0.0] * 3
+    steps = shares[3:-3]
+    assert len(steps) == 40 and steps[0] == 1.0
+    assert sum(steps[:10]) / 10 > 0.75 and sum(steps[-10:]) / 10 < 0.25
+
+
+@pytest.mark.parametrize(("iterations", "share"), [(20_000, 1), (10_000, 2), (1000, 10), (50, 10), (80_000, 1)])
+def test_rates_by_the_number_of_iterations(iterations, share):
+    by_default = method(rounding=AdaRound(), iterations=iterations)
+    assert by_default.rates == pytest.approx((1e-3 * share, 1e-4 * share))
+    assert method(rounding=AdaRound(lr=0.3), step_lr=0.2, iterations=iterations).rates == (0.3, 0.2)
+
+
+def test_the_order_of_samples():
+    order = _order(10, 7, 4, 3)
+    assert order.shape == (7, 4)
+    flat = order.flatten().tolist()
+    assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10))
+    assert torch.equal(order, _order(10, 7, 4, 3)) and not torch.equal(order, _order(10, 7, 4, 4))
+    assert _order(3, 2, 8, 0).shape == (2, 8)  # more than there are: some come twice
+
+
+# --- ends --------------------------------------------------------------------------------------------------------
+
+
+def test_a_unit_that_got_worse_keeps_nearest_rounding_and_its_steps():
+    unit = Unit()
+    before, steps = {n: m.weight.clone() for n, m in unit.model.named_modules() if weight_quantizer(m)}, unit.steps()
+
+    def away(output, target, weights):
+        return LpLoss()(output, target) * (-1 if torch.is_grad_enabled() else 1)
+
+    found = unit.fit(method(loss=away, iterations=30, step_lr=0.05))
+    assert found.after == found.before
+    assert unit.steps() == steps
+    check_written(unit.model)
+    for name, weight in before.items():
+        assert torch.equal(float_weight(unit.model.get_submodule(name)), weight)
+
+
+def test_a_loss_that_is_no_number():
+    unit = Unit()
+    before = {key: value.clone() for key, value in unit.model.state_dict().items()}
+
+    def loss(output, target, weights):
+        return LpLoss()(output, target) * (torch.nan if torch.is_grad_enabled() else 1)
+
+    with pytest.raises(DivergenceError, match=r"reconstruction diverged: the loss is nan, it was .*; lower lr or step"):
+        unit.fit(method(loss=loss, iterations=3))
+    assert all(value.isfinite().all() for value in unit.model.state_dict().values())
+    assert_same([key for key in unit.model.state_dict()], list(before))
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_early_stop_ends_when_nothing_falls_any_more(early_stop):
+    unit = Unit(activations=8)
+    rule = AnnealingSoftmax(temperature=(1.0, 1e-8), lr=1e-9)  # decided before the middle
+    found = unit.fit(method(rounding=rule, iterations=200, early_stop=early_stop, activations="quantized"))
+    assert (found.iterations < 200) == early_stop
+    assert len(found.curve) == max(1, found.iterations // 2)
+    assert all(math.isfinite(point) and point > 0 for point in found.curve)
+    check_written(unit.model)
+
+
+def test_early_stop_goes_on_while_the_rounding_is_open():
+    unit = Unit(activations=8)
+    rule = AdaRound(penalty=0.0, lr=1e-6)
+    assert unit.fit(method(rounding=rule, iterations=100, early_stop=True, activations="quantized")).iterations == 100
+
+
+def test_progress_wraps_the_steps():
+    unit, seen = Unit(), []
+
+    def watch(steps):
+        for step in steps:
+            seen.append(step)
+            yield step
+
+    unit.fit(method(iterations=5), progress=watch)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_taps_hooks_and_random_states_are_left_as_they_were(fails):
+    unit = Unit()
+    own = lambda x: x  # noqa: E731
+    weight_quantizer(unit.model[0]).tap = own
+    state = torch.get_rng_state()
+
+    def loss(output, target, weights):
+        if fails and torch.is_grad_enabled():
+            raise KeyError("inside")
+        return LpLoss()(output, target)
+
+    fitting = method(loss=loss, iterations=3, drop=Constant(0.5))
+    if fails:
+        with pytest.raises(KeyError, match="inside"):
+            unit.fit(fitting)
+    else:
+        unit.fit(fitting)
+    assert torch.equal(torch.get_rng_state(), state)
+    taps = [part.tap for part in unit.model.modules() if hasattr(part, "tap")]
+    assert taps.count(own) == 1 and taps.count(None) == len(taps) - 1
+    assert unit.model[0]._forward_hooks == {}
+
+
+def test_the_same_seed_gives_the_same_unit():
+    found = []
+    for seed in (0, 0, 1):
+        unit = Unit()
+        fitted = unit.fit(method(drop=Constant(0.5), step_lr=0.02), seed=seed)
+        found.append((fitted.curve, fitted.after, dict(unit.model.state_dict())))
+    assert_same(found[0], found[1])
+    assert found[0][0] != found[2][0]
+
+
+# --- what is learned ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["ste", "lsq"])
+def test_the_estimator_makes_no_difference(estimator):
+    unit = Unit(estimator=estimator)
+    found = unit.fit(method(iterations=10, step_lr=0.02))
+    other = Unit()
+    assert other.fit(method(iterations=10, step_lr=0.02)).curve == found.curve
+
+
+def test_shared_quantizers_are_learned_once():
+    torch.manual_seed(0)
+    data = [samples((5, 8), 8)]
+    model = Block().eval()
+    lq.calibrate(lq.attach(model, 4, 4, structure=lq.inspect(model, data[0]), first_last=None), data)
+    shared = [m for m in model.modules() if isinstance(m, SharedQuantizer)]
+    assert shared  # queries, keys and values are made of one tensor
+    found = UnitQuantizers([model], set())
+    owners = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    assert found.activations == owners and found.learned == owners
+    one = UnitQuantizers([model.attn.k], set())
+    assert one.activations == [shared[0].owner] and one.learned == one.activations
+    done = UnitQuantizers([model.attn.q], set()).settled()
+    later = UnitQuantizers([model.attn.k], done)
+    assert later.activations == [shared[0].owner] and later.learned == []
+
+
+def test_tied_weights_are_settled_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    lq.attach(model, 4, None, first_last=None)
+    assert len(UnitQuantizers([model], set()).weights) == 1
+    done = UnitQuantizers([model[0]], set()).settled()
+    assert UnitQuantizers([model[2]], done).weights == []
+
+
+WIDTHS = {
+    "transposed, in groups": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), nn.ReLU(), nn.Conv2d(6, 3, 1)),
+        (4, 4, 4),
+        {"0": [0, 1, 2, 3, 4, 8], "2": 1},
+    ),
+    "a residual block": (lambda: Basic(4, 4), (4, 4, 4), {"conv1": [0, 1, 2, 3], "conv2": 1}),
+}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rounding", ["adaround", "softmax"])
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_widths_for_each_channel_are_kept(kind, rounding, symmetric):
+    make, shape, widths = WIDTHS[kind]
+    torch.manual_seed(0)
+    model, data = make().eval(), [samples(shape, 8)]
+    quantized(model, data, 4, 4, symmetric=symmetric)
+    lq.set_bits(model, widths)
+    before = {n: q.bits.clone() for n, m in model.named_modules() if (q := weight_quantizer(m)) is not None}
+    lq.reconstruct(model, data, units="layer", rounding=ROUNDINGS[rounding], iterations=10, batch_size=8)
+    check_written(model)
+    for name, bits in before.items():
+        layer = model.get_submodule(name)
+        assert torch.equal(weight_quantizer(layer).bits, bits)
+        weight = float_weight(layer).detach()
+        rows = (
+            weight.unflatten(0, (2, -1)).transpose(1, 2).reshape(6, -1) if "trans" in kind and name == "0" else weight
+        )
+        for row, width in zip(rows, bits.expand(len(rows)), strict=True):
+            assert row.unique().numel() <= 2 ** int(width)
+            assert width > 0 or not row.any()
+            if width == 1 and symmetric:
+                assert row.unique().numel() == 2 and row.sum() == pytest.approx(row.numel() * row.mean().item())
+                assert torch.equal(row.abs(), row.abs().flatten()[0].expand_as(row))
+
+
+def test_ranges_are_refitted_to_those_of_the_float_network():
+    unit = Unit(activations=4)
+    for part in activations_of(unit.model).values():
+        part.log2_step.fill_(5.0)
+    refit_ranges(unit.modules, unit.quantizers, unit.data.float_inputs, 24, 8, None)
+    fresh = Unit(activations=4)  # calibrated on the same samples, with float weights as calibration has them
+    lq.calibrate(fresh.model, [fresh.x])
+    same_weights = Unit(weights=16, activations=4)
+    lq.calibrate(same_weights.model, [same_weights.x])
+    for name, found in unit.steps().items():
+        assert found == pytest.approx(same_weights.steps()[name], rel=2e-2)
+    assert all(part.tap is None for part in unit.model.modules() if hasattr(part, "tap"))
+
+
+def test_settled_quantizers_are_not_refitted():
+    unit = Unit(activations=4)
+    first = next(iter(activations_of(unit.model).values()))
+    first.log2_step.fill_(5.0)
+    part = UnitQuantizers(unit.modules, {id(first)})
+    refit_ranges(unit.modules, part, unit.data.float_inputs, 24, 8, None)
+    assert first.log2_step.item() == 5.0
+
+
+def test_taps_are_nested():
+    part = Unit().model[2].input_quantizer
+    one, two = (lambda x: x), (lambda x: 2 * x)
+    with tapped(part, one):
+        with pytest.raises(KeyError), tapped(part, two):
+            assert part.tap is two
+            raise KeyError
+        assert part.tap is one
+    assert part.tap is None
+
+
+# --- regularization, weights, ranks ------------------------------------------------------------------------------
+
+
+def test_regularization_adds_the_differences_of_blocks():
+    """The loss and the gradient of the whole network with its blocks held, by hand, on float activations."""
+    torch.manual_seed(0)
+    model, data = ResNet(2).eval(), [samples((3, 8, 8), 6)]
+    quantized(model, data, 3, None).requires_grad_(False)
+    work = Work(model, data, "network")
+    names = ["blocks.0", "blocks.1"]
+    pairs = [(model.get_submodule(name), work.twin.get_submodule(name)) for name in names]
+    given, whole = work.quantized.inputs(0), work.whole.inputs(0)
+    targets = work.whole.finish(0, whole)
+    modules = work.units[0].bind(model)
+    quantizers = UnitQuantizers(modules, set())
+    taken = {}
+
+    class Watched:
+        """AdaRound whose gradient is kept."""
+
+        lr = 0.01
+
+        def begin(self, grid):
+            taken["learned"] = AdaRound(penalty=0).begin(grid)
+            taken["v"] = taken["learned"].v.detach().clone() + 0.3
+            with torch.no_grad():
+                taken["learned"].v.copy_(taken["v"])
+            return taken["learned"]
+
+    fit_unit(
+        modules,
+        quantizers,
+        Data(given, whole, targets),
+        method(rounding=Watched(), regularization=0.7, iterations=1, batch_size=6),
+        samples=6,
+        seed=0,
+        inside=Inside(work.units[0].bind(work.twin), pairs),
+    )
+    found = taken["learned"].v.grad
+    v = taken["v"].clone().requires_grad_()
+    fresh = ResNet(2).eval()
+    fresh.load_state_dict(work.twin.state_dict())
+    fresh.requires_grad_(False)
+    start, soft = 0, {}
+    for name, layer in fresh.named_modules():
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            continue
+        quantizer = weight_quantizer(model.get_submodule(name))
+        weight = layer.weight
+        part = v[start : start + weight.numel()].view(weight.shape)
+        start += weight.numel()
+        step = quantizer.step.view(-1, *[1] * (weight.ndim - 1))
+        h = (1.2 * part.sigmoid() - 0.1).clamp(0, 1)
+        soft[f"{name}.weight"] = ((weight / step).floor() + h).clamp(-4, 3) * step
+    x = data[0]
+
+    def run(weights):
+        return torch.func.functional_call(fresh, weights, (x,))
+
+    outputs = []
+    handles = [
+        fresh.get_submodule(name).register_forward_hook(lambda m, a, out: outputs.append(out.clone())) for name in names
+    ]
+    with torch.no_grad():
+        target = run({})
+    floats, outputs[:] = list(outputs), []
+    loss = (run(soft) - target).square().sum(1).mean()
+    for a, b in zip(outputs, floats, strict=True):
+        loss = loss + 0.7 * (a - b).square().sum(1).mean()
+    for handle in handles:
+        handle.remove()
+    (expected,) = torch.autograd.grad(loss, v)
+    assert start == found.numel() and expected.abs().sum() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_regularization_compares_blocks_of_the_network():
+    """Through `lq.reconstruct`: the curve is the larger for it, and what is held comes nearer."""
+    distances, curves = [], []
+    for regularization in (0.0, 100.0):
+        torch.manual_seed(0)
+        model, data = ResNet(2).eval(), [samples((3, 8, 8), 16)]
+        quantized(model, data, 2, None)
+        twin = lq.distillation.float_copy(model)
+        found = lq.reconstruct(
+            model,
+            data,
+            units="network",
+            rounding=AnnealingSoftmax(lr=0.05),
+            drop=0.0,
+            iterations=60,
+            batch_size=16,
+            regularization=regularization,
+        )
+        curves.append(found.units[0].curve)
+        with torch.no_grad():
+            x = model.act(model.stem(data[0])), twin.act(twin.stem(data[0]))
+            distances.append((model.blocks[0](x[0]) - twin.blocks[0](x[1])).square().mean().item())
+    assert distances[1] < distances[0]
+    assert min(curves[1]) > min(curves[0])
+
+
+def test_fisher_weights_reach_the_loss():
+    unit = Unit()
+    weights = torch.rand(24, 3)
+    unit.data.weights = type(unit.targets)(
+        unit.work.storage.keep(weights), unit.targets.lies, torch.device("cpu"), torch.float32
+    )
+    seen = []
+
+    def loss(output, target, given):
+        seen.append(given.clone())
+        return FisherLoss()(output, target, given)
+
+    found = unit.fit(method(loss=loss, iterations=2, rounding=Nearest(), activations="quantized"))
+    assert torch.equal(torch.cat(seen[:3]), weights)
+    order = _order(24, 2, 8, 0)
+    assert torch.equal(seen[3], weights[order[0]]) and torch.equal(seen[4], weights[order[1]])
+    with torch.no_grad():
+        errors = (unit.model(unit.x) - unit.work.twin(unit.x)).square() * weights
+    assert found.before == pytest.approx(errors.sum(1).mean().item(), rel=1e-4)
+
+
+def test_gradients_are_averaged_over_ranks():
+    """Two ranks with the same samples give what one rank gives; the batch is shared between them."""
+    one, two = Unit(), Unit()
+    asked = []
+
+    def reduce(tensor, operation):
+        asked.append((operation, tuple(tensor.shape)))
+        return tensor * 2
+
+    a = one.fit(method(iterations=6, batch_size=4, step_lr=0.02))
+    b = two.fit(method(iterations=6, batch_size=8, step_lr=0.02), reduce=reduce, ranks=2)
+    assert b.curve == pytest.approx(a.curve, rel=1e-6)
+    assert b.before == pytest.approx(a.before, rel=1e-5)
+    assert_same(dict(two.model.state_dict()), dict(one.model.state_dict()))
+    assert {operation for operation, _ in asked} == {"sum"}
+
+
+def test_ranks_stop_together():
+    """A rank whose own loss no longer falls goes on while another's does."""
+    unit, asked = Unit(activations=8), []
+
+    def reduce(tensor, operation):
+        asked.append(operation)
+        return tensor * 2 if operation == "sum" else torch.zeros_like(tensor)  # the other rank is not settled
+
+    rule = AnnealingSoftmax(temperature=(1.0, 1e-8), lr=1e-9)
+    fitting = method(rounding=rule, iterations=100, early_stop=True, activations="quantized")
+    assert unit.fit(fitting, reduce=reduce, ranks=2).iterations == 100
+    assert "min" in asked
