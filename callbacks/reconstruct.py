@@ -42,7 +42,8 @@ class Reconstruct(pl.Callback):
 
     Args:
         units: "layer", "block", "mixed" (MRECG), "network", or names of modules, chains of them as lists.
-        rounding: "nearest", "adaround", "softmax" (NWQ), or a rounding object of `lq.rounding`.
+        rounding: "nearest", "adaround", "softmax" (NWQ), "wide_softmax" (also one level down: where weights are
+            levels already), or a rounding object of `lq.rounding`.
         loss: "mse", "fisher" (BRECQ), "kl" (the network as one unit), or a function of output, target and weights.
         drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of
             progress.

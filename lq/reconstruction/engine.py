@@ -200,6 +200,8 @@ def fit_unit(
     before = _mean_loss(modules, data, method, samples, reduce, ranks)
     fitting = _Fitting(modules, quantizers, grid, method, torch.Generator(device).manual_seed(seed), inside)
     order = _order(samples, method.iterations, max(1, method.batch_size // ranks), seed)
+    if device.type == "cuda":
+        order = order.pin_memory()  # so that nobody waits for its way to the device
     curve = torch.zeros(min(_POINTS, method.iterations), device=device)
     taken = 0
     with fitting.taps():
@@ -207,7 +209,7 @@ def fit_unit(
             loss = fitting.step(step, order[step], data, reduce, ranks)
             curve[step * len(curve) // method.iterations] = loss
             taken = step + 1
-            if method.early_stop and fitting.is_settled(step, curve):
+            if method.early_stop and fitting.is_settled(step, curve, reduce, ranks):
                 break
     undo = fitting.write()
     after = _mean_loss(modules, data, method, samples, reduce, ranks)
@@ -315,14 +317,17 @@ class _Fitting:
         self.optimizer.step()
         return loss.detach()
 
-    def is_settled(self, step: int, curve: Tensor) -> bool:
+    def is_settled(self, step: int, curve: Tensor, reduce: Reduce | None, ranks: int) -> bool:
         """Whether to stop early; asked now and then, because the answer has to come from the device."""
         every = max(1, self.method.iterations // 20)
         if (step + 1) % every or step + 1 < 4 * every:
             return False
         point = (step + 1) * len(curve) // self.method.iterations
         width = max(1, every * len(curve) // self.method.iterations)
-        falls = curve[point - width : point].mean() < 0.99 * curve[point - 2 * width : point - width].mean()
+        losses = torch.stack([curve[point - width : point].mean(), curve[point - 2 * width : point - width].mean()])
+        if reduce is not None and ranks > 1:  # the ranks have to agree
+            losses = reduce(losses, "sum")
+        falls = losses[0] < 0.99 * losses[1]
         with torch.no_grad():
             undecided = ((self.rounding.levels() - self.rounding.hard_levels()).abs() > 0.05).float().mean()
         return not bool(falls) and bool(undecided < 1e-3)
@@ -342,7 +347,8 @@ class _Fitting:
             with torch.no_grad():
                 for weight, old in zip(self.grid.weights + self.biases, weights + self._old_biases, strict=True):
                     weight.copy_(old)
-                self.grid.write(self.grid.nearest())
+                grid = WeightGrid(self.quantizers.weights)
+                grid.write(grid.nearest())
                 for part, old in zip(parts, steps, strict=True):
                     part.log2_step.copy_(old)
                     part.refresh()

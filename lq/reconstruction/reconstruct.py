@@ -101,7 +101,8 @@ def reconstruct(
         model: a model with quantizers, calibrated; runs in eval mode.
         batches: any iterable of batches, read once and kept; labels are not used.
         units: "layer", "block", "mixed" (MRECG: merged blocks), "network", or names of modules, chains as lists.
-        rounding: "nearest", "adaround", "softmax" (NWQ), or a rounding object of `lq.rounding`.
+        rounding: "nearest", "adaround", "softmax" (NWQ), "wide_softmax" (also one level down: where weights are
+            levels already), or a rounding object of `lq.rounding`.
         start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses;
             with rounding "nearest", that is what they get.
         loss: "mse", "fisher" (BRECQ), "kl" (of logits: the network as one unit), or a function of output, target and

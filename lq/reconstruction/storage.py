@@ -111,7 +111,10 @@ class Stored:
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """Rows, in memory of their own: on the tensor's device or, from a file, on the CPU."""
-        found = self.data[index].clone() if isinstance(index, slice) else self.data.index_select(0, index)
+        if isinstance(index, slice):
+            found = self.data[index].clone()
+        else:
+            found = self.data.index_select(0, index.to(self.data.device, non_blocking=True))
         self.give_back()
         return found
 

@@ -1,5 +1,7 @@
 """Roundings of weights: how the level of each is chosen. Interchangeable; one short file each."""
 
+from collections.abc import Callable
+
 from lq.errors import SpecError
 from lq.rounding.adaround import AdaRound as AdaRound
 from lq.rounding.grid import WeightGrid as WeightGrid
@@ -8,7 +10,12 @@ from lq.rounding.rounding import LearnedRounding as LearnedRounding
 from lq.rounding.rounding import Rounding as Rounding
 from lq.rounding.softmax import AnnealingSoftmax as AnnealingSoftmax
 
-_NAMED: dict[str, type[Rounding]] = {"nearest": Nearest, "adaround": AdaRound, "softmax": AnnealingSoftmax}
+_NAMED: dict[str, Callable[[], Rounding]] = {
+    "nearest": Nearest,
+    "adaround": AdaRound,
+    "softmax": AnnealingSoftmax,
+    "wide_softmax": lambda: AnnealingSoftmax(offsets=(-1, 0, 1)),
+}
 
 
 def rounding_of(rounding: str | Rounding) -> Rounding:

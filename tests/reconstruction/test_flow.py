@@ -133,9 +133,11 @@ def test_replaced_modules_get_their_forward_back():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     own = model[1].forward
     model[1].forward = own
-    with pytest.raises(KeyError), replaced({model[0]: lambda x: x + 1, model[1]: lambda x: x * 2}):
+    given = {model[0]: lambda x: x + 1, model[1]: lambda x: x * 2}
+    with replaced(given):
         assert torch.equal(model(torch.ones(1, 2)), torch.full((1, 2), 4.0))
-        raise KeyError
+    with pytest.raises(TypeError), replaced(given):
+        model(None)
     assert "forward" not in vars(model[0]) and vars(model[1])["forward"] is own
 
 

@@ -139,8 +139,8 @@ def test_what_becomes_of_activations(activations):
         assert after == before
     elif activations == "float":
         expected = {n: (q.step.item(), q.zero_point.item()) for n, q in activation_quantizers(fitted).items()}
-        for name in after:
-            assert after[name] == pytest.approx(expected[name], rel=2e-2)
+        for name, found in after.items():
+            assert found == pytest.approx(expected[name], rel=2e-2)
         assert after != before
     else:
         assert all(after[name] != before[name] for name in after)
@@ -150,7 +150,7 @@ def test_what_becomes_of_activations(activations):
 def test_float_activations_are_float_in_every_loss():
     """With 2-bit activations no loss of a single layer could be this small."""
     model, data = prepared(weights=8, skip=False)
-    lq.set_bits(model, {}, {name: 2 for name in activation_quantizers(model)})
+    lq.set_bits(model, {}, dict.fromkeys(activation_quantizers(model), 2))
     lq.calibrate(model, data)
     losses = {
         activations: max(unit.before for unit in run(copy.deepcopy(model), data, activations=activations).units)

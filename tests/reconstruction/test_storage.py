@@ -88,7 +88,8 @@ MB, KB = 10**6, 1024
 
 def resident():
     with open("/proc/self/status") as status:
-        return {k: int(v.split()[0]) * KB for k, v in (l.split(":") for l in status if l.startswith(("RssAnon", "RssFile")))}
+        lines = (line.split(":") for line in status if line.startswith(("RssAnon", "RssFile")))
+        return {name: int(value.split()[0]) * KB for name, value in lines}
 
 
 storage = Storage(torch.device("cpu"), 20 * MB)

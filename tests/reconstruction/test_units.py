@@ -87,7 +87,7 @@ def test_light_timm_models(name, size, blocks):
 
 
 def test_residual_blocks_need_no_help_of_the_model():
-    model, found = cut(ResNet(3), samples((3, 8, 8), 2), "block")
+    _, found = cut(ResNet(3), samples((3, 8, 8), 2), "block")
     assert names(found) == ["stem+act", "blocks.0", "blocks.1", "blocks.2", "head"]
     assert [unit.is_block for unit in found] == [False, True, True, True, False]
 
