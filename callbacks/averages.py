@@ -2,6 +2,7 @@
 
 import lightning.pytorch as pl
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lq.sites import copy_quantizers
 
@@ -16,5 +17,5 @@ def give_to_averages(trainer: pl.Trainer, module: nn.Module, *, weights: bool = 
         if isinstance(average, nn.Module):
             copy_quantizers(module, average)
             if weights:
-                copied = getattr(average, "module", average)
+                copied = average.module if isinstance(average, AveragedModel) else average
                 copied.load_state_dict(module.state_dict())

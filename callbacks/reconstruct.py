@@ -5,7 +5,8 @@ It runs in ``on_fit_start``, after `Quantize` (and `AllocateBits`, `SynthesizeDa
 kept in a file, from which a run that was killed goes on.
 """
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +27,7 @@ from lq.reconstruction.drop import Drop, drop_of
 from lq.reconstruction.engine import Activations, Start
 from lq.reconstruction.granularity import Metric
 from lq.reconstruction.losses import Loss, loss_of
-from lq.reconstruction.reconstruct import Units
+from lq.reconstruction.reconstruct import Units, check_choices
 from lq.reconstruction.storage import dtype_of, memory_in_bytes
 from lq.rounding import Rounding, rounding_of
 from lq.sites import require_attached
@@ -50,7 +51,7 @@ class Reconstruct(pl.Callback):
         iterations: optimizer steps for a unit.
         start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses.
         batch_size: samples in a step, over all ranks.
-        activations: "learned" along with the rounding, "quantized" with the steps they have, or "float" meanwhile.
+        activation_mode: "learned" along with the rounding, "quantized" with the steps they have, or "float" meanwhile.
         step_lr: learning rate of the logarithm of activation steps; None: by the number of iterations.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
         bias_lr: learning rate of the layers' biases; 0: they stay.
@@ -86,7 +87,7 @@ class Reconstruct(pl.Callback):
         *,
         start: Start = "float",
         batch_size: int = 32,
-        activations: Activations = "learned",
+        activation_mode: Activations = "learned",
         step_lr: float | None = None,
         regularization: float = 0.0,
         bias_lr: float = 0.0,
@@ -109,11 +110,22 @@ class Reconstruct(pl.Callback):
         drop_of(drop)
         memory_in_bytes(memory)
         dtype_of(dtype)
+        check_choices(
+            units=units,
+            metric=metric,
+            activation_mode=activation_mode,
+            start=start,
+            step_lr=step_lr,
+            bias_lr=bias_lr,
+            regularization=regularization,
+            iterations=iterations,
+            batch_size=batch_size,
+            merges=merges,
+            search_iterations=search_iterations,
+            samples=samples,
+        )
         if when not in get_args(When):
             raise SpecError(f"when={when!r} is unknown; use one of {get_args(When)}")
-        for name, value in {"iterations": iterations, "batch_size": batch_size, "samples": samples}.items():
-            if value < 1:
-                raise SpecError(f"{name}={value} must be at least 1")
         self.units = units
         self.rounding = rounding
         self.loss = loss
@@ -121,7 +133,7 @@ class Reconstruct(pl.Callback):
         self.iterations = iterations
         self.start: Start = start
         self.batch_size = batch_size
-        self.activations: Activations = activations
+        self.activation_mode: Activations = activation_mode
         self.step_lr = step_lr
         self.regularization = regularization
         self.bias_lr = bias_lr
@@ -139,6 +151,8 @@ class Reconstruct(pl.Callback):
         self.forward = forward
         self.reconstruction: Reconstruction | None = None
         self._teacher: nn.Module | None = None
+        self._restored = False
+        self._done: Callable[[], nn.Module | None] = lambda: None  # the module that the report is of, weakly
 
     @property
     @override
@@ -148,7 +162,7 @@ class Reconstruct(pl.Callback):
             units=self.units,
             rounding=repr(self.rounding),
             loss=repr(self.loss),
-            activations=self.activations,
+            activation_mode=self.activation_mode,
             when=self.when,
         )
 
@@ -156,7 +170,7 @@ class Reconstruct(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reconstruct before training; nothing if a checkpoint brought what came of it."""
         require_attached(pl_module, "Reconstruct")
-        if self.when == "start":
+        if self.when == "start" or trainer.max_epochs == 0:  # then training has no end
             self._reconstruct(trainer, pl_module)
 
     @override
@@ -185,9 +199,10 @@ class Reconstruct(pl.Callback):
         """Restore what was done; weights and steps are in the module's own state."""
         saved = state_dict["reconstruction"]
         self.reconstruction = None if saved is None else Reconstruction.from_json(saved)
+        self._restored = saved is not None
 
     def _reconstruct(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.reconstruction is not None:
+        if self.reconstruction is not None and (self._restored or self._done() is module):
             return
         if needs_calibration(module):
             raise StateError(
@@ -209,7 +224,7 @@ class Reconstruct(pl.Callback):
                 drop=self.drop,
                 iterations=1 if fast else self.iterations,
                 batch_size=self.batch_size,
-                activations=self.activations,
+                activation_mode=self.activation_mode,
                 step_lr=self.step_lr,
                 regularization=self.regularization,
                 bias_lr=self.bias_lr,
@@ -225,8 +240,10 @@ class Reconstruct(pl.Callback):
                 forward=forward_of(trainer, module, self.forward, autocast=False),
                 reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
                 ranks=trainer.world_size,
+                rank=trainer.global_rank,
                 watch=lambda steps, name: _shown(trainer, steps, name),
             )
+        self._done, self._restored = weakref.ref(module), False
         give_to_averages(trainer, module, weights=True)
         self._report(trainer, self.reconstruction)
 

@@ -152,6 +152,7 @@ class _FakeQuantize(torch.autograd.Function):
             return _mixed(inside, grad32, kept).to(x.dtype), *(None,) * 7
         sums = _Sums(step, low, high, to_bounds, rule)
         plain = x32.is_contiguous() and grad32.is_contiguous() and _on_host(x)
+        plain = plain and (kept is None or kept.is_contiguous())
         if plain and y is not None and not isinstance(low, Tensor):
             grad_x = _tensor_gradients(grad32, x32, y, sums, kept)
         elif plain and step.ndim and step.numel() == step.shape[0] and kept is None:

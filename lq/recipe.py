@@ -25,7 +25,8 @@ def recipe(name: str, **overrides: Any) -> list[Any]:
 
     Args:
         name: one of `recipe_names`, or the path of a YAML file of the same form.
-        overrides: new values of arguments; each reaches every callback that has an argument of that name.
+        overrides: new values of arguments; each replaces what the recipe says, or else, if it says nothing, reaches
+            every callback that has an argument of that name.
 
     Raises:
         RecipeError: if there is no such recipe, or no callback of it takes an override.
@@ -41,9 +42,11 @@ def recipe(name: str, **overrides: Any) -> list[Any]:
             known = sorted(set().union(*accepted))
             near = difflib.get_close_matches(key, known, n=3) or known
             raise RecipeError(f"no callback of recipe {name!r} takes {key!r}; did you mean {', '.join(near)}?")
+    given = [set(entry["init_args"]) for entry in entries]
+    takers = {key: given if any(key in names for names in given) else accepted for key in overrides}
     return [
-        cls(**{**entry.get("init_args", {}), **{key: value for key, value in overrides.items() if key in arguments}})
-        for cls, entry, arguments in zip(classes, entries, accepted, strict=True)
+        cls(**{**entry["init_args"], **{key: value for key, value in overrides.items() if key in takers[key][index]}})
+        for index, (cls, entry) in enumerate(zip(classes, entries, strict=True))
     ]
 
 

@@ -81,7 +81,7 @@ class Classifier(L.LightningModule):
 
 @dataclass(frozen=True)
 class Run:
-    """What to run; `iterations` are those of a unit.
+    """What to run; `iterations` are those of a unit, `skip` says whether skip paths are quantized.
 
     Its result has top1 in percent, kl in nats, seconds, cpu_seconds of the process, and units: for each `Reconstruct`
     the name, the losses before and after, iterations and seconds of its units.
@@ -94,6 +94,7 @@ class Run:
     seed: int
     iterations: int
     images: int
+    skip: bool = True
 
     def __str__(self) -> str:
         return f"{self.model} {self.method} W{self.weights}A{self.activations}, seed {self.seed}"
@@ -167,8 +168,14 @@ def decoded(reader: Any, name: str, card: Any, folder: Path) -> TensorDataset:
 def callbacks(run: Run, memory: str) -> list[Any]:
     """What a user would list: a recipe at other widths."""
     more = {} if run.method in WITHOUT_SEED else {"seed": run.seed, "memory": memory}
-    made = lq.recipe(RECIPES.get(run.method, run.method), weights=run.weights, symmetric=False, **more)
-    made[0].activations = run.activations  # not as an override: `Reconstruct` has another argument of that name
+    made = lq.recipe(
+        RECIPES.get(run.method, run.method),
+        weights=run.weights,
+        activations=run.activations,
+        symmetric=False,
+        skip=run.skip,
+        **more,
+    )
     if run.method in WITHOUT_SEED:
         return made[:1] if run.method == "nearest" else made
     stages = [callback for callback in made if isinstance(callback, Reconstruct)]
@@ -183,14 +190,15 @@ def callbacks(run: Run, memory: str) -> list[Any]:
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
     """The float network, then every method with its seeds at every width."""
-    found = [Run(options.model, "float", 32, 32, 0, 0, options.images)]
+    found = [Run(options.model, "float", 32, 32, 0, 0, options.images, options.skip)]
     for widths in options.widths:
         for method in options.methods:
             iterations = 0 if method in WITHOUT_SEED else options.iterations
             if method == "nwq":
                 iterations = options.nwq_iterations or CIFAR_UNITS * iterations
             for seed in options.seeds[:1] if method in WITHOUT_SEED else options.seeds:
-                found.append(Run(options.model, method, widths[0], widths[1], seed, iterations, options.images))
+                rest = (seed, iterations, options.images, options.skip)
+                found.append(Run(options.model, method, widths[0], widths[1], *rest))
     return found
 
 
@@ -480,6 +488,7 @@ def main(arguments: list[str] | None = None) -> None:
         one.add_argument("--seeds", nargs="+", type=int, default=[0])
         one.add_argument("--memory", default="4GB", help="limit for captured activations")
         one.add_argument("--nwq-iterations", type=int, help=f"of all units together; by default {CIFAR_UNITS} times")
+        one.add_argument("--skip", action=argparse.BooleanOptionalAction, help="quantize skip paths; not in a ViT")
         one.set_defaults(methods=methods, model=CIFAR)
         if name == "oscillation":
             one.add_argument("--plot", type=Path, default=OUTPUT / "oscillation.png")
@@ -512,6 +521,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("nwq reconstructs the whole network at once: give --nwq-iterations")
     if options.command == "qdrop" and (options.python is None) != (options.code is None):
         parser.error("QDrop's code needs both --code and --python")
+    if getattr(options, "skip", True) is None:  # outliers in the residual stream of a ViT do not bear 8 bits
+        options.skip = not options.model.startswith("vit")
     if options.data is not None:
         os.environ["LQ_DATA"] = options.data
     torch.set_num_threads(options.threads)

@@ -8,7 +8,8 @@ and process CPU seconds of finding ranges and of reconstruction, the number of u
 
 All tools get the same float network, images, widths, iterations and batch size; the first and last layers have 8 bits.
 For AdaRound weights are symmetric per channel; for QDrop they have zero points, and activations of skip paths are
-quantized.
+quantized. "ranges" and "reconstruction" are cut alike as far as the tools allow: AIMET's ranges include its analysis of
+the network's graph. AIMET has no ranges of activations, and no tool a top-1, where only some layers are reconstructed.
 """
 
 import argparse
@@ -133,15 +134,15 @@ def layers_of(net: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def lq_adaround(job: Job) -> None:
     """`lq.reconstruct`, a layer at a time."""
-    lq_reconstruct(job, units="layer", drop=0.0, activations="float", symmetric=True, skip=False)
+    lq_reconstruct(job, units="layer", drop=0.0, activation_mode="float", symmetric=True, skip=False)
 
 
 def lq_qdrop(job: Job) -> None:
     """`lq.reconstruct` as in the recipe qdrop."""
-    lq_reconstruct(job, units="block", drop=0.5, activations="learned", symmetric=False, skip=True)
+    lq_reconstruct(job, units="block", drop=0.5, activation_mode="learned", symmetric=False, skip=True)
 
 
-def lq_reconstruct(job: Job, *, units: str, drop: float, activations: str, symmetric: bool, skip: bool) -> None:
+def lq_reconstruct(job: Job, *, units: str, drop: float, activation_mode: str, symmetric: bool, skip: bool) -> None:
     """Fold, attach, calibrate, reconstruct."""
     lq, options = tool("lq"), job.options
     model = job.net
@@ -158,7 +159,7 @@ def lq_reconstruct(job: Job, *, units: str, drop: float, activations: str, symme
             job.batches(),
             units=names if options.layers else units,
             drop=drop,
-            activations=activations,
+            activation_mode=activation_mode,
             iterations=options.iterations,
             batch_size=options.batch_size,
             seed=options.seed,

@@ -8,15 +8,16 @@ begins. No unit is computed twice, and only outputs that a later unit needs are 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from lq.cost import batch_size
-from lq.errors import StateError
-from lq.reconstruction.flow import Flow, Lies, Run, arguments, replaced, returning, stop_at
+from lq.errors import DataError, StateError
+from lq.reconstruction.flow import Flow, Lies, Run, arguments, first_samples, replaced, returning, stop_at
 from lq.reconstruction.storage import Storage, Stored
 from lq.reconstruction.units import Unit
 from lq.sites import INPUT, OUTPUT
@@ -54,12 +55,33 @@ class Batches:
         ]
         return tree_unflatten(leaves, spec)
 
+    def example(self, count: int) -> Any:
+        """The first samples, of one batch or more.
+
+        Raises:
+            DataError: if there are fewer.
+        """
+        if self.samples < count:
+            raise DataError(f"reconstruction got {self.samples} sample(s); give at least {count}")
+        found, size = self[0], self.sizes[0]
+        for position in range(1, len(self.sizes)):
+            if size < count:
+                found = tree_map(partial(_joined, size), found, self[position])
+                size += self.sizes[position]
+        return first_samples(found, size, count)
+
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Number of the first sample, number of samples, and the batch."""
         start = 0
         for position, size in enumerate(self.sizes):
             yield start, size, self[position]
             start += size
+
+
+def _joined(size: int, first: Any, second: Any) -> Any:
+    """Two leaves of batches as one, if they hold a row for each sample; `size` is the number of those in the first."""
+    rows = isinstance(first, Tensor) and first.ndim > 0 and first.shape[0] == size
+    return torch.cat([first, second]) if rows else first
 
 
 @dataclass

@@ -47,7 +47,7 @@ class Method:
         drop: share of activations that stay float, by progress.
         iterations: steps of the optimizer.
         batch_size: samples in a step, over all ranks.
-        activations: "learned" (their steps are learned along), "quantized" (with the steps they have) or "float".
+        activation_mode: "learned" (their steps are learned along), "quantized" (with the steps they have) or "float".
         step_lr: learning rate of the logarithm of activation steps, for Adam; falls to 0 as a cosine; None: by the
             number of iterations.
         early_stop: end when the loss falls no further and the rounding is decided.
@@ -61,7 +61,7 @@ class Method:
     drop: Drop
     iterations: int = 20_000
     batch_size: int = 32
-    activations: Activations = "learned"
+    activation_mode: Activations = "learned"
     step_lr: float | None = None
     early_stop: bool = False
     regularization: float = 0.0
@@ -205,17 +205,21 @@ def fit_unit(
     curve = torch.zeros(min(_POINTS, method.iterations), device=device)
     taken = 0
     with fitting.taps():
-        for step in progress(range(method.iterations)):
+        for step in progress(range(method.iterations if fitting.parameters else 0)):
             loss = fitting.step(step, order[step], data, reduce, ranks)
             curve[step * len(curve) // method.iterations] = loss
             taken = step + 1
             if method.early_stop and fitting.is_settled(step, curve, reduce, ranks):
                 break
+    if not fitting.is_finite():
+        last = float(curve[max(0, taken * len(curve) // method.iterations - 1)])
+        raise DivergenceError(
+            f"reconstruction diverged: after {taken} steps the loss is {last}, it was {before}; "
+            "lower step_lr, bias_lr or the lr of the rounding"
+        )
     undo = fitting.write()
     after = _mean_loss(modules, data, method, samples, reduce, ranks)
-    if not math.isfinite(after):
-        raise DivergenceError(f"reconstruction diverged: the loss is {after}, it was {before}; lower lr or step_lr")
-    if after > before:
+    if not after <= before:
         undo()
         after = before
     points = curve[: max(1, taken * len(curve) // method.iterations)].tolist() if method.iterations else []
@@ -241,7 +245,7 @@ class _Fitting:
         self.method = method
         self.generator = generator
         self.rounding = method.rounding.begin(grid)
-        learned = quantizers.learned if method.activations == "learned" else []
+        learned = quantizers.learned if method.activation_mode == "learned" else []
         steps = [quantizer.log2_step.detach() for quantizer in learned]
         self.log2_steps = torch.stack(steps).requires_grad_() if steps else None
         groups: list[dict[str, Any]] = []
@@ -332,6 +336,15 @@ class _Fitting:
             undecided = ((self.rounding.levels() - self.rounding.hard_levels()).abs() > 0.05).float().mean()
         return not bool(falls) and bool(undecided < 1e-3)
 
+    def is_finite(self) -> bool:
+        """Whether all that was learned are numbers; if not, biases are what they were."""
+        if all(bool(parameter.detach().isfinite().all()) for parameter in self.parameters):
+            return True
+        with torch.no_grad():
+            for bias, old in zip(self.biases, self._old_biases, strict=True):
+                bias.copy_(old)
+        return False
+
     @torch.no_grad()
     def write(self) -> Callable[[], None]:
         """Put into the model what was learned; returns a function that takes it back."""
@@ -359,7 +372,7 @@ class _Fitting:
         return lambda weight: self._weights[i].to(weight.dtype)
 
     def _activation(self, part: ActivationQuantizer) -> Callable[[Tensor], Tensor]:
-        if self.method.activations == "float":
+        if self.method.activation_mode == "float":
             return lambda x: x
         bounds, own = part.bounds, part.log2_step.detach()
         position = self.learned.get(id(part))

@@ -57,8 +57,8 @@ def squared_gradients(
 
     def keep(k: int) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            outputs[k] = output.detach().requires_grad_() if not output.requires_grad else output
-            return outputs[k] * 1 if outputs[k].is_leaf else output  # code behind it may change it in place
+            outputs[k] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[k] * 1  # code behind it may change it in place
 
         return hook
 

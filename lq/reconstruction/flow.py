@@ -44,11 +44,13 @@ class Lies:
 
 @dataclass
 class Seen:
-    """One unit in a run: the leaves of its arguments, their structure, and its output."""
+    """One unit in a run: the leaves of its arguments, their structure, its output; and copies of what they were."""
 
     leaves: list[Any]
     spec: TreeSpec
     output: Tensor
+    given: list[Any]
+    made: Tensor
     versions: tuple[int, ...] = ()
     output_version: int = 0
 
@@ -86,6 +88,11 @@ def find_flow(model: nn.Module, units: Sequence[Unit], run: Run, example: Any, s
         seen, fewer = (_record(model, units, run, part) for part in (example, first_samples(example, samples, 1)))
     inputs, outputs = [], []
     for unit, one, other in zip(units, seen, fewer, strict=True):
+        if any(not isinstance(a, Tensor) and a != b for a, b in zip(one.leaves, other.leaves, strict=True)):
+            raise DataError(
+                f"unit {unit.name} is called with values that depend on the number of samples, which cannot be "
+                "captured; choose other units, by name"
+            )
         inputs.append(tuple(_lies(a, b, samples) for a, b in zip(one.leaves, other.leaves, strict=True)))
         output = _lies(one.output, other.output, samples)
         if output is None or not any(inputs[-1]):
@@ -145,18 +152,20 @@ def stop_at(module: nn.Module, taken: list[Any]) -> Iterator[None]:
 def _record(model: nn.Module, units: Sequence[Unit], run: Run, batch: Any) -> list[Seen]:
     found: dict[int, Seen] = {}
     given: dict[int, tuple[list[Any], TreeSpec, tuple[int, ...]]] = {}
+    kept: dict[int, list[Any]] = {}
 
     def before(k: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             leaves, spec = tree_flatten((args, kwargs))
             given[k] = leaves, spec, tuple(t._version if isinstance(t, Tensor) else 0 for t in leaves)
+            kept[k] = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
 
         return hook
 
     def after(k: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             leaves, spec, versions = given[k]
-            found[k] = Seen(leaves, spec, output, versions, output._version)
+            found[k] = Seen(leaves, spec, output, kept[k], output.clone(), versions, output._version)
 
         return hook
 
@@ -222,10 +231,37 @@ def _needs(
             found.append(frozenset({direct[k]}))
             continue
         # an average, so that neither its size nor that of the gradient matters: only whether there is one
-        total = sum((t.double().mean() for t in tensors if t.is_floating_point()), torch.zeros(()))
+        with torch.enable_grad():
+            total = sum((t.double().mean() for t in tensors if t.is_floating_point()), torch.zeros(()))
         grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True) if tensors else ()
         found.append(frozenset(j for j, grad in enumerate(grads) if grad is not None and j != k))
+    # Where code between units stops gradients (frozen parts, comparisons), all that came before is kept.
+    for k in (k for k in range(1, len(units)) if direct[k] is None):
+        if not _suffices(model, units, run, example, seen, k, found[k]):  # type: ignore[arg-type]
+            found[k] = frozenset(range(k))
     return tuple(found)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _suffices(
+    model: nn.Module,
+    units: Sequence[Unit],
+    run: Run,
+    example: Any,
+    seen: Sequence[Seen],
+    k: int,
+    needed: frozenset[int],
+) -> bool:
+    """Whether the arguments of unit `k` are what they were if only these outputs of earlier units are."""
+    outputs = {j: seen[j].made.clone() if j in needed else torch.zeros_like(seen[j].made) for j in range(k)}
+    taken: list[Any] = []
+    with replaced(returning(model, units, outputs)), stop_at(units[k].bind(model)[0], taken):
+        run(model, example)
+    leaves = tree_flatten(taken[0])[0] if taken else []
+    return all(
+        not isinstance(a, Tensor) or torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+        for a, b in zip(leaves, seen[k].given, strict=True)
+    )
 
 
 def returning(

@@ -87,7 +87,9 @@ def merge_units(
     ordered = sorted(inner, key=lambda k: -abs(_log(scores[k + 1]) - _log(scores[k])))
     chained = [k for k in ordered if flow.direct[k + 1] == k]
     chosen = set(chained[:count])
-    missed = [k for k in ordered[: len(chosen) + 1] if k not in chosen and flow.direct[k + 1] != k]
+    last = max((ordered.index(k) + 1 for k in chosen), default=0)
+    last = last if len(chosen) == count else max(last, count)
+    missed = [k for k in ordered[:last] if flow.direct[k + 1] != k]
     merged: list[Unit] = []
     for k, unit in enumerate(units):
         if k - 1 in chosen:

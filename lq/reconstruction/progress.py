@@ -28,10 +28,14 @@ class Progress:
         path: the file; None: nothing is kept.
         model: the model that is reconstructed.
         fingerprint: what tells this run from others.
+        writes: whether this is the rank that writes.
     """
 
-    def __init__(self, path: Path | None, model: nn.Module | None, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | None, model: nn.Module | None, fingerprint: Mapping[str, Any], writes: bool = True
+    ) -> None:
         self.path = path
+        self.writes = writes
         self.model = model
         self.fingerprint = dict(fingerprint)
         self._units: list[dict[str, Any]] = []
@@ -44,7 +48,12 @@ class Progress:
 
     @classmethod
     def open(
-        cls, path: str | Path | None, model: nn.Module, fingerprint: Mapping[str, Any], reduce: Reduce | None
+        cls,
+        path: str | Path | None,
+        model: nn.Module,
+        fingerprint: Mapping[str, Any],
+        reduce: Reduce | None,
+        writes: bool = True,
     ) -> "Progress":
         """Read the file, if there is one.
 
@@ -54,11 +63,22 @@ class Progress:
         if path is None:
             return cls.none()
         found = cls(Path(path), model, {**fingerprint, "model": digest([*model.parameters(), *model.buffers()])})
+        found.writes = writes
+        error: StateError | None = None
         if Path(path).exists():
-            found._read(Path(path))
-        if reduce is not None:  # the ranks may have seen the file at different times
-            finished = reduce(torch.tensor(float(found._finished), device=next(model.parameters()).device), "min")
-            found._finished = int(finished)
+            try:
+                found._read(Path(path))
+            except StateError as raised:
+                error = raised
+        if reduce is not None:  # a rank may have no such file; and an error is one of all ranks
+            device = next(model.parameters()).device
+            found._finished = int(reduce(torch.tensor(float(found._finished), device=device), "min"))
+            if error is None and bool(reduce(torch.tensor(float(error is not None), device=device), "max") > 0):
+                error = StateError(f"{path} could not be used by another rank; its message says why")
+            elif error is not None:
+                reduce(torch.tensor(1.0, device=device), "max")
+        if error is not None:
+            raise error
         del found._units[found._finished :]
         return found
 
@@ -78,11 +98,11 @@ class Progress:
 
     def keep(self, report: UnitReport, quantizers: UnitQuantizers) -> None:
         """Note a unit that has just been written into the model."""
-        if self.path is None or self.model is None:
+        if self.path is None or self.model is None or not self.writes:
             return
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         parts = [*(weight for _, weight in quantizers.weights), *quantizers.biases]
-        parts += [part.log2_step for part in quantizers.learned]
+        parts += [state for part in quantizers.learned for state in (part.log2_step, part.zero_point)]
         tensors = {names[id(part)]: part.detach().cpu().clone() for part in parts}
         self._units.append({"report": asdict(report), "tensors": tensors})
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +113,7 @@ class Progress:
     def _read(self, path: Path) -> None:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            saved, units = content["fingerprint"], content["units"]
+            saved, units = dict(content["fingerprint"]), list(content["units"])
         except Exception as error:
             raise StateError(
                 f"{path} does not hold the progress of a reconstruction ({type(error).__name__}: {error}); "

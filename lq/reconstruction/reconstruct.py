@@ -4,15 +4,15 @@ For each unit in the order they run: capture its inputs in the network quantized
 rounding of its weights and the steps of its activations, write them into the model. AdaRound, BRECQ, QDrop, MRECG and
 NWQ are choices of its arguments:
 
-==========  =========  ============  ==========  ============  ==========================================
-method      units      rounding      drop        activations   loss
-==========  =========  ============  ==========  ============  ==========================================
-AdaRound    "layer"    "adaround"    0           "float"       "mse"
-BRECQ       "block"    "adaround"    0           "float"       "mse" (its code) or "fisher" (its paper)
-QDrop       "block"    "adaround"    0.5         "learned"     "mse"
-MRECG       "mixed"    "adaround"    0.5         "learned"     "mse"
-NWQ         "network"  "softmax"     "annealed"  "learned"     "mse", regularization=1
-==========  =========  ============  ==========  ============  ==========================================
+==========  =========  ============  ==========  ===============  ==========================================
+method      units      rounding      drop        activation_mode  loss
+==========  =========  ============  ==========  ===============  ==========================================
+AdaRound    "layer"    "adaround"    0           "float"          "mse"
+BRECQ       "block"    "adaround"    0           "float"          "mse" (its code) or "fisher" (its paper)
+QDrop       "block"    "adaround"    0.5         "learned"        "mse"
+MRECG       "mixed"    "adaround"    0.5         "learned"        "mse"
+NWQ         "network"  "softmax"     "annealed"  "learned"        "mse", regularization=1
+==========  =========  ============  ==========  ===============  ==========================================
 """
 
 import re
@@ -46,7 +46,7 @@ from lq.reconstruction.engine import (
     tapped,
 )
 from lq.reconstruction.fisher import squared_gradients
-from lq.reconstruction.flow import Flow, find_flow, first_samples
+from lq.reconstruction.flow import Flow, find_flow
 from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
 from lq.reconstruction.losses import Loss, loss_of
 from lq.reconstruction.progress import Progress, digest
@@ -74,7 +74,7 @@ def reconstruct(
     drop: float | str | Drop = 0.5,
     iterations: int = 20_000,
     batch_size: int = 32,
-    activations: Activations = "learned",
+    activation_mode: Activations = "learned",
     step_lr: float | None = None,
     regularization: float = 0.0,
     bias_lr: float = 0.0,
@@ -90,6 +90,7 @@ def reconstruct(
     forward: Forward | None = None,
     reduce: Reduce | None = None,
     ranks: int = 1,
+    rank: int = 0,
     watch: Watch = lambda steps, name: steps,
 ) -> Reconstruction:
     """Learn the rounding of the weights of `model`, and the steps of its activations, in place.
@@ -111,7 +112,7 @@ def reconstruct(
             progress.
         iterations: optimizer steps for a unit.
         batch_size: samples in a step, over all ranks.
-        activations: "learned" along with the rounding, from ranges that fit those of the float network; "quantized"
+        activation_mode: "learned" along with the rounding, from ranges that fit those of the float network; "quantized"
             with the steps they have; or "float", and given the ranges that fit in the end.
         step_lr: learning rate of the logarithm of activation steps; falls to 0 as a cosine; None: by the number of
             iterations.
@@ -130,6 +131,7 @@ def reconstruct(
             lists.
         reduce: combines a tensor over ranks: called with it and "sum", "min" or "max". Each rank has its own batches.
         ranks: number of ranks that `reduce` combines.
+        rank: which of them this is; the first one writes.
         watch: wraps the steps of a unit, given its name.
 
     Returns:
@@ -152,26 +154,28 @@ def reconstruct(
     require_attached(model, "lq.reconstruct")
     if needs_calibration(model):
         raise StateError("lq.reconstruct needs calibrated quantizers; run lq.calibrate(model, batches) first")
-    for name, value in {"iterations": iterations, "batch_size": batch_size, "merges": merges}.items():
-        if value < 1:
-            raise SpecError(f"{name}={value} must be at least 1")
+    check_choices(
+        units=units,
+        metric=metric,
+        activation_mode=activation_mode,
+        start=start,
+        iterations=iterations,
+        search_iterations=search_iterations,
+        batch_size=batch_size,
+        merges=merges,
+        step_lr=step_lr,
+        bias_lr=bias_lr,
+        regularization=regularization,
+    )
     if batch_size % ranks:
         raise SpecError(f"batch_size={batch_size} cannot be shared by {ranks} ranks; give a multiple of their number")
-    if (step_lr is not None and step_lr <= 0) or regularization < 0 or bias_lr < 0:
-        raise SpecError(
-            f"step_lr={step_lr} must be positive, regularization={regularization} and bias_lr={bias_lr} not negative"
-        )
-    if start not in get_args(Start):
-        raise SpecError(f"start={start!r} is unknown; use one of {get_args(Start)}")
-    if units == "mixed" and metric not in ("modcap", "loss"):
-        raise SpecError(f"metric={metric!r} is unknown; use 'modcap' or 'loss'")
     method = Method(
         rounding_of(rounding),
         loss_of(loss),
         drop_of(drop),
         iterations,
         batch_size,
-        activations,
+        activation_mode,
         step_lr,
         early_stop,
         regularization,
@@ -184,13 +188,44 @@ def reconstruct(
         raise DataError("reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch")
     twin = float_copy(model) if teacher is None else teacher
     work = _Work(model, twin, data, forward, storage, dtype, reduce, ranks, seed)
-    with work.ready(activations):
+    with work.ready(activation_mode):
         cut = work.units("block" if units == "mixed" else units)
         merged = None
         if units == "mixed":
             cut, merged = work.merged(cut, metric, merges, replace(method, iterations=search_iterations))
-        progress = Progress.open(resume, model, work.fingerprint(cut, method), reduce)
+        progress = Progress.open(resume, model, work.fingerprint(cut, method), reduce, writes=rank == 0)
         return Reconstruction(tuple(work.run(cut, method, watch, progress)), merged)
+
+
+def check_choices(
+    *,
+    units: Units,
+    metric: Metric,
+    activation_mode: Activations,
+    start: Start,
+    step_lr: float | None,
+    bias_lr: float,
+    regularization: float,
+    **counts: int,
+) -> None:
+    """Raise a `SpecError` for arguments of `reconstruct` that do not exist; `counts` have to be at least 1."""
+    chosen = (
+        ("units", units, ("layer", "block", "mixed", "network")),
+        ("metric", metric, get_args(Metric)),
+        ("activation_mode", activation_mode, get_args(Activations)),
+        ("start", start, get_args(Start)),
+    )
+    for name, value, choices in chosen:
+        if (isinstance(value, str) and value not in choices) or not isinstance(value, (str, Sequence)):
+            more = ", or a list of module names" if name == "units" else ""
+            raise SpecError(f"{name}={value!r} is unknown; use one of {choices}{more}")
+    for name, count in counts.items():
+        if count < 1:
+            raise SpecError(f"{name}={count} must be at least 1")
+    if (step_lr is not None and step_lr <= 0) or regularization < 0 or bias_lr < 0:
+        raise SpecError(
+            f"step_lr={step_lr} must be positive, regularization={regularization} and bias_lr={bias_lr} not negative"
+        )
 
 
 class _Work:
@@ -217,7 +252,7 @@ class _Work:
         self.reduce = reduce
         self.ranks = ranks
         self.seed = seed
-        self.example = first_samples(data[0], data.sizes[0], 2)
+        self.example = data.example(2)
 
     def forward_on(self, model: nn.Module, batch: Any) -> Any:
         """Run either model on a batch."""
@@ -226,10 +261,13 @@ class _Work:
     @contextmanager
     def ready(self, activations: Activations) -> Iterator[None]:
         """Eval mode, no gradients for the model's own parameters, activations quantized or not."""
-        if activations not in ("learned", "quantized", "float"):
-            raise SpecError(f"activations={activations!r} is unknown; use 'learned', 'quantized' or 'float'")
         wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with eval_mode(self.model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+        with (
+            eval_mode(self.model),
+            eval_mode(self.twin),
+            torch.compiler.set_stance("force_eager"),
+            ExitStack() as stack,
+        ):
             for part in activation_quantizers(self.model).values() if activations == "float" else ():
                 stack.enter_context(tapped(part, lambda x: x))
             try:
@@ -248,8 +286,7 @@ class _Work:
 
     def flow(self, units: Sequence[Unit]) -> Flow:
         """How tensors come from one unit to the next."""
-        samples = min(2, self.data.sizes[0])
-        return find_flow(self.twin, units, self.forward_on, self.example, samples)
+        return find_flow(self.twin, units, self.forward_on, self.example, 2)
 
     def merged(self, blocks: Sequence[Unit], metric: Metric, count: int, method: Method) -> tuple[list[Unit], Merges]:
         """MRECG's units."""
@@ -293,7 +330,7 @@ class _Work:
             targets = whole.finish(k, float_inputs)
             report = progress.restored(k)
             if report is None:
-                if method.activations != "quantized":
+                if method.activation_mode != "quantized":
                     refit_ranges(modules, quantizers, float_inputs, self.data.samples, method.batch_size, self.reduce)
                 fitted = fit_unit(
                     modules,
@@ -320,12 +357,18 @@ class _Work:
         pairs = [(self.model.get_submodule(name), self.twin.get_submodule(name)) for name in inside]
         return Inside(unit.bind(self.twin), pairs) if pairs else None
 
+    def _data_digest(self) -> float:
+        """A number that the first batches of all ranks make together."""
+        tensors = [leaf for leaf in tree_leaves(self.data[0]) if isinstance(leaf, Tensor)]
+        found = torch.tensor(float(int(digest(tensors)[:6], 16)), device=self.storage.device)
+        return float(found if self.reduce is None or self.ranks == 1 else self.reduce(found, "sum"))
+
     def fingerprint(self, units: Sequence[Unit], method: Method) -> Mapping[str, Any]:
         """What has to be the same for a run to go on where another one ended."""
         return {
             "units": [unit.name for unit in units],
             "method": re.sub(" at 0x[0-9a-f]+", "", repr(method)),
-            "data": digest([leaf for leaf in tree_leaves(self.data[0]) if isinstance(leaf, Tensor)]),
+            "data": self._data_digest(),
             "samples": self.data.samples,
             "seed": self.seed,
             "ranks": self.ranks,

@@ -101,7 +101,8 @@ class Reconstruction:
             ]
             axes.plot([i for i, _ in found], [loss for _, loss in found], "s-", label=label)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize="x-small")
-        axes.set_yscale("log")
+        if all(unit.after > 0 for unit in self.units):
+            axes.set_yscale("log")
         axes.set_ylabel("reconstruction loss")
         axes.legend()
         figure.savefig(path)

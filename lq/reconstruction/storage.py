@@ -31,7 +31,7 @@ def memory_in_bytes(limit: str | float) -> int:
         found = 0.0 if isinstance(limit, bool) else float(limit)
     if not found > 0:
         raise SpecError(f"memory={limit!r}; give a number of bytes or a size such as '4GB'")
-    return int(found)
+    return int(min(found, 2.0**62))
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

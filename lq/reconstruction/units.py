@@ -10,7 +10,7 @@ One dry run of the float model (`lq.tracing`) says what is called once, with one
 Source: layers as in AdaRound (activation function included), blocks as in BRECQ, whose code lists classes instead.
 """
 
-import os
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -83,9 +83,9 @@ def find_units(
             f"{type(model).__name__} has no layer with a quantized weight, so that there is nothing to reconstruct; "
             "give Quantize or lq.attach a width for weights"
         )
-    if units == "network":
-        return [Unit((common_module(model)[0],))]
     finder = _Finder(twin, trace(twin, forward, example), list(quantized))
+    if units == "network":
+        return [finder.network(common_module(model)[0])]
     if not isinstance(units, str):
         return finder.named(units)
     if units not in get_args(Granularity):
@@ -126,14 +126,27 @@ class _Finder:
         outputs = self.seen.outputs.get(name, [])
         return len(self.seen.inputs.get(name, [])) == 1 and len(outputs) == 1 and outputs[0] is not None
 
+    def network(self, name: str) -> Unit:
+        """The module of that name, or the innermost around it that runs as a whole."""
+        while name and not self.runs_once(name):
+            name = name.rpartition(".")[0]
+        return Unit((name,))
+
     def named(self, units: Sequence[str | Sequence[str]]) -> list[Unit]:
         """Units that were given by name."""
         found = [Unit((unit,)) if isinstance(unit, str) else Unit(tuple(unit)) for unit in units]
+        if not found or not all(unit.modules for unit in found):
+            raise PatternError(f"units: {units!r} has no module, or an empty chain; give at least one name")
         for name in (name for unit in found for name in unit.modules):
             if name not in self.modules:
                 raise PatternError(f"units: {name!r} is no module of {type(self.model).__name__}")
             if not self.runs_once(name):
                 raise PatternError(f"units: {name!r} is not called exactly once with one tensor in and one out")
+        for first, second in (pair for unit in found for pair in zip(unit.modules, unit.modules[1:], strict=False)):
+            if first == second or self.seen.inputs[second] != [self.seen.outputs[first][0]]:
+                raise PatternError(
+                    f"units: {first!r} and {second!r} do not chain: the one's output is not the other's input"
+                )
         chosen = self.in_order(found)
         if len(chosen) != len(found):
             left = next(unit for unit in found if unit not in chosen)
@@ -192,10 +205,7 @@ class _Finder:
             from timm.models import group_parameters
 
             for parameters in group_parameters(module, matcher(coarse=False)).values():
-                name = ".".join(os.path.commonprefix([p.split(".")[:-1] for p in parameters]))
-                own = {p for p, _ in module.named_parameters() if p.startswith(f"{name}.")}
-                if name and own == set(parameters):
-                    found.append(f"{prefix}.{name}".lstrip("."))
+                found += [f"{prefix}.{name}".lstrip(".") for name in _whole(module, set(parameters))]
         return found
 
     def _is_residual(self, event: CallEvent) -> bool:
@@ -204,7 +214,7 @@ class _Finder:
         given = self.seen.inputs.get(event.module or "", [])
         if event.kind != "add" or len(both) != 2 or both[0] is both[1] or len(given) != 1:
             return False
-        if any(value.shape != event.result.shape for value in both):
+        if any(math.prod(value.shape) != math.prod(event.result.shape) for value in both):
             return False
         return any(value is given[0] or self._made_from(value, given[0], event.module or "") for value in both)
 
@@ -213,6 +223,21 @@ class _Finder:
         return any(
             name.rpartition(".")[0] == module and self.seen.inputs.get(name) == [given] for name in value.output_of
         )
+
+
+def _whole(model: nn.Module, parameters: set[str]) -> list[str]:
+    """The largest modules of `model` all of whose parameters are among those given; not what only wraps another."""
+    found: list[str] = []
+    for name, module in model.named_modules():  # outer ones come first
+        own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        wraps = any(
+            {f"{name}.{child}.{p}" for p, _ in part.named_parameters()} == own
+            for child, part in module.named_children()
+        )
+        taken = any(name.startswith(f"{outer}.") for outer in found)
+        if name and own and own <= parameters and not wraps and not taken:
+            found.append(name)
+    return found
 
 
 _ACTIVATIONS = set(ACTIVATIONS.values())

@@ -18,7 +18,7 @@ from lq.errors import SpecError
 from lq.rounding.grid import WeightGrid
 
 # Fractions are kept this far from the ends of the set, where the softmax would be one-hot from the start.
-_MARGIN = 1e-4
+_MARGIN = 2e-7
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,19 @@ class _Offsets:
 
     def _start(self, fraction: Tensor) -> Tensor:
         """Logits, shape (K, W), whose expectation is `fraction`; the likelier, the nearer an offset is."""
-        fraction = fraction.clamp(_MARGIN, 1 - _MARGIN)
+        low, high = min(self.rule.offsets), max(self.rule.offsets)
+        fraction = fraction.clamp(low + _MARGIN, high - _MARGIN)
         if len(self._offsets) == 2:
             logit = torch.logit(fraction)
             return torch.stack([-logit / 2, logit / 2])
-        logits = -2.0 * (self._offsets - fraction).square()
-        for _ in range(20):  # Newton: the derivative of the expectation by a tilt is the variance
+        offsets = self._offsets.double()
+        logits = -2.0 * (offsets - fraction).square()
+        for _ in range(30):  # Newton: the derivative of the expectation by a tilt is the variance
             p = logits.softmax(0)
-            mean = (p * self._offsets).sum(0)
-            variance = (p * (self._offsets - mean).square()).sum(0)
-            logits = logits + self._offsets * ((fraction - mean) / variance.clamp(min=1e-3))
-        return logits
+            mean = (p * offsets).sum(0)
+            variance = (p * (offsets - mean).square()).sum(0)
+            logits = logits + offsets * ((fraction - mean) / variance.clamp(min=1e-9)).clamp(-2, 2)
+        return logits.float()
 
     def advance(self, done: float) -> None:
         start, end = self.rule.temperature

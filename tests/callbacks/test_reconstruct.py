@@ -121,7 +121,7 @@ def test_two_in_a_row_aim_at_the_same_float_network():
     with torch.no_grad():
         expected = module(x)
     first, second = (
-        Teachers(rounding=r, activations=a, drop=0.0, iterations=10, batch_size=8, samples=32)
+        Teachers(rounding=r, activation_mode=a, drop=0.0, iterations=10, batch_size=8, samples=32)
         for r, a in ((FAST, "float"), ("nearest", "learned"))
     )
     fit(module, [quantize(), first, second], max_epochs=0)
@@ -133,7 +133,7 @@ def test_two_in_a_row_aim_at_the_same_float_network():
 
 def test_the_second_keeps_what_the_first_has_rounded():
     states = []
-    for callbacks in ([small(drop=0.0, activations="float")], [small(drop=0.0, activations="float"), None]):
+    for callbacks in ([small(drop=0.0, activation_mode="float")], [small(drop=0.0, activation_mode="float"), None]):
         module = tiny()
         made = [c or small(rounding="nearest", drop=0.0, step_lr=0.05) for c in callbacks]
         fit(module, [quantize(), *made], max_epochs=0)
@@ -252,7 +252,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
 def brecq(**options):
     return [
         quantize(),
-        small(units="layer", drop=0.0, activations="float", iterations=5, **options),
+        small(units="layer", drop=0.0, activation_mode="float", iterations=5, **options),
         small(units="layer", drop=0.0, rounding="nearest", iterations=5, **options),
     ]
 
@@ -444,7 +444,7 @@ def test_a_frozen_backbone():
         ({"iterations": 0}, "iterations=0 must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"samples": 0}, "samples=0 must be at least 1"),
-        ({"activations": "fixed"}, "activations='fixed' is unknown"),
+        ({"activation_mode": "fixed"}, "activation_mode='fixed' is unknown"),
         ({"units": "blocks"}, "units='blocks' is unknown"),
         ({"metric": "size"}, "metric='size' is unknown"),
         ({"merges": 0}, "merges=0 must be at least 1"),
@@ -465,5 +465,7 @@ def test_wrong_orders():
 
 
 def test_names_in_a_checkpoint_tell_two_of_them_apart():
-    keys = {small(**options).state_key for options in ({}, {"activations": "float"}, {"when": "end"}, {"units": ["a"]})}
+    keys = {
+        small(**options).state_key for options in ({}, {"activation_mode": "float"}, {"when": "end"}, {"units": ["a"]})
+    }
     assert len(keys) == 4

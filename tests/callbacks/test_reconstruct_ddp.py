@@ -64,10 +64,10 @@ torch.distributed.destroy_process_group()  # its threads must end before the int
 
 METHODS = {
     "qdrop": {},
-    "fisher": {"loss": "fisher", "drop": 0.0, "activations": "float"},
+    "fisher": {"loss": "fisher", "drop": 0.0, "activation_mode": "float"},
     "mixed": {"units": "mixed", "metric": "loss", "merges": 1, "search_iterations": 3},
     "network": {"units": "network", "regularization": 1.0, "drop": "annealed"},
-    "early": {"early_stop": True, "iterations": 60, "drop": 0.0, "activations": "quantized"},
+    "early": {"early_stop": True, "iterations": 60, "drop": 0.0, "activation_mode": "quantized"},
 }
 
 

@@ -89,11 +89,12 @@ def test_losses_are_those_of_the_model_as_it_is(rounding, activations):
     unit = Unit()
     before = unit.loss()
     with torch.no_grad():
-        found = unit.fit(method(rounding=ROUNDINGS[rounding], activations=activations, iterations=40, step_lr=0.02))
+        found = unit.fit(method(rounding=ROUNDINGS[rounding], activation_mode=activations, iterations=40, step_lr=0.02))
     assert found.before == pytest.approx(before, rel=1e-4)
     assert found.after == pytest.approx(unit.loss(), rel=1e-4)
     assert found.after < found.before or (rounding == "nearest" and activations != "learned")
-    assert found.iterations == 40 and len(found.curve) == 40
+    nothing = rounding == "nearest" and activations != "learned"  # is learned
+    assert found.iterations == 40 * (not nothing) and len(found.curve) == (1 if nothing else 40)
     check_written(unit.model)
 
 
@@ -102,7 +103,7 @@ def test_what_each_kind_of_activations_moves():
     for activations in ("learned", "quantized", "float"):
         unit = Unit()
         before, weights = unit.steps(), unit.weights()
-        unit.fit(method(activations=activations, iterations=40, step_lr=0.02))
+        unit.fit(method(activation_mode=activations, iterations=40, step_lr=0.02))
         after = unit.steps()
         moved[activations] = [name for name in before if before[name] != after[name]]
         assert all(before[name][1] == after[name][1] for name in before)  # zero points are fixed
@@ -125,7 +126,9 @@ def test_what_a_step_sees_of_activations(activations):
             for part in activations_of(unit.model).values():
                 stack.enter_context(tapped(part, lambda x: x))
         expected = unit.model(unit.x)[_order(24, 1, 24, 0)[0]]
-    unit.fit(method(rounding=Nearest(), activations=activations, iterations=1, batch_size=24, loss=loss))
+    unit.fit(
+        method(rounding=Nearest(), activation_mode=activations, iterations=1, batch_size=24, loss=loss, bias_lr=1e-9)
+    )
     assert len(outputs) == 3  # before, in the step, after
     torch.testing.assert_close(outputs[1], expected, rtol=1e-5, atol=1e-6)
 
@@ -141,7 +144,7 @@ def test_hard_and_soft_agree_at_the_end(rounding):
 
     rule = {"adaround": AdaRound(penalty=0.1, lr=0.05), "softmax": AnnealingSoftmax(lr=0.05)}[rounding]
     unit = Unit(activations=8)
-    unit.fit(method(rounding=rule, iterations=300, batch_size=24, activations="quantized", loss=loss))
+    unit.fit(method(rounding=rule, iterations=300, batch_size=24, activation_mode="quantized", loss=loss))
     order = _order(24, 300, 24, 0)[-1]
     hard = unit.model(unit.x)[order]
     soft = outputs[-2]  # then comes the loss over all samples
@@ -167,7 +170,9 @@ def test_a_step_is_adams_on_the_loss_by_hand():
     for iteration in range(4):
         s = torch.exp2(log2_step)
         levels = x / s
-        rounded = torch.maximum(torch.minimum(levels + (levels.round() - levels).detach(), x_high), x_low) * s
+        whole = levels.detach().round()
+        passing = torch.where((levels > x_low) & (levels < x_high), levels - levels.detach(), 0.0)
+        rounded = (torch.maximum(torch.minimum(whole, x_high), x_low) + passing) * s
         h = (1.2 * v.sigmoid() - 0.1).clamp(0, 1)
         w = torch.maximum(torch.minimum(floor + h, high), low) * step
         loss = (F.linear(rounded, w, layer.bias.double()) - target).square().sum(1).mean()
@@ -179,7 +184,7 @@ def test_a_step_is_adams_on_the_loss_by_hand():
         optimizer.param_groups[1]["lr"] = 0.02 * (1 + math.cos(math.pi * iteration / 4)) / 2
         optimizer.step()
     found = unit.fit(method(iterations=4, step_lr=0.02))
-    assert found.curve == pytest.approx(expected, rel=2e-3)
+    assert found.curve == pytest.approx(expected, rel=1e-4)
     assert found.after < found.before
     assert part.log2_step.item() == pytest.approx(log2_step.item(), abs=1e-5)
     levels = torch.maximum(torch.minimum(floor + (v >= 0), high), low)
@@ -215,7 +220,7 @@ def test_drops_hold_for_every_activation_and_follow_the_schedule():
     inside, outside = [], []
     relu.register_forward_hook(lambda m, a, out: inside.append(out.detach().clone()))
     unit.model[2].register_forward_pre_hook(lambda m, args: outside.append(args[0].detach().clone()))
-    unit.fit(method(drop=lambda done: 1 - done, iterations=40, activations="quantized", rounding=Nearest()))
+    unit.fit(method(drop=lambda done: 1 - done, iterations=40, step_lr=1e-12, rounding=Nearest()))
     for x, y in zip(inside, outside, strict=True):
         off = (x - x.div(part.step).round().clamp(0, 3).mul(part.step)).abs() > 1e-4
         shares.append(((x == y) & off).float().sum().item() / max(1.0, off.float().sum().item()))
@@ -266,7 +271,7 @@ def test_a_loss_that_is_no_number():
     def loss(output, target, weights):
         return LpLoss()(output, target) * (torch.nan if torch.is_grad_enabled() else 1)
 
-    with pytest.raises(DivergenceError, match=r"reconstruction diverged: the loss is nan, it was .*; lower lr or step"):
+    with pytest.raises(DivergenceError, match=r"reconstruction diverged: .* the loss is nan, it was .*; lower step_lr"):
         unit.fit(method(loss=loss, iterations=3))
     assert all(value.isfinite().all() for value in unit.model.state_dict().values())
     assert list(unit.model.state_dict()) == list(before)
@@ -276,7 +281,7 @@ def test_a_loss_that_is_no_number():
 def test_early_stop_ends_when_nothing_falls_any_more(early_stop):
     unit = Unit(activations=8)
     rule = AnnealingSoftmax(temperature=(1.0, 1e-8), lr=1e-9)  # decided before the middle
-    found = unit.fit(method(rounding=rule, iterations=200, early_stop=early_stop, activations="quantized"))
+    found = unit.fit(method(rounding=rule, iterations=200, early_stop=early_stop, activation_mode="quantized"))
     assert (found.iterations < 200) == early_stop
     assert len(found.curve) == max(1, found.iterations // 2)
     assert all(math.isfinite(point) and point > 0 for point in found.curve)
@@ -286,7 +291,9 @@ def test_early_stop_ends_when_nothing_falls_any_more(early_stop):
 def test_early_stop_goes_on_while_the_rounding_is_open():
     unit = Unit(activations=8)
     rule = AdaRound(penalty=0.0, lr=1e-6)
-    assert unit.fit(method(rounding=rule, iterations=100, early_stop=True, activations="quantized")).iterations == 100
+    assert (
+        unit.fit(method(rounding=rule, iterations=100, early_stop=True, activation_mode="quantized")).iterations == 100
+    )
 
 
 def test_progress_wraps_the_steps():
@@ -556,7 +563,7 @@ def test_fisher_weights_reach_the_loss():
         seen.append(given.clone())
         return FisherLoss()(output, target, given)
 
-    found = unit.fit(method(loss=loss, iterations=2, rounding=Nearest(), activations="quantized"))
+    found = unit.fit(method(loss=loss, iterations=2, rounding=Nearest(), activation_mode="quantized", bias_lr=1e-9))
     assert torch.equal(torch.cat(seen[:3]), weights)
     order = _order(24, 2, 8, 0)
     assert torch.equal(seen[3], weights[order[0]]) and torch.equal(seen[4], weights[order[1]])
@@ -605,7 +612,13 @@ def test_ranks_stop_together():
     """Though the loss of one of them falls all the time, and that of the other does not."""
     ranks, found = Ranks(), {}
     rule = AnnealingSoftmax(temperature=(1.0, 1e-8), lr=1e-9)
-    fitting = {"rounding": rule, "iterations": 100, "early_stop": True, "activations": "quantized", "batch_size": 16}
+    fitting = {
+        "rounding": rule,
+        "iterations": 100,
+        "early_stop": True,
+        "activation_mode": "quantized",
+        "batch_size": 16,
+    }
 
     def fit(rank):
         unit, calls = Unit(activations=8), []

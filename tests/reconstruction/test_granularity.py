@@ -145,7 +145,7 @@ def test_the_search_leaves_the_model_as_it_was(metric, monkeypatch):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     opened = lq.reconstruction.progress.Progress.open.__func__
 
-    def watched(cls, path, model, *rest):
+    def watched(cls, path, model, *rest, **more):
         assert_same(dict(model.state_dict()), before)
         raise InterruptedError
 

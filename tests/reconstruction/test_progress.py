@@ -107,18 +107,18 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(whole, tmp_path):
 @pytest.mark.parametrize("unit", ["0+1", "2+3", "6"])
 def test_it_goes_on_from_every_unit(unit, activations, tmp_path):
     model, data = prepared()
-    expected = run(model, data, activations=activations)
+    expected = run(model, data, activation_mode=activations)
     state = dict(model.state_dict())
     path = tmp_path / "progress.pt"
     model, data = prepared()
     with pytest.raises(Ended):
-        run(model, data, activations=activations, resume=path, watch=ended_in(unit))
+        run(model, data, activation_mode=activations, resume=path, watch=ended_in(unit))
     zeros = {key: value for key, value in state.items() if key.endswith("zero_point")}
     start = dict(prepared()[0].state_dict())
     assert any(not torch.equal(value, start[key]) for key, value in zeros.items()) == (activations != "quantized")
     assert path.exists() == (unit != "0+1")
     model, data = prepared()
-    found = run(model, data, activations=activations, resume=path)
+    found = run(model, data, activation_mode=activations, resume=path)
     assert without_seconds(found) == without_seconds(expected)
     assert_same(dict(model.state_dict()), state)
 

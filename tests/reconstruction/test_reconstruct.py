@@ -17,8 +17,8 @@ from tests.reconstruction.networks import BY_NAME, IMAGE, NETWORKS, ResNet, netw
 
 FAST = AdaRound(lr=0.03)
 METHODS = {
-    "adaround": {"units": "layer", "drop": 0.0, "activations": "float"},
-    "brecq": {"units": "block", "drop": 0.0, "activations": "float", "loss": "fisher"},
+    "adaround": {"units": "layer", "drop": 0.0, "activation_mode": "float"},
+    "brecq": {"units": "block", "drop": 0.0, "activation_mode": "float", "loss": "fisher"},
     "qdrop": {"units": "block"},
     "mrecg": {"units": "mixed", "merges": 1},
     "mrecg, loss": {"units": "mixed", "merges": 1, "metric": "loss", "search_iterations": 5},
@@ -111,7 +111,7 @@ def test_a_unit_reads_the_network_quantized_so_far_and_aims_at_the_float_one():
                 seen["b"] = model.b(F.max_pool2d(F.relu(model.a(x)), 2))
         return steps
 
-    found = run(model, data, units="layer", iterations=20, watch=watch, activations="quantized", drop=0.0)
+    found = run(model, data, units="layer", iterations=20, watch=watch, activation_mode="quantized", drop=0.0)
     with torch.no_grad():
         errors = {
             "a": model.a(x) - twin.a(x),
@@ -133,7 +133,7 @@ def test_what_becomes_of_activations(activations):
     fitted = copy.deepcopy(model)  # its ranges fit the float network, nearly
     lq.set_bits(fitted, {"*": 16})
     lq.calibrate(fitted, data)
-    run(model, data, activations=activations, iterations=10, step_lr=0.02)
+    run(model, data, activation_mode=activations, iterations=10, step_lr=0.02)
     after = {n: (q.step.item(), q.zero_point.item()) for n, q in activation_quantizers(model).items()}
     if activations == "quantized":
         assert after == before
@@ -153,7 +153,7 @@ def test_float_activations_are_float_in_every_loss():
     lq.set_bits(model, {}, dict.fromkeys(activation_quantizers(model), 2))
     lq.calibrate(model, data)
     losses = {
-        activations: max(unit.before for unit in run(copy.deepcopy(model), data, activations=activations).units)
+        activations: max(unit.before for unit in run(copy.deepcopy(model), data, activation_mode=activations).units)
         for activations in ("float", "quantized")
     }
     assert losses["float"] < 0.01 * losses["quantized"]
@@ -359,12 +359,16 @@ def test_biases_move_on_request(bias_lr):
         ({"batch_size": 9, "ranks": 2}, SpecError, "batch_size=9 cannot be shared by 2 ranks; give a multiple"),
         ({"step_lr": 0.0}, SpecError, "step_lr=0.0 must be positive"),
         ({"regularization": -1.0}, SpecError, "regularization=-1.0 .*not negative"),
-        ({"units": "mixed", "metric": "size"}, SpecError, "metric='size' is unknown; use 'modcap' or 'loss'"),
+        ({"units": "mixed", "metric": "size"}, SpecError, r"metric='size' is unknown; use one of \('modcap', 'loss'\)"),
         ({"rounding": "up"}, SpecError, "rounding='up' is unknown"),
         ({"loss": "l2"}, SpecError, "loss='l2' is unknown"),
         ({"drop": 2.0}, SpecError, "drop=2.0 is no probability"),
         ({"memory": 0}, SpecError, "memory=0; give a number of bytes"),
-        ({"activations": "fixed"}, SpecError, "activations='fixed' is unknown; use 'learned', 'quantized' or 'float'"),
+        (
+            {"activation_mode": "fixed"},
+            SpecError,
+            r"activation_mode='fixed' is unknown; use one of \('learned', 'quantized', 'float'\)",
+        ),
         ({"units": "blocks"}, SpecError, "units='blocks' is unknown"),
         ({"start": "gptq"}, SpecError, "start='gptq' is unknown"),
     ],

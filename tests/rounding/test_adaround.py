@@ -155,7 +155,7 @@ def test_it_finds_the_best_of_all_roundings(seed, bits):
 
 
 def test_it_is_near_the_best_wherever_one_looks():
-    ratios = torch.tensor([reconstructed(seed, bits) for seed in range(10, 16) for bits in (2, 3)])
+    ratios = torch.tensor([reconstructed(seed, bits) for seed in range(10, 14) for bits in (2, 3)])
     assert (ratios >= 1 - 1e-4).all()
     assert (ratios[:, 1] <= ratios[:, 0]).all()
     assert ratios[:, 1].median() < 1.02 and ratios[:, 0].mean() > 1.3 * ratios[:, 1].mean()
