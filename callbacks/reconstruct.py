@@ -24,10 +24,10 @@ from lq.distillation import float_copy
 from lq.errors import SpecError, StateError
 from lq.reconstruction import Reconstruction, reconstruct
 from lq.reconstruction.drop import Drop, drop_of
-from lq.reconstruction.engine import Activations, Start
 from lq.reconstruction.granularity import Metric
 from lq.reconstruction.losses import Loss, loss_of
-from lq.reconstruction.reconstruct import Units, check_choices
+from lq.reconstruction.method import Activations, Start
+from lq.reconstruction.reconstruct import Units, check_choices, without_address
 from lq.reconstruction.storage import dtype_of, memory_in_bytes
 from lq.rounding import Rounding, rounding_of
 from lq.sites import require_attached
@@ -160,9 +160,11 @@ class Reconstruct(pl.Callback):
         """Two of them in one run have states of their own, if they do different things."""
         return self._generate_state_key(
             units=self.units,
-            rounding=repr(self.rounding),
-            loss=repr(self.loss),
+            rounding=without_address(self.rounding),
+            loss=without_address(self.loss),
+            drop=without_address(self.drop),
             activation_mode=self.activation_mode,
+            initial=(self.start, self.metric, self.bias_lr),
             when=self.when,
         )
 
@@ -203,6 +205,7 @@ class Reconstruct(pl.Callback):
 
     def _reconstruct(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.reconstruction is not None and (self._restored or self._done() is module):
+            self._done, self._restored = weakref.ref(module), False
             return
         if needs_calibration(module):
             raise StateError(
@@ -245,38 +248,46 @@ class Reconstruct(pl.Callback):
             )
         self._done, self._restored = weakref.ref(module), False
         give_to_averages(trainer, module, weights=True)
-        self._report(trainer, self.reconstruction)
+        self._report(trainer, self.reconstruction, len(before))
 
     def _before(self, trainer: pl.Trainer) -> list["Reconstruct"]:
         """Those that reconstruct the same weights before this one: their float network is the original one."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        ours = [callback for callback in callbacks if isinstance(callback, Reconstruct) and callback.when == self.when]
+        ours = [callback for callback in callbacks if isinstance(callback, Reconstruct)]
+        if trainer.max_epochs != 0:  # else all of them run at the start
+            ours = [callback for callback in ours if callback.when == self.when]
         return ours[: ours.index(self)]
 
     def _file(self, before: int) -> Path | None:
         """The file of finished units, one for each of several callbacks."""
         if self.resume is None:
             return None
-        path = Path(self.resume)
-        return path.with_name(f"{path.stem}-{before + 1}{path.suffix}") if before else path
+        return _numbered(Path(self.resume), before)
 
-    def _report(self, trainer: pl.Trainer, found: Reconstruction) -> None:
+    def _report(self, trainer: pl.Trainer, found: Reconstruction, before: int) -> None:
         """Show, log and save what was done."""
         rank_zero_info(f"Reconstructed: {'; '.join(found.table().notes)}")
+        name = f"reconstruction-{before + 1}" if before else "reconstruction"
         for index, unit in enumerate(found.units):
             values = {
-                "reconstruction/loss_before": unit.before,
-                "reconstruction/loss_after": unit.after,
+                f"{name}/loss_before": unit.before,
+                f"{name}/loss_after": unit.after,
             }
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=index)
         path = report_path(trainer, "reconstruction.json", self.save_to)
         if path is not None:
+            path = _numbered(path, before)
             write_text(path, found.to_json())
             try:
                 found.plot(path.with_suffix(".png"))
             except ImportError:
                 rank_zero_info("Reconstruct: no plot, matplotlib is not installed")
+
+
+def _numbered(path: Path, before: int) -> Path:
+    """The path for the callback that has some of its kind before it."""
+    return path.with_name(f"{path.stem}-{before + 1}{path.suffix}") if before else path
 
 
 def _float_copy(module: pl.LightningModule) -> nn.Module:

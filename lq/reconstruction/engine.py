@@ -9,8 +9,7 @@ and leaves the parameters of the model alone until it is done.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,149 +17,15 @@ from torch import Tensor, nn
 from lq.errors import DivergenceError
 from lq.functional import fake_quantize
 from lq.histogram import Reduce
-from lq.interception import SharedQuantizer
-from lq.quantizer import ActivationQuantizer, WeightQuantizer
-from lq.reconstruction.capture import Inputs, Outputs, call
-from lq.reconstruction.drop import Drop, random_mask
-from lq.reconstruction.losses import Loss, LpLoss
-from lq.rounding import Rounding, WeightGrid
-from lq.rounding.feedback import Correlation
-from lq.sites import float_weight, weight_quantizer
-
-#: Where the rounding starts: at the float weights, or nearer to what error feedback chooses.
-Start = Literal["float", "feedback"]
-
-#: What becomes of the activations of a unit while it is fitted.
-Activations = Literal["learned", "quantized", "float"]
+from lq.quantizer import ActivationQuantizer
+from lq.reconstruction.capture import call
+from lq.reconstruction.drop import random_mask
+from lq.reconstruction.method import Data, Fitted, Inside, Method
+from lq.reconstruction.quantizers import UnitQuantizers, feedback_levels, refit_ranges, tapped
+from lq.rounding import WeightGrid
 
 # Points of a loss curve.
 _POINTS = 100
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a unit is fitted.
-
-    Args:
-        rounding: how the levels of weights are chosen.
-        loss: between the unit's output and the float one.
-        drop: share of activations that stay float, by progress.
-        iterations: steps of the optimizer.
-        batch_size: samples in a step, over all ranks.
-        activation_mode: "learned" (their steps are learned along), "quantized" (with the steps they have) or "float".
-        step_lr: learning rate of the logarithm of activation steps, for Adam; falls to 0 as a cosine; None: by the
-            number of iterations.
-        early_stop: end when the loss falls no further and the rounding is decided.
-        regularization: weight of the squared differences of activations inside of the unit (NWQ).
-        bias_lr: learning rate of the biases, for Adam; falls to 0 as a cosine; 0: they stay.
-        start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" chooses.
-    """
-
-    rounding: Rounding
-    loss: Loss
-    drop: Drop
-    iterations: int = 20_000
-    batch_size: int = 32
-    activation_mode: Activations = "learned"
-    step_lr: float | None = None
-    early_stop: bool = False
-    regularization: float = 0.0
-    bias_lr: float = 0.0
-    start: Start = "float"
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Learning rates of the rounding and of the steps.
-
-        What is learned has to go a certain way in however many steps there are. The constants of the papers, 1e-3 and
-        about 1e-4 for 20 000 iterations, are ten times as large for 2 000 and fewer.
-        """
-        share = min(max(20_000 / self.iterations, 1.0), 10.0)
-        lr, step_lr = self.rounding.lr, self.step_lr
-        return 1e-3 * share if lr is None else lr, 1e-4 * share if step_lr is None else step_lr
-
-
-@dataclass
-class Fitted:
-    """What came of a unit.
-
-    Args:
-        before: loss over all samples with nearest rounding and the steps before.
-        after: loss over all samples now.
-        curve: loss of single batches on the way, evenly spaced.
-        iterations: steps that were taken.
-    """
-
-    before: float
-    after: float
-    curve: list[float]
-    iterations: int
-
-
-@dataclass
-class Data:
-    """All samples of a unit.
-
-    Args:
-        inputs: from the network quantized so far.
-        float_inputs: from the float network.
-        targets: what the float unit makes of them.
-        weights: squared gradients at the output, for losses that weigh by them.
-    """
-
-    inputs: Inputs
-    float_inputs: Inputs
-    targets: Outputs
-    weights: Outputs | None = None
-
-
-@dataclass
-class Inside:
-    """Activations inside of a unit, to be held near those of the float network.
-
-    Args:
-        float_modules: the unit in the float network.
-        pairs: modules inside of the unit, in the quantized and in the float network, whose outputs are compared.
-    """
-
-    float_modules: Sequence[nn.Module]
-    pairs: Sequence[tuple[nn.Module, nn.Module]]
-
-    def difference(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """The sum of squared differences, each summed over channels and averaged over the rest."""
-        return torch.stack([_SQUARED(a, b, None) for a, b in zip(outputs, targets, strict=True)]).sum()
-
-
-_SQUARED = LpLoss(2.0)
-
-
-class UnitQuantizers:
-    """The quantizers of a unit.
-
-    Args:
-        modules: the modules of the unit.
-        done: identities of weights and quantizers that earlier units have settled.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], done: set[int]) -> None:
-        inside = [part for module in modules for part in module.modules()]
-        weights: dict[int, tuple[WeightQuantizer, nn.Parameter]] = {}
-        for part in inside:
-            quantizer, weight = weight_quantizer(part), float_weight(part)
-            if quantizer is not None and weight is not None and id(weight) not in done:
-                weights.setdefault(id(weight), (quantizer, weight))
-        owners = [part.owner for part in inside if isinstance(part, SharedQuantizer)]
-        found = [*(part for part in inside if isinstance(part, ActivationQuantizer)), *owners]
-        self.activations = list({id(part): part for part in found}.values())
-        self.weights = list(weights.values())
-        self.learned = [part for part in self.activations if id(part) not in done]
-        layers = [part for part in inside if any(float_weight(part) is weight for _, weight in self.weights)]
-        biases = [part._parameters.get("bias") for part in layers]
-        self.biases = list({id(bias): bias for bias in biases if bias is not None and id(bias) not in done}.values())
-
-    def settled(self) -> set[int]:
-        """Identities of what this unit decides."""
-        return {id(part) for part in (*(weight for _, weight in self.weights), *self.learned, *self.biases)}
 
 
 def fit_unit(
@@ -171,6 +36,7 @@ def fit_unit(
     *,
     samples: int,
     seed: int,
+    before: float | None = None,
     inside: Inside | None = None,
     reduce: Reduce | None = None,
     ranks: int = 1,
@@ -185,6 +51,7 @@ def fit_unit(
         method: how.
         samples: number of samples on this rank.
         seed: of the order of samples and of what is dropped.
+        before: the loss now, if it is known.
         inside: what else is compared, given a regularization.
         reduce: combines a tensor over ranks.
         ranks: number of ranks.
@@ -195,10 +62,11 @@ def fit_unit(
     """
     grid = WeightGrid(quantizers.weights)
     if method.start == "feedback":
-        grid.prefer(_feedback(modules, quantizers, grid, data.inputs, samples, method.batch_size, reduce))
+        grid.prefer(feedback_levels(modules, quantizers, grid, data.inputs, samples, method.batch_size, reduce))
     device = data.inputs.device
-    before = _mean_loss(modules, data, method, samples, reduce, ranks)
-    fitting = _Fitting(modules, quantizers, grid, method, torch.Generator(device).manual_seed(seed), inside)
+    if before is None:
+        before = mean_loss(modules, data, method, samples, reduce, ranks)
+    fitting = _Fitting(modules, quantizers, data, grid, method, torch.Generator(device).manual_seed(seed), inside)
     order = _order(samples, method.iterations, max(1, method.batch_size // ranks), seed)
     if device.type == "cuda":
         order = order.pin_memory()  # so that nobody waits for its way to the device
@@ -218,11 +86,11 @@ def fit_unit(
             "lower step_lr, bias_lr or the lr of the rounding"
         )
     undo = fitting.write()
-    after = _mean_loss(modules, data, method, samples, reduce, ranks)
+    after = mean_loss(modules, data, method, samples, reduce, ranks)
     if not after <= before:
         undo()
         after = before
-    points = curve[: max(1, taken * len(curve) // method.iterations)].tolist() if method.iterations else []
+    points = curve[: max(1, taken * len(curve) // method.iterations)].tolist() if taken else []
     return Fitted(before, after, points, taken)
 
 
@@ -233,6 +101,7 @@ class _Fitting:
         self,
         modules: Sequence[nn.Module],
         quantizers: UnitQuantizers,
+        data: Data,
         grid: WeightGrid,
         method: Method,
         generator: torch.Generator,
@@ -240,6 +109,10 @@ class _Fitting:
     ) -> None:
         self.modules = modules
         self.inside = inside if method.regularization else None
+        self.differ = [False] * len(data.inputs.leaves)  # which arguments are others than in the float network
+        if data.float_inputs is not data.inputs:
+            first = (inputs.batch(slice(0, 1)) for inputs in (data.inputs, data.float_inputs))
+            self.differ = [isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(*first, strict=True)]
         self.quantizers = quantizers
         self.grid = grid
         self.method = method
@@ -255,9 +128,11 @@ class _Fitting:
         if self.log2_steps is not None:
             groups.append({"params": [self.log2_steps], "lr": step_lr})
         self.biases = quantizers.biases if method.bias_lr else []
+        self.masters = [bias.detach().float().clone() for bias in self.biases]  # small steps of half-precision biases
         if self.biases:
-            groups.append({"params": self.biases, "lr": method.bias_lr})
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
+            groups.append({"params": self.masters, "lr": method.bias_lr})
+        self.moved = [parameter for group in groups for parameter in group["params"]]
+        self.parameters = [*self.moved[: len(self.moved) - len(self.masters)], *self.biases]
         self.optimizer = torch.optim.Adam(groups, fused=True) if groups else None
         self._peaks = [group["lr"] for group in groups]
         self._old_biases = [bias.detach().clone() for bias in self.biases]
@@ -281,7 +156,11 @@ class _Fitting:
                     stack.callback(handle.remove)
             for bias in self.biases:
                 stack.callback(_release, bias.requires_grad_(True))
-            yield
+            try:
+                yield
+            except BaseException:
+                self._restore_biases()
+                raise
 
     def step(self, step: int, index: Tensor, data: Data, reduce: Reduce | None, ranks: int) -> Tensor:
         """One step of the optimizer; returns the loss, without the penalty, on the device."""
@@ -292,7 +171,8 @@ class _Fitting:
         leaves, float_leaves = data.inputs.batch(index), None
         if self._drop > 0 or self.inside is not None:
             float_leaves = data.float_inputs.batch(index)
-            leaves = [self._mixed(q, x) for q, x in zip(leaves, float_leaves, strict=True)]
+            pairs = zip(leaves, float_leaves, self.differ, strict=True)
+            leaves = [self._mixed(q, x) if differ else q for q, x, differ in pairs]
         if self.inside is not None and float_leaves is not None:
             for outputs in self._outputs:
                 outputs.clear()
@@ -305,20 +185,28 @@ class _Fitting:
             weights = None if data.weights is None else data.weights.batch(index)
             loss = method.loss(output, data.targets.batch(index), weights)
             if self.inside is not None:
-                loss = loss + method.regularization * self.inside.difference(*self._outputs)
+                inner = [(a, b) for a, b in zip(*self._outputs, strict=True) if a is not output]  # that has its loss
+                if inner:
+                    loss = loss + method.regularization * self.inside.difference(inner)
             penalty = self.rounding.penalty()
             total = loss if penalty is None else loss + penalty
             if self.optimizer is None:
                 return loss.detach()
             grads = torch.autograd.grad(total, self.parameters, allow_unused=True)
-        for parameter, grad in zip(self.parameters, grads, strict=True):
-            parameter.grad = torch.zeros_like(parameter) if grad is None else grad
-            if reduce is not None and ranks > 1:
-                parameter.grad = reduce(parameter.grad, "sum") / ranks
+        found = [torch.zeros_like(p) if g is None else g.float() for p, g in zip(self.parameters, grads, strict=True)]
+        if reduce is not None and ranks > 1:
+            flat = reduce(torch.cat([grad.reshape(-1) for grad in found]), "sum") / ranks
+            parts = flat.split([grad.numel() for grad in found])
+            found = [part.view_as(grad) for part, grad in zip(parts, found, strict=True)]
+        for moved, grad in zip(self.moved, found, strict=True):
+            moved.grad = grad
         first = 1 if self.rounding.parameters else 0  # the rounding's own rate is constant
         for group, peak in zip(self.optimizer.param_groups[first:], self._peaks[first:], strict=True):
             group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
         self.optimizer.step()
+        with torch.no_grad():
+            for bias, master in zip(self.biases, self.masters, strict=True):
+                bias.copy_(master)
         return loss.detach()
 
     def is_settled(self, step: int, curve: Tensor, reduce: Reduce | None, ranks: int) -> bool:
@@ -340,10 +228,13 @@ class _Fitting:
         """Whether all that was learned are numbers; if not, biases are what they were."""
         if all(bool(parameter.detach().isfinite().all()) for parameter in self.parameters):
             return True
-        with torch.no_grad():
-            for bias, old in zip(self.biases, self._old_biases, strict=True):
-                bias.copy_(old)
+        self._restore_biases()
         return False
+
+    @torch.no_grad()
+    def _restore_biases(self) -> None:
+        for bias, old in zip(self.biases, self._old_biases, strict=True):
+            bias.copy_(old)
 
     @torch.no_grad()
     def write(self) -> Callable[[], None]:
@@ -391,90 +282,45 @@ class _Fitting:
         return quantized if mask is None else torch.lerp(quantized, whole, mask.to(quantized.dtype))
 
 
-@torch.no_grad()
-def _feedback(
-    modules: Sequence[nn.Module],
-    quantizers: UnitQuantizers,
-    grid: WeightGrid,
-    inputs: Inputs,
-    samples: int,
-    batch_size: int,
-    reduce: Reduce | None,
-) -> Tensor:
-    """The levels that error feedback chooses, (W,); the nearest ones of layers it does not know."""
-    parts = [part for module in modules for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
-    seen = {id(weight): Correlation(part) for part in parts if (weight := float_weight(part)) is not None}
-    with ExitStack() as stack:
-        for part in parts:
-            to = seen[id(float_weight(part))]
-            stack.callback(part.register_forward_hook(lambda _, args, __, to=to: to.add(args[0])).remove)
-        for start in range(0, samples, batch_size):
-            call(modules, inputs.batch(slice(start, min(start + batch_size, samples))), inputs.spec)
-    levels = []
-    flat = (grid.values, *(torch.as_tensor(b, device=grid.values.device).expand_as(grid.values) for b in grid.bounds))
-    rows = zip(*(grid.split(part) for part in (*flat, grid.nearest())), strict=True)
-    for (_, weight), (values, low, high, offset, nearest) in zip(quantizers.weights, rows, strict=True):
-        found = seen.get(id(weight))
-        if found is None or found.total is None:
-            levels.append(nearest.reshape(-1))
-            continue
-        if reduce is not None:
-            found.total = reduce(found.total, "sum")
-        levels.append(found.levels(*(part.flatten(1) for part in (values, low, high, offset))).reshape(-1))
-    return torch.cat(levels) if levels else grid.values
-
-
 def _release(parameter: Tensor) -> None:
     parameter.requires_grad_(False).grad = None
 
 
 @torch.no_grad()
-def refit_ranges(
+def refit_ranges_if_better(
     modules: Sequence[nn.Module],
     quantizers: UnitQuantizers,
-    inputs: Inputs,
+    data: Data,
+    method: Method,
     samples: int,
-    batch_size: int,
     reduce: Reduce | None,
-) -> None:
-    """Fit the ranges of a unit's activations to those of the float network, which it is to be near to.
+    ranks: int,
+) -> float | None:
+    """`refit_ranges`, unless the loss of the unit is less with the steps it has, such as learned ones.
 
-    Args:
-        modules: the modules of the unit.
-        quantizers: its quantizers; those that an earlier unit has settled keep their range.
-        inputs: from the float network.
-        samples: number of samples on this rank.
-        batch_size: samples to run at a time.
-        reduce: combines a tensor over ranks.
+    Returns:
+        The loss now; None if it is not known. Arguments are those of `fit_unit`.
     """
-    with ExitStack() as stack:
-        for quantizer in [q for q, _ in quantizers.weights] + quantizers.activations:
-            stack.enter_context(tapped(quantizer, lambda x: x))
-        observed = [part.observe() for part in quantizers.learned]
-        for start in range(0, samples, batch_size):
-            call(modules, inputs.batch(slice(start, min(start + batch_size, samples))), inputs.spec)
-    for part, histogram in zip(quantizers.learned, observed, strict=True):
-        if reduce is not None:
-            histogram.reduce(reduce, part.bits.device)
-        if histogram.counts is not None:
-            part.calibrate(histogram)
-
-
-@contextmanager
-def tapped(quantizer: WeightQuantizer | ActivationQuantizer, tap: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Have a quantizer return what `tap` makes of its tensor."""
-    before, quantizer.tap = quantizer.tap, tap
-    try:
-        yield
-    finally:
-        quantizer.tap = before
+    kept = [(part, part.log2_step.clone(), part.zero_point.clone()) for part in quantizers.learned]
+    present = mean_loss(modules, data, method, samples, reduce, ranks)
+    refit_ranges(modules, quantizers, data.float_inputs, samples, method.batch_size, reduce)
+    if method.activation_mode == "float":
+        return None  # activations pass meanwhile: the loss does not tell
+    found = mean_loss(modules, data, method, samples, reduce, ranks)
+    if found <= present:
+        return found
+    for part, log2_step, zero_point in kept:
+        part.log2_step.copy_(log2_step)
+        part.zero_point.copy_(zero_point)
+        part.refresh()
+    return present
 
 
 @torch.no_grad()
-def _mean_loss(
+def mean_loss(
     modules: Sequence[nn.Module], data: Data, method: Method, samples: int, reduce: Reduce | None, ranks: int
 ) -> float:
-    """The loss over all samples, of the unit as it is in the model."""
+    """The loss over all samples, of the unit as it is in the model; arguments as those of `fit_unit`."""
     total = torch.zeros((), device=data.inputs.device)
     for start in range(0, samples, method.batch_size):
         rows = slice(start, min(start + method.batch_size, samples))

@@ -77,7 +77,7 @@ def squared_gradients(
             order = sorted(outputs)
             grads = torch.autograd.grad(total, [outputs[k] for k in order], allow_unused=True)
         for k, grad in zip(order, grads, strict=True):
-            squares = torch.zeros_like(outputs[k]) if grad is None else grad.square()
+            squares = torch.zeros_like(outputs[k], dtype=torch.float32) if grad is None else grad.float().square()
             rows = flow.outputs[k].rows(squares)
             room = kept[k]
             if room is None:

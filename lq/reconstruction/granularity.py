@@ -4,8 +4,8 @@ Where a block can hold much less, or much more, than the one before, the loss os
 lost there is lost for good. The k adjacent pairs with the largest difference are merged; pairs that meet make chains.
 Two metrics:
 
-- ModCap, without data: ``sum over layers of params * bits * alpha``, alpha = 1.6 for layers with a stride;
-- Loss: the loss of each unit after a short preliminary reconstruction.
+- ModCap, without data: ``sum over layers of params * bits * alpha``, alpha > 1 for layers with a stride (1.6 here);
+- Loss: the loss of each unit after a short preliminary reconstruction (all samples, few iterations).
 
 Source: Ma et al., Solving Oscillation Problem in Post-Training Quantization Through a Theoretical Perspective (MRECG),
 CVPR 2023; the published code holds the chosen merges, not the search. Deviates: differences are those of logarithms.

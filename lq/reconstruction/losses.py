@@ -1,6 +1,6 @@
 r"""Losses of reconstruction: how far the output of a quantized unit is from that of the float one.
 
-All but `KL` are sums over channels and means over the rest, as the published codes of AdaRound, BRECQ and QDrop have
+All but `KLLoss` are sums over channels and means over the rest, as the published codes of AdaRound, BRECQ and QDrop have
 them, so that lambda of the rounding penalty means the same for all. Channels are dimension 1 of images (N, C, H, W),
 the last dimension elsewhere.
 """
@@ -31,7 +31,7 @@ class LpLoss:
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss."""
-        error = output - target
+        error = output.float() - target.float()
         error = error.square() if self.p == 2 else error.abs().pow(self.p)
         return error.mean() * _channels(output)
 
@@ -49,19 +49,21 @@ class FisherLoss:
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss."""
-        error = (output - target).square()
+        error = (output.float() - target.float()).square()
         return (error if weights is None else error * weights).mean() * _channels(output)
 
 
 @dataclass(frozen=True)
 class KLLoss:
-    """``KL(softmax(z) || softmax(z~))``, for units whose output is the network's logits."""
+    """``KL(softmax(z) || softmax(z~))``, for units whose output is the network's logits, (N, C) or (N, C, H, W)."""
 
     temperature: float = 1.0
     weighted = False
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss."""
+        if output.ndim == 4:
+            output, target = output.movedim(1, -1), target.movedim(1, -1)
         return kl_divergence(output, target, self.temperature)
 
 

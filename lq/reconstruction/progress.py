@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lq.errors import StateError
 from lq.histogram import Reduce
 from lq.quantizer import Quantizer
-from lq.reconstruction.engine import UnitQuantizers
+from lq.reconstruction.quantizers import UnitQuantizers
 from lq.reconstruction.report import UnitReport
 
 

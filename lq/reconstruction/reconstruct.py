@@ -34,22 +34,14 @@ from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Reduce
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.drop import Drop, drop_of
-from lq.reconstruction.engine import (
-    Activations,
-    Data,
-    Inside,
-    Method,
-    Start,
-    UnitQuantizers,
-    fit_unit,
-    refit_ranges,
-    tapped,
-)
+from lq.reconstruction.engine import fit_unit, refit_ranges_if_better
 from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.flow import Flow, find_flow
 from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
 from lq.reconstruction.losses import Loss, loss_of
+from lq.reconstruction.method import Activations, Data, Inside, Method, Start
 from lq.reconstruction.progress import Progress, digest
+from lq.reconstruction.quantizers import UnitQuantizers, tapped
 from lq.reconstruction.report import Reconstruction, UnitReport
 from lq.reconstruction.storage import Storage, memory_in_bytes
 from lq.reconstruction.units import Granularity, Unit, find_units
@@ -170,17 +162,17 @@ def reconstruct(
     if batch_size % ranks:
         raise SpecError(f"batch_size={batch_size} cannot be shared by {ranks} ranks; give a multiple of their number")
     method = Method(
-        rounding_of(rounding),
-        loss_of(loss),
-        drop_of(drop),
-        iterations,
-        batch_size,
-        activation_mode,
-        step_lr,
-        early_stop,
-        regularization,
-        bias_lr,
-        start,
+        rounding=rounding_of(rounding),
+        loss=loss_of(loss),
+        drop=drop_of(drop),
+        iterations=iterations,
+        batch_size=batch_size,
+        activation_mode=activation_mode,
+        step_lr=step_lr,
+        early_stop=early_stop,
+        regularization=regularization,
+        bias_lr=bias_lr,
+        start=start,
     )
     storage = Storage(_device(model), memory_in_bytes(memory))
     data = Batches(batches, storage)
@@ -192,7 +184,7 @@ def reconstruct(
         cut = work.units("block" if units == "mixed" else units)
         merged = None
         if units == "mixed":
-            cut, merged = work.merged(cut, metric, merges, replace(method, iterations=search_iterations))
+            cut, merged = work.merged(cut, metric, merges, replace(method, iterations=search_iterations), watch)
         progress = Progress.open(resume, model, work.fingerprint(cut, method), reduce, writes=rank == 0)
         return Reconstruction(tuple(work.run(cut, method, watch, progress)), merged)
 
@@ -288,14 +280,17 @@ class _Work:
         """How tensors come from one unit to the next."""
         return find_flow(self.twin, units, self.forward_on, self.example, 2)
 
-    def merged(self, blocks: Sequence[Unit], metric: Metric, count: int, method: Method) -> tuple[list[Unit], Merges]:
+    def merged(
+        self, blocks: Sequence[Unit], metric: Metric, count: int, method: Method, watch: Watch
+    ) -> tuple[list[Unit], Merges]:
         """MRECG's units."""
         if metric == "modcap":
             scores = [module_capacity(unit.bind(self.model)) for unit in blocks]
         else:
-            before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            scores = [found.after for found in self.run(blocks, method, lambda steps, name: steps, Progress.none())]
-            self.model.load_state_dict(before)
+            before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+            searched = self.run(blocks, method, lambda steps, name: watch(steps, f"{name} (search)"), Progress.none())
+            scores = [found.after for found in searched]
+            self.model.load_state_dict(before, strict=False)
         return merge_units(blocks, self.flow(blocks), scores, count, metric)
 
     def run(self, units: Sequence[Unit], method: Method, watch: Watch, progress: Progress) -> Iterator[UnitReport]:
@@ -330,15 +325,20 @@ class _Work:
             targets = whole.finish(k, float_inputs)
             report = progress.restored(k)
             if report is None:
+                data = Data(inputs, float_inputs, targets, None if weights is None else weights[k])
+                before = None
                 if method.activation_mode != "quantized":
-                    refit_ranges(modules, quantizers, float_inputs, self.data.samples, method.batch_size, self.reduce)
+                    before = refit_ranges_if_better(
+                        modules, quantizers, data, method, self.data.samples, self.reduce, self.ranks
+                    )
                 fitted = fit_unit(
                     modules,
                     quantizers,
-                    Data(inputs, float_inputs, targets, None if weights is None else weights[k]),
+                    data,
                     method,
                     samples=self.data.samples,
                     seed=self.seed * 100_003 + k,
+                    before=before,
                     inside=self._inside(unit) if method.regularization else None,
                     reduce=self.reduce,
                     ranks=self.ranks,
@@ -367,13 +367,18 @@ class _Work:
         """What has to be the same for a run to go on where another one ended."""
         return {
             "units": [unit.name for unit in units],
-            "method": re.sub(" at 0x[0-9a-f]+", "", repr(method)),
+            "method": without_address(method),
             "data": self._data_digest(),
             "samples": self.data.samples,
             "seed": self.seed,
             "ranks": self.ranks,
             "dtype": str(self.dtype),
         }
+
+
+def without_address(thing: object) -> str:
+    """What an object is, the same in every process."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(thing))
 
 
 def _named(watch: Watch, name: str, steps: Iterable[int]) -> Iterable[int]:

@@ -130,6 +130,11 @@ class _Finder:
         """The module of that name, or the innermost around it that runs as a whole."""
         while name and not self.runs_once(name):
             name = name.rpartition(".")[0]
+        if not self.runs_once(name):
+            raise StateError(
+                "no module around all quantized layers takes and returns one tensor: the network cannot be one unit; "
+                "use units='block', or name modules"
+            )
         return Unit((name,))
 
     def named(self, units: Sequence[str | Sequence[str]]) -> list[Unit]:

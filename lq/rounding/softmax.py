@@ -52,11 +52,11 @@ class _Offsets:
     def __init__(self, rule: AnnealingSoftmax, grid: WeightGrid) -> None:
         self.rule, self.grid = rule, grid
         values = grid.values - grid.offset
-        floor = values.floor()
+        floor = (values + 1e-4).floor()  # levels that were written are what they were to a rounding error
         self._floor = floor + grid.offset
         self._offsets = torch.tensor(sorted(rule.offsets), dtype=torch.float32, device=floor.device).view(-1, 1)
         self._tau = rule.temperature[0]
-        self.v = (self._start(values - floor) * self._tau).requires_grad_()
+        self.v = (self._start((values - floor).clamp(min=0)) * self._tau).requires_grad_()
         self.parameters: list[Tensor] = [self.v]
 
     def _start(self, fraction: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def test_losses_are_those_of_the_model_as_it_is(rounding, activations):
     assert found.after == pytest.approx(unit.loss(), rel=1e-4)
     assert found.after < found.before or (rounding == "nearest" and activations != "learned")
     nothing = rounding == "nearest" and activations != "learned"  # is learned
-    assert found.iterations == 40 * (not nothing) and len(found.curve) == (1 if nothing else 40)
+    assert found.iterations == 40 * (not nothing) and len(found.curve) == (0 if nothing else 40)
     check_written(unit.model)
 
 
@@ -528,7 +528,7 @@ def test_regularization_adds_the_differences_of_blocks():
 def test_regularization_compares_blocks_of_the_network():
     """Through `lq.reconstruct`: the curve is the larger for it, and what is held comes nearer."""
     distances, curves = [], []
-    for regularization in (0.0, 100.0):
+    for regularization in (0.0, 3.0):
         torch.manual_seed(0)
         model, data = ResNet(2).eval(), [samples((3, 8, 8), 16)]
         quantized(model, data, 2, None)
