@@ -104,8 +104,9 @@ def reconstruct(
             progress.
         iterations: optimizer steps for a unit.
         batch_size: samples in a step, over all ranks.
-        activation_mode: "learned" along with the rounding, from ranges that fit those of the float network; "quantized"
-            with the steps they have; or "float", and given the ranges that fit in the end.
+        activation_mode: while rounding is learned, activations are quantized by steps that are "learned" along, from
+            ranges that fit those of the float network (or the steps they have, where the loss is less); "quantized" by
+            the steps they have; or left "float", and quantized with ranges that fit those of the float network after.
         step_lr: learning rate of the logarithm of activation steps; falls to 0 as a cosine; None: by the number of
             iterations.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
