@@ -51,8 +51,8 @@ class Reconstruct(pl.Callback):
         iterations: optimizer steps for a unit.
         start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses.
         batch_size: samples in a step, over all ranks.
-        activation_mode: while rounding is learned, activations are quantized by steps that are "learned" along or by the
-            steps they have ("quantized"), or left "float"; they are quantized in the end.
+        activation_mode: while rounding is learned, activations are quantized by steps that are "learned" along or by
+            the steps they have ("quantized"), or left "float"; they are quantized in the end.
         step_lr: learning rate of the logarithm of activation steps; None: by the number of iterations.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
         bias_lr: learning rate of the layers' biases; 0: they stay.

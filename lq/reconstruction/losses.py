@@ -1,8 +1,8 @@
 r"""Losses of reconstruction: how far the output of a quantized unit is from that of the float one.
 
-All but `KLLoss` are sums over channels and means over the rest, as the published codes of AdaRound, BRECQ and QDrop have
-them, so that lambda of the rounding penalty means the same for all. Channels are dimension 1 of images (N, C, H, W),
-the last dimension elsewhere.
+All but `KLLoss` are sums over channels and means over the rest, as the published codes of AdaRound, BRECQ and QDrop
+have them, so that lambda of the rounding penalty means the same for all. Channels are dimension 1 of images (N, C, H,
+W), the last dimension elsewhere.
 """
 
 from collections.abc import Callable
