@@ -2,8 +2,9 @@
 
 ``min over rounding and steps of loss(unit(x~), z)``, with x~ the input from the quantized network, z the output of the
 float one. What is learned are two vectors, whatever the number of layers: one for the rounding of all weights of the
-unit, one for the steps of its activations. The loop asks the device for no number, makes no copies but of the batch,
-and leaves the parameters of the model alone until it is done.
+unit, one for the steps of its activations; and its biases, if asked for. The loop asks the device for no number and
+makes no copies but of the batch. Weights and steps are written into the model when it is done; biases are learned in
+place, and put back if it fails.
 """
 
 import math
@@ -111,7 +112,7 @@ class _Fitting:
         self.inside = inside if method.regularization else None
         self.differ = [False] * len(data.inputs.leaves)  # which arguments are others than in the float network
         if data.float_inputs is not data.inputs:
-            first = (inputs.batch(slice(0, 1)) for inputs in (data.inputs, data.float_inputs))
+            first = (inputs.batch(slice(0, method.batch_size)) for inputs in (data.inputs, data.float_inputs))
             self.differ = [isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(*first, strict=True)]
         self.quantizers = quantizers
         self.grid = grid

@@ -68,7 +68,7 @@ class Fitted:
     """What came of a unit.
 
     Args:
-        before: loss over all samples with nearest rounding and the steps before.
+        before: loss over all samples with nearest rounding and the steps that the fit starts with.
         after: loss over all samples now.
         curve: loss of single batches on the way, evenly spaced.
         iterations: steps that were taken.

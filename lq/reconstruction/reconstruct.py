@@ -316,6 +316,7 @@ class _Work:
                 self.reduce,
                 self.ranks,
             )
+        blocks = self.units("block") if method.regularization else []
         done: set[int] = set()
         for k, unit in enumerate(units):
             begin = time.perf_counter()
@@ -340,7 +341,7 @@ class _Work:
                     samples=self.data.samples,
                     seed=self.seed * 100_003 + k,
                     before=before,
-                    inside=self._inside(unit) if method.regularization else None,
+                    inside=self._inside(unit, blocks) if blocks else None,
                     reduce=self.reduce,
                     ranks=self.ranks,
                     progress=partial(_named, watch, unit.name),
@@ -351,9 +352,9 @@ class _Work:
             quantized.pass_on(k, inputs)
             yield report
 
-    def _inside(self, unit: Unit) -> Inside | None:
-        """The blocks, or else layers, inside of a unit."""
-        parts = [part for part in self.units("block") if part.modules != unit.modules]
+    def _inside(self, unit: Unit, parts: Sequence[Unit]) -> Inside | None:
+        """Those of the `parts` of the network that lie inside of a unit."""
+        parts = [part for part in parts if part.modules != unit.modules]
         inside = [p.modules[-1] for p in parts if any(_is_inside(p.modules[0], module) for module in unit.modules)]
         pairs = [(self.model.get_submodule(name), self.twin.get_submodule(name)) for name in inside]
         return Inside(unit.bind(self.twin), pairs) if pairs else None

@@ -1,8 +1,8 @@
 r"""Error feedback (OBQ / GPTQ): weights are rounded one input after the other, and those still to come make up for it.
 
-With ``H = E[x x^T]`` over the inputs of a layer, rounding column j by ``e_j = (w_j - Q(w_j)) / U_jj`` changes the
-columns behind it by ``-e_j U_j``, where U is the upper Cholesky factor of ``H^-1``: what is left of the squared error
-of the layer's output is least, given the rounding so far. Columns with large ``H_jj`` come first.
+With ``H`` the sum of ``x x^T`` over the inputs of a layer, rounding column j by ``e_j = (w_j - Q(w_j)) / U_jj``
+changes the columns behind it by ``-e_j U_j``, where U is the upper Cholesky factor of ``H^-1``: what is left of the
+squared error of the layer's output is least, given the rounding so far. Columns with large ``H_jj`` come first.
 
 Source: Frantar et al., GPTQ, ICLR 2023, section 3 and algorithm 1; Frantar and Alistarh, Optimal Brain Compression,
 NeurIPS 2022. All rows of a layer go through together. Where reconstruction follows, the choice up or down is where the
