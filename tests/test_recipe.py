@@ -125,6 +125,13 @@ def test_an_override_reaches_all_callbacks_that_share_it(tmp_path):
     assert (first.shared, first.one, second.shared, second.two) == (5, 0, 5, 6)
 
 
+def test_an_override_goes_where_the_recipe_has_it():
+    """A width for activations is no budget for `AllocateBits`, which has an argument of that name."""
+    quantize, allocate, *_ = lq.recipe("best_ptq", activations=3)
+    assert quantize.activations == 3 and allocate.activations is None
+    assert all(callback.seed == 5 for callback in lq.recipe("best_ptq", seed=5)[2:])  # the recipe says nothing of it
+
+
 def test_an_override_that_no_callback_takes():
     with pytest.raises(
         lq.RecipeError, match=r"no callback of recipe 'ptq_w8a8' takes 'weight'; did you mean .*weights"

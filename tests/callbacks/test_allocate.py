@@ -243,3 +243,13 @@ def test_a_better_allocation_than_uniform_after_training():
             losses[name] = sum(float(F.cross_entropy(module(x), y)) for x, y in loader())
         assert float_weight(module.net[0]).shape == (4, 1, 3, 3)
     assert losses["allocated"] <= losses["uniform"]
+
+
+def test_the_budget_that_the_model_has():
+    """ "same" is the bytes of the widths that `Quantize` gave, and widths within it differ by channel."""
+    module = tiny()
+    fit(module, [Quantize(4, 4)], max_epochs=0)
+    allowed = lq.summary(module).bytes
+    other, stage = tiny(), AllocateBits("same", granularity="channel", samples=16)
+    fit(other, [Quantize(4, 4), stage], max_epochs=0)
+    assert lq.summary(other).bytes <= allowed and stage.allocated.costs.keys() == {f"{allowed} bytes"}
