@@ -26,7 +26,7 @@ from lq.errors import DataError, SpecError, StateError
 from lq.folding import fold_batchnorm
 from lq.inspection import inspect
 from lq.report import summary
-from lq.scheme import Override, plan_sites
+from lq.scheme import Override, Skip, plan_sites
 from lq.sites import common_module, input_quantizer, is_attached, layers
 from lq.spec import QuantSpec
 from lq.structure import Structure
@@ -70,7 +70,7 @@ class Quantize(pl.Callback):
         activations: int | QuantSpec | None = 8,
         *,
         structure: Structure | str | Path | None = None,
-        skip: bool = False,
+        skip: Skip = False,
         share_concats: bool = False,
         symmetric: bool = True,
         fold_bn: bool = True,

@@ -45,7 +45,8 @@ class Reconstruct(pl.Callback):
         units: "layer", "block", "mixed" (MRECG), "network", or names of modules, chains of them as lists.
         rounding: "nearest", "adaround", "softmax" (NWQ), "wide_softmax" (also one level down: where weights are
             levels already), or a rounding object of `lq.rounding`.
-        loss: "mse", "fisher" (BRECQ), "kl" (the network as one unit), or a function of output, target and weights.
+        loss: "relative" (the squared error, of tokens relative to the variance of each), "mse", "fisher" (BRECQ), "kl"
+            (the network as one unit), or a function of output, target and weights.
         drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of
             progress.
         iterations: optimizer steps for a unit.
@@ -82,7 +83,7 @@ class Reconstruct(pl.Callback):
         self,
         units: Units = "block",
         rounding: str | Rounding = "adaround",
-        loss: str | Loss = "mse",
+        loss: str | Loss = "relative",
         drop: float | str | Drop = 0.5,
         iterations: int = 20_000,
         *,

@@ -29,7 +29,7 @@ from lq.interception import (
 )
 from lq.patterns import select
 from lq.quantizer import ActivationQuantizer, WeightQuantizer
-from lq.scheme import Override, PlannedSite, Width, plan_sites
+from lq.scheme import Override, PlannedSite, Skip, Width, plan_sites
 from lq.sites import (
     INPUT,
     OUTPUT,
@@ -54,7 +54,7 @@ def attach(
     activations: Width = None,
     *,
     structure: Structure | None = None,
-    skip: bool = False,
+    skip: Skip = False,
     share_concats: bool = False,
     symmetric: bool = True,
     first_last: int | None = 8,
@@ -76,6 +76,8 @@ def attach(
         structure: what `lq.inspect` found, of this model or one like it: everything that multiplies is quantized,
             layers or not, and a tensor that several read is quantized once.
         skip: also quantize what residual sums read besides others, and their results (BRECQ, QDrop); needs a structure.
+            "auto": but for those that a layer norm reads: the streams of pre-norm transformers have few massive values
+            that leave little of a grid to the others (ViT-tiny, W4A8: 79.4 % without, 3.8 % with them quantized).
         share_concats: one quantizer for all parts of a concatenation and for its result, as integer hardware without
             rescaling needs it; needs a structure.
         symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own,

@@ -189,15 +189,16 @@ class _Builder:
 
     def _producer(self, value: Value) -> Site | None:
         """Where a tensor can be quantized for all who read it: as a module's output or as a call's result."""
+        normalized = bool(set(value.readers) & (_NORMS - {"batch_norm"}))
         for name in value.output_of:
             outputs = self.trace.outputs[name]
             if all(output is value for output in outputs) and len(outputs) == 1 and name:
-                return Site(name, "output", "skip", value.shape)
+                return Site(name, "output", "skip", value.shape, normalized=normalized)
         made = value.made_by
         # A module that is called again (one ReLU for two places) has no place for this tensor alone.
         once = made is not None and len(self.trace.outputs.get(made.module or "", ())) <= 1
         if made is not None and made.module is not None and made.kind not in _MULTIPLYING and once:
-            return Site(made.module, f"{made.name}_output", "skip", value.shape)
+            return Site(made.module, f"{made.name}_output", "skip", value.shape, normalized=normalized)
         return None
 
     # --- who shares, who is covered -------------------------------------------------------------------------------

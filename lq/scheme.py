@@ -8,7 +8,7 @@ layer's input is also the last tensor on the skip path, which is only pooled or 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from torch import nn
 
@@ -33,6 +33,9 @@ KINDS: tuple[type[nn.Module], ...] = (
 #: A width in bits, a full spec, or None for float.
 Width = int | QuantSpec | None
 
+#: Whether residual streams are quantized; "auto": those that no layer norm reads.
+Skip = bool | Literal["auto"]
+
 
 class Override(TypedDict, total=False):
     """Other widths for the layers that a pattern matches."""
@@ -56,7 +59,7 @@ def plan_sites(
     activations: Width,
     *,
     structure: Structure | None = None,
-    skip: bool = False,
+    skip: Skip = False,
     share_concats: bool = False,
     symmetric: bool = True,
     first_last: int | None = 8,
@@ -71,9 +74,11 @@ def plan_sites(
         raise SpecError("weights=None and activations=None leave nothing to quantize; give at least one a width")
     if first_last is not None:
         check_bits(first_last)
+    if skip not in (True, False, "auto"):
+        raise SpecError(f"skip={skip!r} is unknown; use True, False or 'auto'")
     if structure is None and (skip or share_concats):
         raise StateError(
-            f"{'skip' if skip else 'share_concats'}=True needs to know how the tensors flow: pass "
+            f"{f'skip={skip!r}' if skip else 'share_concats=True'} needs to know how the tensors flow: pass "
             "structure=lq.inspect(model, example)"
         )
     sites, edges = (
@@ -93,7 +98,7 @@ def plan_sites(
         spec: QuantSpec | None = None
         if site.layer in chosen and site.role == "weight":
             spec = weight
-        elif site.layer in chosen and not site.network_input and (site.role == "activation" or skip):
+        elif site.layer in chosen and not site.network_input and (site.role == "activation" or _quantizes(skip, site)):
             spec = activation
         at_edge = site.layer in edges and (site.role != "skip" or site.layer in last)
         if spec is not None and at_edge and first_last is not None:
@@ -104,6 +109,10 @@ def plan_sites(
     planned = {site.name: (site, spec) for site in sites if (spec := wanted[site.name]) is not None}
     covered = {n for n, (s, _) in planned.items() if s.covered_by and all(c in planned for c in s.covered_by)}
     return _with_owners({n: found for n, found in planned.items() if n not in covered}, share_concats)
+
+
+def _quantizes(skip: Skip, site: Site) -> bool:
+    return skip is True or (skip == "auto" and not site.normalized)
 
 
 def layer_sites(model: nn.Module, include: Sequence[str] | str | None) -> tuple[tuple[Site, ...], set[str]]:
@@ -127,7 +136,7 @@ def _apply_override(
     chosen: set[str],
     pattern: str,
     override: Override,
-    skip: bool,
+    skip: Skip,
     symmetric: bool,
 ) -> None:
     if not isinstance(override, Mapping) or not override or set(override) - {"weights", "activations"}:
@@ -139,7 +148,7 @@ def _apply_override(
         pattern, [name for name in dict.fromkeys(s.layer for s in sites) if name in chosen], argument="overrides"
     )
     for site in sites:
-        if site.layer not in matched or (site.role == "skip" and not skip):
+        if site.layer not in matched or (site.role == "skip" and not _quantizes(skip, site)):
             continue
         if site.role == "weight" and "weights" in override:
             width = override["weights"]

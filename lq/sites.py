@@ -35,6 +35,7 @@ class Site:
         covered_by: names of skip sites that, together, quantize all that it reads.
         network_input: it reads the network's own input.
         channels: number of output channels of a weight at a call; 0: not one.
+        normalized: a layer norm, or another over channels, is among those who read it, as in pre-norm transformers.
     """
 
     module: str
@@ -46,6 +47,7 @@ class Site:
     covered_by: tuple[str, ...] = ()
     network_input: bool = False
     channels: int = 0
+    normalized: bool = False
 
     @property
     def name(self) -> str:

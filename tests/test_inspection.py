@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lq
+from lq.errors import SpecError
 from lq.sites import quantizers
 from tests.models import (
     Attention,
@@ -172,6 +173,29 @@ def test_skip_replaces_the_inputs_it_covers():
     lq.attach(both, 8, 8, structure=structure, skip=True)
     found = {q.name for q in quantizers(both)}
     assert {"0.output", "0.add_0_output", "1.add_0_output"} <= found
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
+def test_auto_leaves_streams_that_a_layer_norm_reads(name):
+    """Of the pre-norm transformer all of its stream; of the ResNet, whose batch norms are not folded, nothing."""
+    options = {"img_size": 32, "depth": 2} if "vit" in name else {}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **options).eval()
+    structure = lq.inspect(model, torch.randn(1, 3, 32, 32))
+    stream = {site.name for site in structure.sites if site.role == "skip"}
+    placed = {}
+    for skip in (True, "auto", False):
+        placed[skip] = {
+            q.name for q in quantizers(lq.attach(copy.deepcopy(model), 8, 8, structure=structure, skip=skip))
+        }
+    assert stream and stream <= placed[True] and not stream & placed[False]
+    assert placed["auto"] == placed["vit" not in name]
+
+
+def test_skip_is_a_choice_of_three():
+    model, x = example("block")
+    with pytest.raises(SpecError, match="skip='yes' is unknown; use True, False or 'auto'"):
+        lq.attach(model, 8, 8, structure=lq.inspect(model, x), skip="yes")
 
 
 def test_resnet_skip_sites_follow_the_activation():

@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -49,7 +49,7 @@ CIFAR = "cifar10_resnet20"
 CIFAR_UNITS = 11  # stem, 9 blocks, classifier
 PUBLISHED = ("lapq", "adaround", "brecq", "brecq_fisher", "qdrop", "mrecg_modcap", "mrecg_loss", "nwq")
 METHODS = ("nearest", *PUBLISHED, "best_ptq")
-RECIPES = {"nearest": "qdrop", "brecq_fisher": "brecq"}
+RECIPES = {"nearest": "qdrop", "brecq_fisher": "brecq", "qdrop_feedback": "qdrop"}
 WITHOUT_SEED = ("nearest", "lapq")  # and without iterations
 OUTPUT = Path("outputs/reconstruction")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -81,7 +81,7 @@ class Classifier(L.LightningModule):
 
 @dataclass(frozen=True)
 class Run:
-    """What to run; `iterations` are those of a unit, `skip` says whether skip paths are quantized.
+    """What to run; `iterations` are those of a unit, `skip` says which skip paths are quantized.
 
     Its result has top1 in percent, kl in nats, seconds, cpu_seconds of the process, and units: for each `Reconstruct`
     the name, the losses before and after, iterations and seconds of its units.
@@ -94,7 +94,7 @@ class Run:
     seed: int
     iterations: int
     images: int
-    skip: bool = True
+    skip: bool | Literal["auto"] = "auto"
 
     def __str__(self) -> str:
         return f"{self.model} {self.method} W{self.weights}A{self.activations}, seed {self.seed}"
@@ -185,19 +185,21 @@ def callbacks(run: Run, memory: str) -> list[Any]:
         stage.search_iterations = min(stage.search_iterations, stage.iterations)
     if run.method == "brecq_fisher":
         stages[0].loss = "fisher"
+    if run.method == "qdrop_feedback":
+        stages[0].start = "feedback"
     return made
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
     """The float network, then every method with its seeds at every width."""
-    found = [Run(options.model, "float", 32, 32, 0, 0, options.images, options.skip)]
+    found = [Run(options.model, "float", 32, 32, 0, 0, options.images)]
     for widths in options.widths:
         for method in options.methods:
             iterations = 0 if method in WITHOUT_SEED else options.iterations
             if method == "nwq":
                 iterations = options.nwq_iterations or CIFAR_UNITS * iterations
             for seed in options.seeds[:1] if method in WITHOUT_SEED else options.seeds:
-                rest = (seed, iterations, options.images, options.skip)
+                rest = (seed, iterations, options.images)
                 found.append(Run(options.model, method, widths[0], widths[1], *rest))
     return found
 
@@ -488,7 +490,6 @@ def main(arguments: list[str] | None = None) -> None:
         one.add_argument("--seeds", nargs="+", type=int, default=[0])
         one.add_argument("--memory", default="4GB", help="limit for captured activations")
         one.add_argument("--nwq-iterations", type=int, help=f"of all units together; by default {CIFAR_UNITS} times")
-        one.add_argument("--skip", action=argparse.BooleanOptionalAction, help="quantize skip paths; not in a ViT")
         one.set_defaults(methods=methods, model=CIFAR)
         if name == "oscillation":
             one.add_argument("--plot", type=Path, default=OUTPUT / "oscillation.png")
@@ -521,8 +522,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("nwq reconstructs the whole network at once: give --nwq-iterations")
     if options.command == "qdrop" and (options.python is None) != (options.code is None):
         parser.error("QDrop's code needs both --code and --python")
-    if getattr(options, "skip", True) is None:  # outliers in the residual stream of a ViT do not bear 8 bits
-        options.skip = not options.model.startswith("vit")
     if options.data is not None:
         os.environ["LQ_DATA"] = options.data
     torch.set_num_threads(options.threads)

@@ -6,6 +6,7 @@ from lq.reconstruction.granularity import Merges as Merges
 from lq.reconstruction.losses import FisherLoss as FisherLoss
 from lq.reconstruction.losses import KLLoss as KLLoss
 from lq.reconstruction.losses import LpLoss as LpLoss
+from lq.reconstruction.losses import RelativeLoss as RelativeLoss
 from lq.reconstruction.reconstruct import reconstruct as reconstruct
 from lq.reconstruction.report import Reconstruction as Reconstruction
 from lq.reconstruction.report import UnitReport as UnitReport

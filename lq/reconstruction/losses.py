@@ -37,6 +37,27 @@ class LpLoss:
 
 
 @dataclass(frozen=True)
+class RelativeLoss:
+    """The squared error; that of tokens, (N, T, C), relative to the variance of each token of the float network.
+
+    What reads the output of a transformer's block is a layer norm, which divides a token by its deviation. Without
+    that, a few tokens with massive activations are all that the squared error sees. Weights of tokens have a mean of 1;
+    a tenth of the median variance is added to each, so that tokens of no variance do not weigh without limit.
+    """
+
+    weighted = False
+
+    def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss."""
+        error = (output.float() - target.float()).square()
+        if output.ndim == 3:
+            variance = target.float().var(-1, correction=0, keepdim=True)
+            weight = 1 / (variance + 0.1 * variance.median()).clamp(min=1e-12)
+            error = error * (weight / weight.mean())
+        return error.mean() * _channels(output)
+
+
+@dataclass(frozen=True)
 class FisherLoss:
     """``mean (z - z~)^2 * g^2``, summed over channels, with g the gradient of the log-likelihood at the float output.
 
@@ -67,7 +88,7 @@ class KLLoss:
         return kl_divergence(output, target, self.temperature)
 
 
-_NAMED: dict[str, Callable[[], Loss]] = {"mse": LpLoss, "fisher": FisherLoss, "kl": KLLoss}
+_NAMED: dict[str, Callable[[], Loss]] = {"relative": RelativeLoss, "mse": LpLoss, "fisher": FisherLoss, "kl": KLLoss}
 
 
 def loss_of(loss: "str | Loss") -> Loss:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lq.reconstruction.capture import Inputs, Outputs
 from lq.reconstruction.drop import Drop
-from lq.reconstruction.losses import Loss, LpLoss
+from lq.reconstruction.losses import Loss, RelativeLoss
 from lq.rounding import Rounding
 
 #: Where the rounding starts: at the float weights, or nearer to what error feedback chooses.
@@ -110,8 +110,8 @@ class Inside:
     pairs: Sequence[tuple[nn.Module, nn.Module]]
 
     def difference(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The sum of squared differences, each summed over channels and averaged over the rest."""
+        """The sum of squared differences (`RelativeLoss`), each summed over channels and averaged over the rest."""
         return torch.stack([_SQUARED(output, target, None) for output, target in pairs]).sum()
 
 
-_SQUARED = LpLoss(2.0)
+_SQUARED = RelativeLoss()

@@ -103,12 +103,16 @@ def feedback_levels(
     inside = [part for module in modules for part in module.modules() if id(float_weight(part)) in ours]
     parts = [part for part in inside if isinstance(part, (nn.Linear, nn.Conv2d))]
     seen = {id(weight): Correlation(part) for part in parts if (weight := float_weight(part)) is not None}
+    met: list[tuple[Correlation, Tensor]] = []  # counted after the run, whose own products are quantized by their order
     with ExitStack() as stack:
         for part in parts:
-            to = seen[id(float_weight(part))]
-            stack.callback(part.register_forward_hook(partial(_count, to), with_kwargs=True).remove)
+            note = partial(_note, met, seen[id(float_weight(part))])
+            stack.callback(part.register_forward_hook(note, with_kwargs=True).remove)
         for start in range(0, samples, batch_size):
             call(modules, inputs.batch(slice(start, min(start + batch_size, samples))), inputs.spec)
+            for correlation, x in met:
+                correlation.add(x)
+            met.clear()
     levels = []
     flat = (grid.values, *(torch.as_tensor(b, device=grid.values.device).expand_as(grid.values) for b in grid.bounds))
     rows = zip(*(grid.split(part) for part in (*flat, grid.nearest())), strict=True)
@@ -123,5 +127,7 @@ def feedback_levels(
     return torch.cat(levels) if levels else grid.values
 
 
-def _count(to: Correlation, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    to.add(args[0] if args else kwargs["input"])
+def _note(
+    met: list[tuple[Correlation, Tensor]], to: Correlation, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
+    met.append((to, (args[0] if args else kwargs["input"]).clone()))  # what comes may change it in place

@@ -62,7 +62,7 @@ def reconstruct(
     units: Units = "block",
     rounding: str | Rounding = "adaround",
     start: Start = "float",
-    loss: str | Loss = "mse",
+    loss: str | Loss = "relative",
     drop: float | str | Drop = 0.5,
     iterations: int = 20_000,
     batch_size: int = 32,
@@ -98,7 +98,8 @@ def reconstruct(
             levels already), or a rounding object of `lq.rounding`.
         start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses;
             with rounding "nearest", that is what they get.
-        loss: "mse", "fisher" (BRECQ), "kl" (of logits: the network as one unit), or a function of output, target and
+        loss: "relative" (the squared error, of tokens relative to the variance of each), "mse" (the squared error as it
+            is), "fisher" (BRECQ), "kl" (of logits: the network as one unit), or a function of output, target and
             weights, such as ``LpLoss(2.4)``.
         drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of
             progress.

@@ -529,7 +529,7 @@ def test_regularization_compares_blocks_of_the_network():
     """Through `lq.reconstruct`: the curve is the larger for it, and what is held comes nearer."""
     distances, curves = [], []
     for regularization in (0.0, 3.0):
-        torch.manual_seed(0)
+        torch.manual_seed(3)
         model, data = ResNet(2).eval(), [samples((3, 8, 8), 16)]
         quantized(model, data, 2, None)
         twin = lq.distillation.float_copy(model)
@@ -537,9 +537,9 @@ def test_regularization_compares_blocks_of_the_network():
             model,
             data,
             units="network",
-            rounding=AnnealingSoftmax(lr=0.05),
+            rounding=AnnealingSoftmax(lr=0.02),
             drop=0.0,
-            iterations=60,
+            iterations=200,
             batch_size=16,
             regularization=regularization,
         )
@@ -547,7 +547,7 @@ def test_regularization_compares_blocks_of_the_network():
         with torch.no_grad():
             x = model.act(model.stem(data[0])), twin.act(twin.stem(data[0]))
             distances.append((model.blocks[0](x[0]) - twin.blocks[0](x[1])).square().mean().item())
-    assert distances[1] < distances[0]
+    assert distances[1] < 0.8 * distances[0]
     assert min(curves[1]) > min(curves[0])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lq.errors import SpecError
-from lq.reconstruction import FisherLoss, KLLoss, LpLoss
+from lq.reconstruction import FisherLoss, KLLoss, LpLoss, RelativeLoss
 from lq.reconstruction.losses import loss_of
 
 SHAPES = [(3, 4, 2, 5), (3, 5, 4), (6, 4)]
@@ -37,6 +37,28 @@ def test_lp(p, shape):
 
 
 @every_shape
+def test_only_tokens_are_relative(shape):
+    output, target, _ = tensors(shape)
+    squared = LpLoss()(output, target).item()
+    assert (RelativeLoss()(output, target).item() == pytest.approx(squared, rel=1e-6)) == (len(shape) != 3)
+
+
+def test_relative_weighs_by_the_variance_of_tokens():
+    output, target, _ = tensors((2, 3, 4))
+    target[0, 1] *= 100  # a massive activation
+    target[1, 2] = 0.5  # no variance
+    rows = target.double().flatten(0, 1)
+    variances = [sum((v - row.mean()) ** 2 for v in row).item() / 4 for row in rows]
+    floor = 0.1 * sorted(variances)[2]  # of six, the lower median
+    weights = [1 / (v + floor) for v in variances]
+    weights = torch.tensor([[w * 6 / sum(weights)] * 4 for w in weights]).reshape(2, 3, 4)
+    assert weights[0, 1, 0] < 1e-3 < weights[1, 2, 0] < 6
+    expected = by_loops((2, 3, 4), output, target, weights, 2)
+    assert RelativeLoss()(output, target).item() == pytest.approx(expected, rel=1e-4)
+    assert RelativeLoss()(target * 0, target * 0).item() == 0
+
+
+@every_shape
 def test_fisher_weighs_squared_errors(shape):
     output, target, weights = tensors(shape)
     assert FisherLoss()(output, target, weights).item() == pytest.approx(
@@ -57,7 +79,7 @@ def test_kl(temperature):
     assert abs(KLLoss()(target, target).item()) < 1e-6
 
 
-@pytest.mark.parametrize("loss", [LpLoss(), LpLoss(2.4), FisherLoss(), KLLoss()], ids=repr)
+@pytest.mark.parametrize("loss", [LpLoss(), LpLoss(2.4), RelativeLoss(), FisherLoss(), KLLoss()], ids=repr)
 def test_only_fisher_asks_for_weights(loss):
     assert loss.weighted == isinstance(loss, FisherLoss)
 
@@ -72,13 +94,14 @@ def test_a_fisher_loss_of_equal_weights_does_not_depend_on_the_batch(shape):
 
 
 def test_names():
-    assert [loss_of(name) for name in ("mse", "fisher", "kl")] == [LpLoss(2.0), FisherLoss(), KLLoss()]
+    named = {"relative": RelativeLoss(), "mse": LpLoss(2.0), "fisher": FisherLoss(), "kl": KLLoss()}
+    assert {name: loss_of(name) for name in named} == named
     own = lambda output, target, weights: (output - target).sum()  # noqa: E731
     assert loss_of(own) is own
 
 
 def test_errors():
-    with pytest.raises(SpecError, match="loss='l2' is unknown; use 'mse', 'fisher', 'kl' or a loss object"):
+    with pytest.raises(SpecError, match="loss='l2' is unknown; use 'relative', 'mse', 'fisher', 'kl' or a loss object"):
         loss_of("l2")
     with pytest.raises(SpecError, match=r"LpLoss\(p=0\): the exponent must be positive"):
         LpLoss(0)

@@ -391,3 +391,30 @@ def test_wrong_states():
         lq.reconstruct(model, [])
     with pytest.raises(DataError, match="ResNet did not take a batch of Tensor"):
         lq.reconstruct(model, [torch.zeros(4, 7)])
+
+
+def test_error_feedback_counts_the_inputs_of_layers_inside_attention(monkeypatch):
+    """Its own products are not taken for those of the attention, which are quantized by their order."""
+    seen = []
+
+    def noted(values, correlation, low, high, offset):
+        seen.append((values.shape[1], correlation))
+        return values
+
+    model, data = prepared("tokens")
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    inputs = {id(layer): [] for layer in layers}
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, args, _: inputs[id(layer)].append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        for x in data:
+            model(x)
+    expected = [torch.cat(rows).T @ torch.cat(rows) for rows in inputs.values()]
+    monkeypatch.setattr("lq.rounding.feedback.error_feedback", noted)
+    run(model, data, units="network", start="feedback", iterations=1, batch_size=24, activation_mode="quantized")
+    linear = [correlation for width, correlation in seen if width != 3 * 4 * 4]
+    assert len(seen) > len(expected) - 1 >= 4
+    for correlation in linear[-len(expected) :]:
+        assert any(
+            torch.allclose(correlation, e, rtol=1e-4, atol=1e-3) for e in expected if e.shape == correlation.shape
+        )
