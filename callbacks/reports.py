@@ -1,9 +1,10 @@
 """Where callbacks write what they did: beside the Trainer's own logs, as whole files."""
 
-import os
 from pathlib import Path
 
 import lightning.pytorch as pl
+
+from lq.files import whole_file
 
 
 def report_path(trainer: pl.Trainer, name: str, save_to: str | Path | None) -> Path | None:
@@ -23,6 +24,5 @@ def report_path(trainer: pl.Trainer, name: str, save_to: str | Path | None) -> P
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is never seen half-written."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -22,6 +22,9 @@ from lq.errors import PatternError as PatternError
 from lq.errors import RecipeError as RecipeError
 from lq.errors import SpecError as SpecError
 from lq.errors import StateError as StateError
+from lq.export import IntegerWeight as IntegerWeight
+from lq.export import integer_weights as integer_weights
+from lq.export import save as save
 from lq.folding import fold_batchnorm as fold_batchnorm
 from lq.inspection import inspect as inspect
 from lq.loss_aware import optimize_ranges as optimize_ranges

@@ -1,5 +1,6 @@
 """Where the output channels of a weight lie, so that every layer kind can be seen as rows of one channel each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -67,3 +68,17 @@ class ChannelLayout:
             return weight.movedim(self.dim, 0).flatten(1)
         blocks: Tensor = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return blocks.reshape(self.channels, -1)
+
+    def from_rows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `rows`: a weight of `shape`.
+
+        >>> import torch
+        >>> weight, layout = torch.rand(4, 3, 5, 5), ChannelLayout(6, dim=1, groups=2)
+        >>> torch.equal(layout.from_rows(layout.rows(weight), weight.shape), weight)
+        True
+        """
+        if self.groups == 1:
+            rest = [*shape[: self.dim], *shape[self.dim + 1 :]]
+            return rows.view(self.channels, *rest).movedim(0, self.dim)
+        blocks = rows.view(self.groups, shape[1], shape[0] // self.groups, *shape[2:]).transpose(1, 2)
+        return blocks.reshape(*shape)

@@ -30,7 +30,7 @@ def load(source: str | Path | Mapping[str, Any], model: M) -> M:
 
     Args:
         source: a state dict, a checkpoint with one under "state_dict" (Lightning's), or the path of a file of either
-            kind.
+            kind, or of a packed one (`lq.save`, ".safetensors").
         model: the model it was saved from, as the float code builds it. BatchNorms that were folded are folded here
             too.
 
@@ -38,7 +38,8 @@ def load(source: str | Path | Mapping[str, Any], model: M) -> M:
         The model, quantized, in place.
 
     Raises:
-        DataError: if there is no quantizer in the checkpoint, or one for a layer the model does not have.
+        DataError: if there is no quantizer in the checkpoint, or one for a layer the model does not have; if a packed
+            file is damaged, of a newer lq, or of another model.
 
     >>> import lq
     >>> saved = lq.attach(nn.Sequential(nn.Linear(4, 4)), weights=2)
@@ -46,6 +47,10 @@ def load(source: str | Path | Mapping[str, Any], model: M) -> M:
     >>> torch.equal(loaded[0].weight, saved[0].weight)
     True
     """
+    if isinstance(source, (str, Path)) and Path(source).suffix == ".safetensors":
+        from lq.export.packed import load as load_packed
+
+        return load_packed(source, model)
     state_dict = read_state_dict(source)
     rebuild(model, state_dict)
     model.load_state_dict(state_dict)

@@ -5,7 +5,6 @@ data and weights at the start must be the same, or an error says which is not.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.errors import StateError
+from lq.files import whole_file
 from lq.histogram import Reduce
 from lq.quantizer import Quantizer
 from lq.reconstruction.quantizers import UnitQuantizers
@@ -106,9 +106,8 @@ class Progress:
         tensors = {names[id(part)]: part.detach().cpu().clone() for part in parts}
         self._units.append({"report": asdict(report), "tensors": tensors})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.unfinished")
-        torch.save({"fingerprint": self.fingerprint, "units": self._units}, unfinished)
-        os.replace(unfinished, self.path)
+        with whole_file(self.path) as unfinished:
+            torch.save({"fingerprint": self.fingerprint, "units": self._units}, unfinished)
 
     def _read(self, path: Path) -> None:
         try:

@@ -1,0 +1,5 @@
+"""Out of the Trainer: integer weights, packed files, ONNX and torch.export."""
+
+from lq.export.integers import IntegerWeight as IntegerWeight
+from lq.export.integers import integer_weights as integer_weights
+from lq.export.packed import save as save

@@ -1,0 +1,253 @@
+"""What a packed file holds, in order: grids of quantizers and of what weights, tensors that are kept as they are."""
+
+import json
+import math
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lq.channels import ChannelLayout
+from lq.errors import DataError
+from lq.export.integers import settled_zero_point
+from lq.export.packing import packed_size
+from lq.quantizer import Quantizer, middle
+from lq.sites import INPUT, OUTPUT
+from lq.spec import QuantSpec
+
+#: Where a state dict has the float weight of a layer, and the quantizer of it.
+ORIGINAL, WEIGHT = "parametrizations.weight.original", "parametrizations.weight.0"
+
+# Widths as characters, so that those of many channels are a short string.
+_WIDTHS = "0123456789abcdefg"
+
+# Zero points: those that need not be stored, and the types of those that are; capitals where the zero is fixed.
+_ZEROS = {"middle": "m", "zero": "z", "|u1": "b", "<i2": "h", "<f4": "f"}
+_KINDS = {letter: zeros for zeros, letter in _ZEROS.items()}
+
+# Ends of quantizers' names.
+_ENDS = {f".{WEIGHT}": ":w", f".{INPUT}": ":i", f".{OUTPUT}": ":o"}
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight that is stored as codes: its shape, its type and where its channels lie (`ChannelLayout`)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    dim: int = 0
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A quantizer.
+
+    Args:
+        key: its name in the state dict.
+        widths: a character for each channel ("0" to "8", "g" for 16), or one for all of them.
+        channels: number of channels; None: one step for the tensor.
+        zeros: "middle", "zero" (unsigned), or the numpy type that zero points are stored as.
+        symmetric: whether its zero is fixed by what it was made for.
+        codes: the weight; None: it has none that is stored as codes.
+    """
+
+    key: str
+    widths: str
+    channels: int | None
+    zeros: str
+    symmetric: bool
+    codes: Codes | None = None
+
+    @property
+    def weight_key(self) -> str:
+        """Name of the weight in the state dict."""
+        return self.key.removesuffix(WEIGHT) + ORIGINAL
+
+    @property
+    def bits(self) -> Tensor:
+        """Widths, shape () or (C,)."""
+        found = [float(_WIDTHS.index(c)) for c in self.widths]
+        if self.channels is None:
+            return torch.tensor(found[0])
+        return torch.tensor(found if len(found) > 1 else found * self.channels)
+
+    @property
+    def kept(self) -> Tensor:
+        """Which of its channels are stored: those that are not pruned; shaped like ``bits``."""
+        return self.bits > 0
+
+    @property
+    def stored_types(self) -> tuple[str, ...]:
+        """Numpy types of what is stored for each channel: the logarithm of the step, perhaps the zero point."""
+        return ("<f4",) if self.zeros in ("middle", "zero") else ("<f4", self.zeros)
+
+    @property
+    def layout(self) -> ChannelLayout:
+        """Where the channels of the weight lie; one channel if it has one step."""
+        codes = self.codes or Codes((), "")
+        return ChannelLayout(self.channels or 1, codes.dim, codes.groups)
+
+    def parts(self) -> list[tuple[Tensor, int, int]]:
+        """For each width but 0: channels of the weight, number of their codes, width."""
+        if self.codes is None:
+            return []
+        bits = self.bits.reshape(-1)
+        of_a_channel = math.prod(self.codes.shape) // len(bits)
+        found = ((int(w), (bits == w).nonzero().flatten()) for w in bits.unique().tolist() if w)
+        return [(channels, of_a_channel * len(channels), width) for width, channels in found]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of what is stored for the channels, and of the codes."""
+        state = int(self.kept.sum()) * sum(np.dtype(kind).itemsize for kind in self.stored_types)
+        return state, packed_size([part[1:] for part in self.parts()])
+
+    def spec(self) -> QuantSpec:
+        """The spec of such a quantizer."""
+        widths = tuple(int(b) for b in self.bits.flatten().tolist())
+        bits = widths if self.channels is not None and len(set(widths)) > 1 else widths[0]
+        return QuantSpec(bits, per_channel=self.channels is not None, symmetric=self.symmetric)
+
+    @classmethod
+    def of(cls, key: str, quantizer: Quantizer, codes: Codes | None) -> tuple["Grid", Tensor]:
+        """What there is to say of a quantizer, and the zero points that it rounds with."""
+        zero_point = settled_zero_point(quantizer).cpu()
+        bits = quantizer.bits.detach().cpu()
+        channels = None if bits.ndim == 0 else bits.numel()
+        widths = "".join(_WIDTHS[int(b)] for b in bits.flatten().tolist())
+        if torch.equal(zero_point, middle(bits)):
+            zeros = "middle"
+        elif not zero_point.any():
+            zeros = "zero"
+        else:
+            values = zero_point.double().numpy()
+            zeros = next(t for t in ("|u1", "<i2", "<f4") if (values.astype(t).astype("f8") == values).all())
+        symmetric = quantizer.is_weight if quantizer.spec is None else quantizer.spec.symmetric
+        widths = widths[:1] if len(set(widths)) == 1 else widths
+        return cls(key, widths, channels, zeros, symmetric, codes), zero_point
+
+
+@dataclass(frozen=True)
+class Other:
+    """A tensor that is kept as it is."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
+
+
+@dataclass
+class Index:
+    """What a file holds.
+
+    Args:
+        grids: quantizers.
+        others: what is not quantized.
+        aliases: keys of a state dict under which a tensor is there once more.
+        texts: small states of other kinds.
+    """
+
+    grids: list[Grid] = field(default_factory=list)
+    others: list[Other] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that it lists."""
+        return sum(map(sum, (grid.sizes for grid in self.grids))) + sum(other.size for other in self.others)
+
+    def encode(self) -> bytes:
+        """As bytes: a text for each property of all quantizers, then of all others. Alike things next to each other
+        compress well: names and all take a few hundred bytes.
+        """
+        grids, others = self.grids, self.others
+        letters = "".join(_ZEROS[g.zeros].upper() if g.symmetric else _ZEROS[g.zeros] for g in grids)
+        columns = [
+            _joined(_short(grid.key) for grid in grids),
+            _joined(grid.widths for grid in grids),
+            letters,
+            _joined("" if grid.channels is None else str(grid.channels) for grid in grids),
+            _joined(
+                "" if c is None else f"{_text(c.shape)}/{c.dtype}/{c.dim}/{c.groups}" for c in (g.codes for g in grids)
+            ),
+            _joined(other.key for other in others),
+            _joined(_text(other.shape) for other in others),
+            _joined(other.dtype for other in others),
+        ]
+        text = json.dumps([len(grids), len(others), *columns, self.aliases, self.texts], separators=(",", ":"))
+        return zlib.compress(text.encode(), 9)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Index":
+        """The inverse of `encode`.
+
+        Raises:
+            DataError: if that is not an index.
+        """
+        try:
+            grids, others, *columns, aliases, texts = json.loads(zlib.decompress(data))
+            keys, widths, letters, channels, codes, *of_others = columns
+            rows = zip(
+                *(_split(column, grids) for column in (keys, widths)),
+                letters,
+                *(_split(column, grids) for column in (channels, codes)),
+                strict=True,
+            )
+            found = cls(aliases=dict(aliases), texts=dict(texts))
+            for key, width, letter, count, code in rows:
+                zeros = _KINDS[letter.lower()]
+                shape, *rest = code.split("/")
+                weight = Codes(_numbers(shape), _dtype(rest[0]), *map(int, rest[1:])) if code else None
+                grid = Grid(_long(key), width, int(count) if count else None, zeros, letter.isupper(), weight)
+                found.grids.append(grid)
+            for key, shape, dtype in zip(*(_split(column, others) for column in of_others), strict=True):
+                found.others.append(Other(key, _numbers(shape), _dtype(dtype)))
+            return found
+        except (zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"its index cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _joined(texts: Iterable[str]) -> str:
+    return "\n".join(texts)
+
+
+def _split(text: str, count: int) -> list[str]:
+    return text.split("\n") if count else []
+
+
+def _short(key: str) -> str:
+    for end, letter in _ENDS.items():
+        if f".{key}".endswith(end):
+            return f".{key}".removesuffix(end)[1:] + letter
+    return key
+
+
+def _long(key: str) -> str:
+    for end, letter in _ENDS.items():
+        if key.endswith(letter):
+            return (key.removesuffix(letter) + end).lstrip(".")
+    return key
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return ",".join(map(str, shape))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def _dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"{name!r} is no type of tensors")
+    return name

@@ -1,0 +1,302 @@
+"""Packed files: a quantized model in as many bytes as its widths say, as safetensors, from which nothing is executed.
+
+A file has two byte tensors: ``index`` says what there is (`lq.export.index`), ``data`` has it, in that order: of each
+quantizer the logarithms of its steps and, if they follow neither from the width nor are zero, its zero points; what is
+not quantized, as it is; of each weight the codes, channels of a width together (`lq.export.packing`). Pruned channels
+take nothing. The last 16 bytes are a checksum (BLAKE2b) of the metadata, the index and the data. Little endian.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lq.checkpoint import rebuild
+from lq.errors import DataError
+from lq.export.index import ORIGINAL, Codes, Grid, Index, Other
+from lq.export.integers import as_integers, quantized_weights
+from lq.export.packing import pack, unpack
+from lq.files import whole_file
+from lq.folding import foldable_pairs
+from lq.functional import step_size
+from lq.quantizer import Quantizer, WeightQuantizer, middle
+from lq.sites import is_attached, require_attached
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Version of the format; files of a newer one are refused.
+FORMAT = 1
+
+#: How the name of a packed file ends.
+SUFFIX = ".safetensors"
+
+_DIGEST = 16
+
+
+def save(model: nn.Module, path: str | Path) -> int:
+    """Write a quantized model to a file as small as its widths, which `lq.load` reads.
+
+    Weights of layers are stored as codes of their true width, with steps, zero points and the ranges of activations;
+    everything else as it is. Weights that functions use (of ``nn.MultiheadAttention``, of recurrent layers) stay float.
+    An existing file is replaced when the new one is complete.
+
+    Args:
+        model: a model whose quantizers have their ranges.
+        path: name of the file, ending in ".safetensors".
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        StateError: if the model has no quantizers, one of them no range, or widths are still being learned.
+        DataError: if the name has another ending, or a part of the model's state is not a tensor.
+
+    >>> import tempfile, lq
+    >>> model = lq.attach(nn.Sequential(nn.Linear(64, 64)), weights=2, first_last=None)
+    >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> size = lq.save(model, path)  # 64 x 64 weights of 2 bits, 64 steps, 64 biases, and what says so
+    >>> size - 64 * (64 * 2 // 8 + 4 + 4) < 500
+    True
+    >>> torch.equal(lq.load(path, nn.Sequential(nn.Linear(64, 64)))[0].weight, model[0].weight)
+    True
+    """
+    require_attached(model, "lq.save")
+    path = packed_path(path)
+    content = _Content(model)
+    index, size = content.index.encode(), content.index.size + _DIGEST
+    metadata = _metadata()
+    header = {
+        "__metadata__": metadata,
+        "index": {"dtype": "U8", "shape": [len(index)], "data_offsets": [0, len(index)]},
+        "data": {"dtype": "U8", "shape": [size], "data_offsets": [len(index), len(index) + size]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    # Written by hand, one tensor after the other, because safetensors wants all of them in memory.
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + index)
+        digest = _digest(metadata, index)
+        for part in content.parts():
+            file.write(part)
+            digest.update(part)
+        file.write(digest.digest())
+        return file.tell()
+
+
+def load(path: str | Path, model: M) -> M:
+    """Load a packed file into the model it was saved from, as the float code builds it; `lq.load` calls this.
+
+    Raises:
+        DataError: if the file is damaged, is no packed one or of a newer lq, or if the model is another one. The model
+            is not touched then.
+    """
+    index, state = read(path)
+    _require_fit(model, index, state, path)
+    rebuild(model, state)
+    model.load_state_dict(state)
+    grids = {grid.key: grid for grid in index.grids}
+    for key, module in model.named_modules(remove_duplicate=False):
+        if key in grids and isinstance(module, Quantizer):
+            module.spec = grids[key].spec()
+            module.refresh()
+    return model
+
+
+def read(path: str | Path) -> tuple[Index, dict[str, Tensor]]:
+    """What a packed file holds, and the state dict of the quantized model.
+
+    Raises:
+        DataError: if the file is damaged, is no packed one or of a newer lq.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = packed_path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            _require_format(metadata)
+            if sorted(file.keys()) != ["data", "index"]:
+                raise DataError(f"it holds {sorted(file.keys())}, not ['data', 'index']")
+            index_bytes, data = file.get_tensor("index"), file.get_tensor("data")
+        if index_bytes.dtype != np.uint8 or data.dtype != np.uint8 or data.ndim != 1:
+            raise DataError("its tensors are not bytes")
+        digest = _digest(metadata, index_bytes.tobytes())
+        digest.update(data[:-_DIGEST])
+        if digest.digest() != data[-_DIGEST:].tobytes():
+            raise DataError("its checksum does not fit its content")
+        index = Index.decode(index_bytes.tobytes())
+        if index.size != len(data) - _DIGEST:
+            raise DataError(f"its index lists {index.size} bytes, there are {len(data) - _DIGEST}")
+    except (DataError, SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be loaded: {error}; save the model again with lq.save, or update lq") from error
+    return index, _Reader(index, data).state_dict()
+
+
+def packed_path(path: str | Path) -> Path:
+    """The path, if it ends as it should."""
+    if Path(path).suffix != SUFFIX:
+        raise DataError(f"{path} should end in {SUFFIX!r}: packed models are safetensors files")
+    return Path(path)
+
+
+class _Content:
+    """What goes into a file."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.index = Index()
+        self._states: list[bytes] = []
+        self._others: list[Tensor] = []
+        self._weights: list[tuple[Grid, WeightQuantizer, Tensor]] = []
+        modules = dict(model.named_modules(remove_duplicate=False))
+        quantizers = {key: module for key, module in modules.items() if isinstance(module, Quantizer)}
+        weights = {id(quantizer): weight for _, quantizer, weight in quantized_weights(model)}
+        keys: dict[int, str] = {}
+        for key, quantizer in quantizers.items():
+            if keys.setdefault(id(quantizer), key) == key:
+                self._add(key, quantizer, weights.get(id(quantizer)))
+        known = {f"{key}.{part}" for key in quantizers for part in ("log2_step", "zero_point", "bits")}
+        known |= {grid.weight_key for grid, *_ in self._weights}
+        first: dict[int, str] = {}
+        for key, value in model.state_dict(keep_vars=True).items():
+            if not isinstance(value, Tensor):
+                raise DataError(f"{key} is a {type(value).__name__}; a packed file holds tensors only")
+            if first.setdefault(id(value), key) != key:
+                self.index.aliases[key] = first[id(value)]
+            elif key.endswith("_extra_state") and value.dtype == torch.uint8:
+                self.index.texts[key] = bytes(value.tolist()).decode("latin-1")
+            elif key not in known:
+                self.index.others.append(Other(key, tuple(value.shape), _name(value)))
+                self._others.append(value)
+
+    def _add(self, key: str, quantizer: Quantizer, weight: Tensor | None) -> None:
+        codes = None
+        if isinstance(quantizer, WeightQuantizer) and weight is not None:
+            codes = Codes(tuple(weight.shape), _name(weight), quantizer.layout.dim, quantizer.layout.groups)
+        grid, zero_point = Grid.of(key, quantizer, codes)
+        self.index.grids.append(grid)
+        for values, kind in zip((quantizer.log2_step.detach().cpu(), zero_point), grid.stored_types, strict=False):
+            self._states.append(values[grid.kept].numpy().astype(kind).tobytes())
+        if isinstance(quantizer, WeightQuantizer) and weight is not None:
+            self._weights.append((grid, quantizer, weight))
+
+    def parts(self) -> Iterator[bytes]:
+        """The bytes of the data, in order."""
+        yield from self._states
+        for tensor in self._others:
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for grid, quantizer, weight in self._weights:
+            found = as_integers(quantizer, weight).codes.cpu()
+            rows = grid.layout.rows(found) if grid.channels else found.reshape(1, -1)
+            wide = np.uint8 if found.dtype == torch.uint8 else np.uint16
+            yield pack([(rows[c].reshape(-1).numpy().astype(wide), width) for c, _, width in grid.parts()])
+
+
+class _Reader:
+    """Takes the data apart."""
+
+    def __init__(self, index: Index, data: NDArray[np.uint8]) -> None:
+        self.index = index
+        self.data = data
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the quantized model."""
+        state: dict[str, Tensor] = {}
+        for grid in self.index.grids:
+            state |= self._state(grid)
+        for other in self.index.others:
+            raw = torch.from_numpy(self._take(other.size).copy())
+            state[other.key] = raw.view(getattr(torch, other.dtype)).view(other.shape)
+        for grid in self.index.grids:
+            if grid.codes is not None:
+                state[grid.weight_key] = self._weight(grid, grid.codes, state)
+        for key, text in self.index.texts.items():
+            state[key] = torch.tensor(list(text.encode("latin-1")), dtype=torch.uint8)
+        return state | {key: state[first] for key, first in self.index.aliases.items()}
+
+    def _take(self, size: int) -> NDArray[np.uint8]:
+        self.position += size
+        return self.data[self.position - size : self.position]
+
+    def _state(self, grid: Grid) -> dict[str, Tensor]:
+        bits, kept = grid.bits, grid.kept
+        log2_step, zero_point = (
+            torch.zeros_like(bits),
+            middle(bits) if grid.zeros == "middle" else torch.zeros_like(bits),
+        )
+        for values, kind in zip((log2_step, zero_point), grid.stored_types, strict=False):
+            found = self._take(int(kept.sum()) * np.dtype(kind).itemsize).view(kind)
+            values[kept] = torch.from_numpy(found.astype("f4"))
+        return {f"{grid.key}.log2_step": log2_step, f"{grid.key}.zero_point": zero_point, f"{grid.key}.bits": bits}
+
+    def _weight(self, grid: Grid, codes: Codes, state: dict[str, Tensor]) -> Tensor:
+        """The values that the codes stand for, as float weight."""
+        rows = torch.zeros(grid.channels or 1, math.prod(codes.shape) // (grid.channels or 1))
+        parts = grid.parts()
+        data = self._take(grid.sizes[1])
+        for (channels, _, _), found in zip(parts, unpack(data, [part[1:] for part in parts]), strict=True):
+            rows[channels] = torch.from_numpy(found.astype("f4")).view(len(channels), -1)
+        step, zero_point = (state[f"{grid.key}.{part}"].view(-1, 1) for part in ("log2_step", "zero_point"))
+        rows = (rows - zero_point) * step_size(step)
+        weight = grid.layout.from_rows(rows, codes.shape) if grid.channels else rows.view(codes.shape)
+        return weight.to(getattr(torch, codes.dtype))
+
+
+def _require_fit(model: nn.Module, index: Index, state: dict[str, Tensor], path: str | Path) -> None:
+    """Raise if the file's tensors are not those of the model."""
+    ours = {key.replace(ORIGINAL, "weight"): value for key, value in model.state_dict().items()}
+    theirs = {key.replace(ORIGINAL, "weight"): value for key, value in state.items()}
+    folded: dict[str, str] = {}
+    if not is_attached(model):
+        gone = [pair for pair in foldable_pairs(model) if f"{pair.norm}.running_mean" not in state]
+        folded = {f"{pair.norm}.": f"{pair.conv}.bias" for pair in gone}
+    of_quantizers = tuple(f"{grid.key}." for grid in index.grids)
+    theirs = {k: v for k, v in theirs.items() if not k.startswith(of_quantizers) and not k.endswith("_extra_state")}
+    known = {k for k, module in model.named_modules(remove_duplicate=False) if isinstance(module, Quantizer)}
+    ours = {k: v for k, v in ours.items() if k.rpartition(".")[0] not in known and not k.endswith("_extra_state")}
+    ours = {k: v for k, v in ours.items() if not k.startswith(tuple(folded)) or not folded}
+    biases = set(folded.values())
+    missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys() - biases)
+    shapes = [k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape]
+    if missing or unknown or shapes:
+        lacks = [f"it has no {', '.join(missing[:3])}"] if missing else []
+        lacks += [f"the model has no {', '.join(unknown[:3])}"] if unknown else []
+        lacks += [f"{k} is {tuple(theirs[k].shape)} there and {tuple(ours[k].shape)} here" for k in shapes[:3]]
+        raise DataError(
+            f"{path} is not of this {type(model).__name__}: {'; '.join(lacks)}; "
+            "build the model that was saved, before quantization"
+        )
+
+
+def _metadata() -> dict[str, str]:
+    import lq
+
+    return {"format": f"lq packed {FORMAT}", "lq": lq.__version__}
+
+
+def _require_format(metadata: dict[str, str]) -> None:
+    words = metadata.get("format", "").rsplit(" ", 1)
+    if words[0] != "lq packed" or not words[-1].isdigit():
+        raise DataError("it is no file of lq.save (a plain safetensors file goes to model.load_state_dict)")
+    if int(words[-1]) > FORMAT:
+        raise DataError(
+            f"it has format {words[-1]} (lq {metadata.get('lq', '?')}), this lq reads formats up to {FORMAT}"
+        )
+
+
+def _digest(metadata: dict[str, str], index: bytes) -> Any:
+    text = json.dumps(metadata, sort_keys=True).encode()
+    return hashlib.blake2b(text + index, digest_size=_DIGEST)
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
