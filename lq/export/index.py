@@ -167,8 +167,9 @@ class Index:
         return sum(map(sum, (grid.sizes for grid in self.grids))) + sum(other.size for other in self.others)
 
     def encode(self) -> bytes:
-        """As bytes: a text for each property of all quantizers, then of all others. Alike things next to each other
-        compress well: names and all take a few hundred bytes.
+        """As bytes: a text for each property of all quantizers, then of all others.
+
+        Alike things next to each other compress well: names and all take a few hundred bytes.
         """
         grids, others = self.grids, self.others
         letters = "".join(_ZEROS[g.zeros].upper() if g.symmetric else _ZEROS[g.zeros] for g in grids)
