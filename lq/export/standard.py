@@ -1,0 +1,179 @@
+"""A copy of a quantized model in standard operators, with nothing of lq in it: what every exporter starts from.
+
+Weights are integers and a dequantize operator, activations pass a quantize and a dequantize operator.
+Weights become buffers of signed levels (int8; zero point 0) or, on grids that are not symmetric, of codes (uint8). The
+two-level grid of a symmetric channel, ``+-s/2``, becomes the levels -1 and 1 of half the step.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.errors import StateError
+from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
+from lq.interception import CALLS, SharedQuantizer
+from lq.quantizer import ActivationQuantizer, WeightQuantizer
+from lq.sites import float_weight, require_attached, weight_quantizer
+
+# Integer types by width, of codes and of signed levels.
+_CODES = ((8, torch.uint8), (16, torch.uint16))
+_LEVELS = ((8, torch.int8), (16, torch.int16))
+
+
+def standard_form(model: nn.Module) -> nn.Module:
+    """A copy of `model`, in eval mode, whose quantizers are standard operators; its outputs are the same.
+
+    Raises:
+        StateError: if the model has no quantizers, or one of them has no range or a width that is being learned.
+    """
+    require_attached(model, "export")
+    _operators()
+    made = copy.deepcopy(model).eval().requires_grad_(False)
+    weights: dict[int, StandardWeight] = {}
+    activations: dict[int, StandardActivation] = {}
+    for module in list(made.modules()):
+        quantizer, weight = weight_quantizer(module), float_weight(module)
+        if quantizer is not None and weight is not None:
+            if id(quantizer) not in weights:
+                weights[id(quantizer)] = StandardWeight(as_integers(quantizer, weight), weight.dtype)
+            _replace_weight(module, weights[id(quantizer)])
+    for module in list(made.modules()):
+        for name, part in list(module._modules.items()):
+            owner = part.owner if isinstance(part, SharedQuantizer) else part
+            if isinstance(owner, ActivationQuantizer):
+                if id(owner) not in activations:
+                    activations[id(owner)] = StandardActivation(owner)
+                module._modules[name] = activations[id(owner)]
+    for module in made.modules():
+        for part in module._modules.get(CALLS, nn.Module())._modules.values():  # type: ignore[union-attr]
+            if isinstance(part, WeightQuantizer):
+                part.tap = _weight_of_call(part)
+    return made
+
+
+class StandardWeight(nn.Module):
+    """Parametrization of a buffer of integers that gives the weight.
+
+    Args:
+        integers: the weight.
+        dtype: type of the float weight.
+    """
+
+    step: Tensor
+    zero_point: Tensor
+
+    def __init__(self, integers: IntegerWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layout = integers.layout
+        self.dtype = dtype
+        self.levels, step, zero_point = _signed(integers)
+        self.register_buffer("step", step)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self, levels: Tensor) -> Tensor:
+        """The weight."""
+        return _dequantized(levels, self.step, self.zero_point, self.layout).to(self.dtype)
+
+
+class StandardActivation(nn.Module):
+    """Quantize and dequantize a tensor.
+
+    Args:
+        quantizer: what it stands for.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        zero_point = float(settled_zero_point(quantizer))
+        bits = int(quantizer.bits)
+        self.name = quantizer.name
+        self.scale = float(quantizer.step)
+        self.high = 2**bits - 1
+        self.zero_point = int(zero_point + 0.5)
+        self.shift = self.scale / 2 if zero_point % 1 else 0.0  # a two-level grid has no zero
+        self.dtype = _fitting(_CODES, bits)
+        self.pruned = bits == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` rounded to the grid; same shape and dtype."""
+        if self.pruned:
+            return torch.zeros_like(x)
+        ops: Any = torch.ops.quantized_decomposed
+        grid = self.scale, self.zero_point, 0, self.high, self.dtype
+        codes = ops.quantize_per_tensor((x.float() - self.shift) if self.shift else x.float(), *grid)
+        values = ops.dequantize_per_tensor(codes, *grid)
+        return ((values + self.shift) if self.shift else values).to(x.dtype)  # type: ignore[no-any-return]
+
+
+def _replace_weight(module: nn.Module, standard: "StandardWeight") -> None:
+    """Put a buffer of integers in the place of a layer's float weight, and what gives the weight in the quantizer's."""
+    table: Any = module.parametrizations["weight"]  # type: ignore[index]
+    del table.original
+    table.register_buffer("original", standard.levels)
+    table[0] = standard
+
+
+def _weight_of_call(quantizer: WeightQuantizer) -> Callable[[Tensor], Tensor]:
+    """What stands for the quantizer of a weight at a call: the operand is rounded where it is used, as it was."""
+    ops: Any = torch.ops.quantized_decomposed
+    zero_point = settled_zero_point(quantizer)
+    if (zero_point % 1).any() or quantizer.bits.min() < 2 or quantizer.bits.max() > 8:
+        raise StateError(f"{quantizer.name}: weights of functions can be exported with 2 to 8 bits only")
+    if quantizer.bits.unique().numel() > 1:
+        raise StateError(f"{quantizer.name}: weights of functions cannot be exported with widths by channel")
+    signed = bool((zero_point == 2 ** (quantizer.bits - 1)).all())
+    bits, step = int(quantizer.bits.flatten()[0]), quantizer.step.detach()
+    low = -(2 ** (bits - 1)) if signed else 0
+    zeros = (torch.zeros_like(zero_point) if signed else zero_point).long()
+    grid = low, low + 2**bits - 1, torch.int8 if signed else torch.uint8
+
+    def rounded(weight: Tensor) -> Tensor:
+        x = weight.float()
+        if step.ndim == 0:
+            one = float(step), int(zeros), *grid
+            return ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *one), *one).to(weight.dtype)  # type: ignore[no-any-return]
+        each = step, zeros, quantizer.layout.dim, *grid
+        return ops.dequantize_per_channel(ops.quantize_per_channel(x, *each), *each).to(weight.dtype)  # type: ignore[no-any-return]
+
+    return rounded
+
+
+def _signed(integers: IntegerWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, steps and integer zero points: levels around 0 where the grid is symmetric, else codes."""
+    codes, zero_point, bits = integers.codes.long(), integers.zero_point, integers.bits
+    step = torch.where(bits > 0, integers.step, 1.0)
+    split, spread, join = integers.layout.split, integers.layout.spread, integers.layout.join
+    two = zero_point % 1 != 0
+    factor = torch.where(two, 2, 1)
+    levels = join(split(codes) * spread(factor, codes) - spread((zero_point * factor).long(), codes))
+    step = torch.where(two, step / 2, step)
+    widest = max(int(bits.max()), 2)
+    if bool((two | (bits == 0) | (zero_point == 2.0 ** (bits - 1))).all()):
+        return levels.to(_fitting(_LEVELS, widest)), step, torch.zeros_like(bits)
+    if bool(two.any()):
+        raise StateError("two-level channels beside channels with zero points cannot be exported")
+    return codes.to(_fitting(_CODES, widest)), step, zero_point.long()
+
+
+def _dequantized(levels: Tensor, step: Tensor, zero_point: Tensor, layout: Any) -> Tensor:
+    ops: Any = torch.ops.quantized_decomposed
+    info = torch.iinfo(levels.dtype)
+    rest = info.min, info.max, levels.dtype
+    if step.ndim == 0:
+        return ops.dequantize_per_tensor.tensor(levels, step, zero_point, *rest)  # type: ignore[no-any-return]
+    if layout.groups == 1:
+        return ops.dequantize_per_channel(levels, step, zero_point, layout.dim, *rest)  # type: ignore[no-any-return]
+    values = layout.split(levels.float()) - layout.spread(zero_point, levels)  # no operator knows channels in groups
+    return layout.join(values * layout.spread(step, levels))  # type: ignore[no-any-return]
+
+
+def _fitting(types: tuple[tuple[int, torch.dtype], ...], bits: int) -> torch.dtype:
+    return next(dtype for width, dtype in types if bits <= width)
+
+
+def _operators() -> None:
+    """Register the operators."""
+    import torch.ao.quantization.fx._decomposed  # noqa: F401
