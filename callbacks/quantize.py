@@ -48,6 +48,7 @@ class Quantize(pl.Callback):
             start at a submodule.
         skip: also quantize the tensors on skip paths (see `lq.attach`).
         share_concats: one range for all parts of a concatenation.
+        integer: also quantize, to 8 bits, what engines need that compute in integers (see `lq.attach`).
         symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own.
         fold_bn: fold BatchNorms into the convolutions before them. Post-training work wants this; training from
             few bits is more stable with BatchNorms kept.
@@ -72,6 +73,7 @@ class Quantize(pl.Callback):
         structure: Structure | str | Path | None = None,
         skip: Skip = False,
         share_concats: bool = False,
+        integer: bool = False,
         symmetric: bool = True,
         fold_bn: bool = True,
         first_last: int | None = 8,
@@ -100,7 +102,7 @@ class Quantize(pl.Callback):
             "exclude": exclude,
             "overrides": overrides,
         }
-        self._flow = {"skip": skip, "share_concats": share_concats}
+        self._flow = {"skip": skip, "share_concats": share_concats, "integer": integer}
         if weights is not None or activations is not None or overrides:
             plan_sites(torch.nn.Identity(), weights, activations, first_last=first_last)  # wrong widths fail here
 

@@ -23,6 +23,9 @@ from lq.errors import RecipeError as RecipeError
 from lq.errors import SpecError as SpecError
 from lq.errors import StateError as StateError
 from lq.export import IntegerWeight as IntegerWeight
+from lq.export import OnnxReport as OnnxReport
+from lq.export import export_onnx as export_onnx
+from lq.export import export_program as export_program
 from lq.export import integer_weights as integer_weights
 from lq.export import save as save
 from lq.folding import fold_batchnorm as fold_batchnorm

@@ -56,6 +56,7 @@ def attach(
     structure: Structure | None = None,
     skip: Skip = False,
     share_concats: bool = False,
+    integer: bool = False,
     symmetric: bool = True,
     first_last: int | None = 8,
     include: Sequence[str] | str | None = None,
@@ -78,6 +79,8 @@ def attach(
         skip: also quantize what residual sums read besides others, and their results (BRECQ, QDrop); needs a structure.
             "auto": but for those that a layer norm reads: the streams of pre-norm transformers have few massive values
             that leave little of a grid to the others (ViT-tiny, W4A8: 79.4 % without, 3.8 % with them quantized).
+        integer: also quantize, with 8 bits or more, what engines need that compute in integers: the network input, both
+            operands and the results of residual sums (streams that a layer norm reads stay float); needs a structure.
         share_concats: one quantizer for all parts of a concatenation and for its result, as integer hardware without
             rescaling needs it; needs a structure.
         symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own,
@@ -113,6 +116,7 @@ def attach(
         structure=structure,
         skip=skip,
         share_concats=share_concats,
+        integer=integer,
         symmetric=symmetric,
         first_last=first_last,
         include=include,

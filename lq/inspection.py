@@ -168,6 +168,7 @@ class _Builder:
     def _skips(self) -> None:
         """Tensors that residual sums read besides others, and the sums themselves after their activation."""
         chosen: dict[int, Value] = {}
+        branches: dict[int, tuple[Value, Value]] = {}
         for event in self.trace.calls:
             both = [value for value in event.operands.values() if value.varies]
             shape = event.result.shape
@@ -178,6 +179,8 @@ class _Builder:
             for value in both:
                 if len(value.readers) > 1 and value.origin != "input":
                     chosen.setdefault(value.index, value)
+                elif value.origin != "input":
+                    branches[value.index] = value, event.result
             after = _activated(event.result, self.trace)
             if not (len(after.readers) == 1 and set(after.readers) <= _NORMS):  # as in post-norm transformers
                 chosen.setdefault(after.index, after)
@@ -186,10 +189,15 @@ class _Builder:
             if site is not None and site.name not in self.sites:
                 self.sites[site.name] = site
                 self.read[site.name] = [value]
+        for value, total in (pair for index, pair in sorted(branches.items()) if index not in chosen):
+            site = self._producer(value)
+            if site is not None and site.name not in self.sites:
+                self.sites[site.name] = replace(site, role="branch", normalized=_is_normalized(total))
+                self.read[site.name] = [value]
 
     def _producer(self, value: Value) -> Site | None:
         """Where a tensor can be quantized for all who read it: as a module's output or as a call's result."""
-        normalized = bool(set(value.readers) & (_NORMS - {"batch_norm"}))
+        normalized = _is_normalized(value)
         for name in value.output_of:
             outputs = self.trace.outputs[name]
             if all(output is value for output in outputs) and len(outputs) == 1 and name:
@@ -212,7 +220,7 @@ class _Builder:
                 continue
             read = self.read[name]
             covers = [next((skips[id(v)] for v in _chain(value) if id(v) in skips), None) for value in read]
-            covered = tuple(dict.fromkeys(c for c in covers if c)) if all(covers) and site.role != "skip" else ()
+            covered = tuple(dict.fromkeys(c for c in covers if c)) if all(covers) and site.role == "activation" else ()
             key = tuple(dict.fromkeys(id(value) for value in read))
             shares = first.get(key) if site.role == "activation" else None
             if site.role == "activation":
@@ -277,6 +285,12 @@ _KEEPING_ROWS = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding",
 }  # fmt: skip
 _MULTIPLYING = _KEEPING_ROWS | {"matmul", "einsum", "rnn", "lstm_cell", "gru_cell", "rnn_cell"}
+
+
+def _is_normalized(value: Value) -> bool:
+    """Whether a norm that does not keep channels apart reads it."""
+    return bool(set(value.readers) & (_NORMS - {"batch_norm", "instance_norm"}))
+
 
 _NORMS = {
     "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "native_layer_norm", "native_group_norm",

@@ -61,6 +61,7 @@ def plan_sites(
     structure: Structure | None = None,
     skip: Skip = False,
     share_concats: bool = False,
+    integer: bool = False,
     symmetric: bool = True,
     first_last: int | None = 8,
     include: Sequence[str] | str | None = None,
@@ -76,11 +77,9 @@ def plan_sites(
         check_bits(first_last)
     if skip not in (True, False, "auto"):
         raise SpecError(f"skip={skip!r} is unknown; use True, False or 'auto'")
-    if structure is None and (skip or share_concats):
-        raise StateError(
-            f"{f'skip={skip!r}' if skip else 'share_concats=True'} needs to know how the tensors flow: pass "
-            "structure=lq.inspect(model, example)"
-        )
+    if structure is None and (skip or share_concats or integer):
+        given = f"skip={skip!r}" if skip else "share_concats=True" if share_concats else "integer=True"
+        raise StateError(f"{given} needs to know how the tensors flow: pass structure=lq.inspect(model, example)")
     sites, edges = (
         layer_sites(model, include) if structure is None else (structure.sites, {*structure.first, *structure.last})
     )
@@ -95,24 +94,38 @@ def plan_sites(
         chosen -= select(exclude, known, argument="exclude")
     wanted: dict[str, QuantSpec | None] = {}
     for site in sites:
-        spec: QuantSpec | None = None
-        if site.layer in chosen and site.role == "weight":
-            spec = weight
-        elif site.layer in chosen and not site.network_input and (site.role == "activation" or _quantizes(skip, site)):
-            spec = activation
-        at_edge = site.layer in edges and (site.role != "skip" or site.layer in last)
+        spec = None
+        if site.layer in chosen:
+            spec = weight if site.role == "weight" else _activation_of(site, activation, skip, integer)
+        at_edge = site.layer in edges and (site.role not in ("skip", "branch") or site.layer in last)
         if spec is not None and at_edge and first_last is not None:
             spec = spec.at_least(first_last)
         wanted[site.name] = spec
     for pattern, override in (overrides or {}).items():
-        _apply_override(sites, wanted, chosen, pattern, override, skip, symmetric)
+        _apply_override(sites, wanted, chosen, pattern, override, symmetric)
     planned = {site.name: (site, spec) for site in sites if (spec := wanted[site.name]) is not None}
-    covered = {n for n, (s, _) in planned.items() if s.covered_by and all(c in planned for c in s.covered_by)}
+    covered = {
+        name
+        for name, (site, spec) in planned.items()
+        if site.covered_by and all(_covers(planned, other, spec) for other in site.covered_by)
+    }
     return _with_owners({n: found for n, found in planned.items() if n not in covered}, share_concats)
 
 
+def _covers(planned: Mapping[str, tuple[Site, QuantSpec]], name: str, spec: QuantSpec) -> bool:
+    """Whether there is a quantizer of that name, of the levels that `spec` asks for."""
+    return name in planned and planned[name][1].bits == spec.bits
+
+
 def _quantizes(skip: Skip, site: Site) -> bool:
-    return skip is True or (skip == "auto" and not site.normalized)
+    return site.role == "skip" and (skip is True or (skip == "auto" and not site.normalized))
+
+
+def _activation_of(site: Site, spec: QuantSpec | None, skip: Skip, integer: bool) -> QuantSpec | None:
+    """The spec of a tensor that is no weight, before exceptions; `spec` is the one of activations."""
+    if (site.role == "activation" or _quantizes(skip, site)) and not site.network_input:
+        return spec
+    return spec.at_least(8) if spec is not None and integer and not site.normalized else None
 
 
 def layer_sites(model: nn.Module, include: Sequence[str] | str | None) -> tuple[tuple[Site, ...], set[str]]:
@@ -136,7 +149,6 @@ def _apply_override(
     chosen: set[str],
     pattern: str,
     override: Override,
-    skip: Skip,
     symmetric: bool,
 ) -> None:
     if not isinstance(override, Mapping) or not override or set(override) - {"weights", "activations"}:
@@ -148,7 +160,7 @@ def _apply_override(
         pattern, [name for name in dict.fromkeys(s.layer for s in sites) if name in chosen], argument="overrides"
     )
     for site in sites:
-        if site.layer not in matched or (site.role == "skip" and not _quantizes(skip, site)):
+        if site.layer not in matched or (site.role in ("skip", "branch") and wanted[site.name] is None):
             continue
         if site.role == "weight" and "weights" in override:
             width = override["weights"]

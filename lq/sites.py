@@ -16,8 +16,9 @@ from lq.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 INPUT = "input_quantizer"
 OUTPUT = "output_quantizer"
 
-#: What a site holds: a weight, an activation that is multiplied, or a tensor on a skip path.
-Role = Literal["weight", "activation", "skip"]
+#: What a site holds: a weight, an activation that is multiplied, a tensor on a skip path, or the last one of a branch,
+#: which only a residual sum reads.
+Role = Literal["weight", "activation", "skip", "branch"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Site:
         module: name of the module it belongs to.
         place: "weight", "input" or "output" of that module, or an operand or result of one of its calls, such as
             "matmul_0_left".
-        role: "weight", "activation" or "skip".
+        role: "weight", "activation", "skip" or "branch".
         shape: shape of the tensor, for one example batch.
         shares: name of an earlier site that reads the same tensor; None: there is none.
         concat: number of the concatenation it belongs to; None: none.

@@ -102,8 +102,11 @@ class StandardActivation(nn.Module):
         if self.pruned:
             return torch.zeros_like(x)
         ops: Any = torch.ops.quantized_decomposed
-        grid = self.scale, self.zero_point, 0, self.high, self.dtype
+        largest = torch.iinfo(self.dtype).max
+        grid = self.scale, self.zero_point, 0, largest, self.dtype
         codes = ops.quantize_per_tensor((x.float() - self.shift) if self.shift else x.float(), *grid)
+        if self.high < largest:  # not left to the operator: ONNX's knows the limits of types only
+            codes = codes.clamp(max=self.high)
         values = ops.dequantize_per_tensor(codes, *grid)
         return ((values + self.shift) if self.shift else values).to(x.dtype)  # type: ignore[no-any-return]
 

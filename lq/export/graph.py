@@ -1,0 +1,179 @@
+"""Changes of an exported ONNX graph that keep its function: what onnxruntime computes in integers, in few bytes.
+
+`Graph` holds a model's nodes and initializers by name. In order: quantizers of one tensor become one; a transposed
+weight is stored transposed; a Gemm on integers gets an integer bias; weights are stored in the smallest type that holds
+their values (int2, int4, int8), with a Cast before the DequantizeLinear, which onnxruntime does when it loads the file:
+its integer kernels know 8 bits only.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Types of weights by their limits, small ones first: signed levels and codes.
+_SIGNED = (("int2", -2, 1), ("int4", -8, 7), ("int8", -128, 127), ("int16", -32768, 32767))
+_UNSIGNED = (("uint2", 0, 3), ("uint4", 0, 15), ("uint8", 0, 255), ("uint16", 0, 65535))
+
+#: Opsets from which on there are types of 4 and of 2 bits.
+OPSET, OPSET_OF_INT2 = 21, 25
+
+
+class Graph:
+    """Nodes and initializers of an ONNX model.
+
+    Args:
+        model: the model; changed in place by `write`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from onnx import numpy_helper
+
+        self.model = model
+        self.nodes: list[Any] = list(model.graph.node)
+        self.constants: dict[str, NDArray[Any]] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        self.stored: Counter[str] = Counter()  # numbers of weights by type
+        self._two_bits = False
+        self.outputs = {value.name for value in model.graph.output}
+
+    def optimize(self, *, two_bits: bool) -> None:
+        """All changes, in order; `two_bits` says whether there are types of 2 bits."""
+        self._two_bits = two_bits
+        self._merge_quantizers()
+        self._transpose_weights()
+        self._quantize_biases()
+        self._shrink_weights()
+
+    def readers(self, name: str) -> list[Any]:
+        """Nodes that read a tensor."""
+        return [node for node in self.nodes if name in node.input]
+
+    def weights(self) -> Iterator[Any]:
+        """DequantizeLinear nodes of constants of 8 or 16 bits."""
+        found = (node for node in self.nodes if node.op_type == "DequantizeLinear" and node.input[0] in self.constants)
+        return (node for node in found if self.constants[node.input[0]].dtype.itemsize <= 2)
+
+    def _merge_quantizers(self) -> None:
+        """Quantizers of one tensor that are alike, and what follows them, become one."""
+        first: dict[tuple[Any, ...], str] = {}
+        renamed: dict[str, str] = {}
+        kept = []
+        for node in self.nodes:
+            for i, name in enumerate(node.input):
+                node.input[i] = renamed.get(name, name)
+            key = (node.op_type, tuple(map(self._value, node.input)), str(list(node.attribute)))
+            same = node.op_type in ("QuantizeLinear", "DequantizeLinear", "Min") and node.output[0] not in self.outputs
+            if same and first.setdefault(key, node.output[0]) != node.output[0]:
+                renamed[node.output[0]] = first[key]
+            else:
+                kept.append(node)
+        self.nodes = kept
+
+    def _value(self, name: str) -> Any:
+        """A tensor for comparisons: small constants by their value, others by their name."""
+        found = self.constants.get(name)
+        return name if found is None or found.size > 1 else (found.dtype.str, found.tobytes())
+
+    def _transpose_weights(self) -> None:
+        """Store a weight as it is multiplied: no Transpose between its DequantizeLinear and the product."""
+        for node in list(self.weights()):
+            readers = self.readers(node.output[0])
+            source, weight = node.input[0], self.constants[node.input[0]]
+            shared = len(self.readers(source)) > 1 or node.output[0] in self.outputs
+            if shared or len(readers) != 1 or readers[0].op_type != "Transpose":
+                continue
+            order = next((list(a.ints) for a in readers[0].attribute if a.name == "perm"), None)
+            order = list(range(weight.ndim))[::-1] if order is None else order
+            self.constants[source] = np.ascontiguousarray(weight.transpose(order))
+            for attribute in node.attribute:
+                if attribute.name == "axis" and self.constants[node.input[1]].ndim:
+                    attribute.i = order.index(attribute.i % weight.ndim)
+            node.output[0] = readers[0].output[0]
+            self.nodes.remove(readers[0])
+
+    def _quantize_biases(self) -> None:
+        """Give a Gemm of integers a bias of integers: without it onnxruntime computes it in float."""
+        made = {node.output[0]: node for node in self.nodes}
+        for node in [node for node in self.nodes if node.op_type == "Gemm" and len(node.input) == 3]:
+            bias = self.constants.get(node.input[2])
+            parts = [made.get(name) for name in node.input[:2]]
+            steps = [self.constants.get(p.input[1]) for p in parts if p is not None and p.op_type == "DequantizeLinear"]
+            if bias is None or len(steps) < 2 or steps[0] is None or steps[1] is None:
+                continue
+            scale = np.broadcast_to(steps[0] * steps[1], bias.shape).astype(np.float32)
+            codes = np.rint(bias.astype(np.float64) / scale)
+            if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) >= 2**31:
+                continue
+            name = node.input[2]
+            inputs = [self._constant(f"{name}_integer", codes.astype(np.int32)), self._constant(f"{name}_scale", scale)]
+            node.input[2] = self._insert(node, "DequantizeLinear", inputs, f"{name}_value", axis=0)
+
+    def _shrink_weights(self) -> None:
+        """Store weights in the smallest type that holds them."""
+        done: dict[str, str] = {}
+        for node in list(self.weights()):
+            source = node.input[0]
+            codes, zero_point = self.constants[source], self.constants[node.input[2]]
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+            shape = [-1 if i == axis else 1 for i in range(codes.ndim)] if zero_point.ndim else []
+            zeros = zero_point.astype(np.int32).reshape(shape)
+            levels = codes.astype(np.int32) - zeros
+            fits = levels.min(initial=0) >= -128 and levels.max(initial=0) <= 127
+            if fits and zeros.any():
+                node.input[2] = self._constant(f"{source}_zeros", np.zeros(zero_point.shape, np.int8))
+            if source not in done:
+                done[source] = self._stored(node, codes, levels, zeros, fits)
+            node.input[0] = done[source]
+
+    def _stored(self, node: Any, codes: NDArray[Any], levels: NDArray[Any], zeros: NDArray[Any], fits: bool) -> str:
+        """Store a weight; returns the name of its int8 levels, or of what is nearest to them."""
+        name = node.input[0].replace("parametrizations.weight.original", "weight")
+        signed = codes.dtype.kind == "i"
+        kind = _smallest(codes, (_SIGNED if signed else _UNSIGNED)[0 if self._two_bits else 1 :])
+        self.stored[kind] += codes.size
+        if not fits or kind in ("int8", "uint8"):
+            return self._constant(name, levels.astype(np.int8) if fits else codes)
+        packed = self._constant(name, codes.astype(_type(kind)))
+        if signed:
+            return self._insert(node, "Cast", [packed], f"{name}_int8", to="INT8")
+        wide = self._insert(node, "Cast", [packed], f"{name}_int32", to="INT32")
+        centred = self._insert(node, "Sub", [wide, self._constant(f"{name}_zero_points", zeros)], f"{name}_levels")
+        return self._insert(node, "Cast", [centred], f"{name}_int8", to="INT8")
+
+    def _constant(self, name: str, value: NDArray[Any]) -> str:
+        self.constants[name] = value
+        return name
+
+    def _insert(self, before: Any, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """A new node, in front of the one that reads its result."""
+        from onnx import TensorProto, helper
+
+        if "to" in attributes:
+            attributes["to"] = getattr(TensorProto, attributes["to"])
+        self.nodes.insert(self.nodes.index(before), helper.make_node(operator, inputs, [output], output, **attributes))
+        return output
+
+    def write(self) -> None:
+        """Put nodes and constants into the model, without what nobody reads."""
+        from onnx import numpy_helper
+
+        graph = self.model.graph
+        read = {name for node in self.nodes for name in node.input} | self.outputs
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(self.nodes)
+        graph.initializer.extend(
+            numpy_helper.from_array(value, name) for name, value in self.constants.items() if name in read
+        )
+
+
+def _smallest(values: NDArray[Any], types: Sequence[tuple[str, int, int]]) -> str:
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    return next(name for name, least, most in types if least <= low and high <= most)
+
+
+def _type(name: str) -> Any:
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name, name))

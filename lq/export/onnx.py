@@ -1,0 +1,183 @@
+"""ONNX files: integer weights of 2, 4 or 8 bits, quantize and dequantize nodes, checked against the model.
+
+Activations of fewer than 8 bits are 8-bit integers limited by a Min, weights of other widths take the next larger type.
+"""
+
+import importlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lq.calibration import eval_mode
+from lq.errors import DataError, StateError
+from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
+from lq.export.integers import integer_weights
+from lq.export.program import Example, arguments, exported, with_batch
+from lq.export.standard import standard_form
+from lq.files import whole_file
+from lq.sites import activation_quantizers, weights_at_calls
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was exported, and how the file's outputs differ from the model's.
+
+    Args:
+        path: the file.
+        size: its bytes.
+        opset: version of ONNX's operators.
+        weights: number of weights by the type that they are stored as.
+        samples: how many samples were compared in onnxruntime; 0: it is not installed, or the check was not asked for.
+        largest_difference: largest absolute difference of outputs.
+        largest_output: largest absolute output of the model.
+        agreement: share of positions with the same largest output along dimension 1; None: outputs have one dimension.
+        notes: what is not as in the model, and why.
+    """
+
+    path: str
+    size: int
+    opset: int
+    weights: dict[str, int]
+    samples: int
+    largest_difference: float | None
+    largest_output: float | None
+    agreement: float | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.weights.items())
+        lines = [f"{self.path}: {self.size / 1e6:.2f} MB, opset {self.opset}, weights: {kinds or 'all float'}"]
+        if self.samples:
+            same = "" if self.agreement is None else f", same top-1 on {100 * self.agreement:.2f} %"
+            lines.append(
+                f"onnxruntime on {self.samples} samples: outputs differ by up to {self.largest_difference:.3g} "
+                f"(largest output {self.largest_output:.3g}){same}"
+            )
+        return "\n".join([*lines, *self.notes])
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Example,
+    path: str | Path,
+    *,
+    check: bool | Iterable[Example] = True,
+    opset: int | None = None,
+) -> OnnxReport:
+    """Write a quantized model as ONNX, for batches of any size, and compare it with the model in onnxruntime.
+
+    Fold BatchNorms before quantization (`lq.fold_batchnorm`, as `Quantize` does); those that are left stay operators.
+    For integer kernels throughout, quantize with ``integer=True`` (see `lq.attach`). A report of what differs is
+    written beside the file, as ``<name>.report.json``.
+
+    Args:
+        model: a model whose quantizers have their ranges.
+        example: what it is called with: a batch, a tuple of arguments, or a dict of keyword arguments.
+        path: the file.
+        check: whether to run the file in onnxruntime on the example, or further batches to run it on.
+        opset: version of ONNX's operators; None: 21, and 25 for weights of 2 bits.
+
+    Raises:
+        StateError: if the model has no quantizers, one of them no range, widths are still being learned, or a package
+            is missing (``pip install lq-lightning[export]``).
+        DataError: if torch cannot export the model, or onnxruntime cannot run the file; no file is written.
+    """
+    onnx = _require("onnx")
+    _require("onnxscript")
+    path = Path(path)
+    standard = standard_form(model)
+    program, reason = exported(standard, example)
+    if program is None:
+        raise DataError(f"torch.export cannot export {type(model).__name__}: {reason}")
+    notes = [f"the batch size is fixed: {reason}"] if reason else []
+    notes += _notes(model)
+    few = any(int(weight.bits.max()) <= 2 for weight in integer_weights(model).values())
+    opset = opset or (OPSET_OF_INT2 if few else OPSET)
+    if opset < OPSET:
+        raise DataError(f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}")
+    made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    proto = made.model_proto  # type: ignore[union-attr]
+    graph = Graph(proto)
+    graph.optimize(two_bits=opset >= OPSET_OF_INT2)
+    graph.write()
+    proto.producer_name = "lq"
+    onnx.checker.check_model(proto, full_check=True)
+    with whole_file(path) as unfinished:
+        onnx.save(proto, unfinished)
+        batches = [example] if check is True else [] if check is False else list(check)
+        found = _compare(model, unfinished, batches, notes)
+        size = unfinished.stat().st_size
+    report = OnnxReport(str(path), size, opset, dict(graph.stored), *found, tuple(notes))
+    with whole_file(path.with_suffix(".report.json")) as unfinished:
+        unfinished.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+    return report
+
+
+def _compare(
+    model: nn.Module, path: Path, batches: list[Example], notes: list[str]
+) -> tuple[int, float | None, float | None, float | None]:
+    """Samples, largest difference, largest output and agreement of the file in onnxruntime with the model."""
+    if not batches:
+        return 0, None, None, None
+    try:
+        import onnxruntime
+    except ImportError:
+        notes.append("not compared: onnxruntime is not installed")
+        return 0, None, None, None
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3
+    samples, same, places = 0, 0, 0
+    difference = largest = 0.0
+    device = next((p.device for p in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    try:
+        session = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        for batch in batches:
+            args, kwargs = arguments(with_batch(batch, lambda x: x.to(device)))
+            with eval_mode(model), torch.no_grad():
+                expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            feed = {name: x.detach().cpu().numpy() for name, x in zip(names, given, strict=True)}
+            for found, right in zip(map(torch.from_numpy, session.run(None, feed)), expected, strict=True):
+                right = right.detach().cpu().float()  # noqa: PLW2901
+                difference = max(difference, float((found.float() - right).abs().max()))
+                largest = max(largest, float(right.abs().max()))
+                if right.ndim > 1:
+                    same += int((found.argmax(1) == right.argmax(1)).sum())
+                    places += right.argmax(1).numel()
+            samples += len(given[0]) if given and given[0].ndim else 1
+    except Exception as error:
+        raise DataError(f"onnxruntime cannot run the exported {type(model).__name__}: {error}") from error
+    return samples, difference, largest, same / places if places else None
+
+
+def _notes(model: nn.Module) -> list[str]:
+    """What a reader of the file has to know."""
+    notes = []
+    widths = Counter(int(q.bits) for q in activation_quantizers(model).values())
+    narrow = {bits: count for bits, count in sorted(widths.items()) if bits not in (8, 16)}
+    if narrow:
+        listed = ", ".join(f"{count} of {bits} bits" for bits, count in narrow.items())
+        notes.append(f"activations with other widths than 8 are 8-bit integers, limited to their levels: {listed}")
+    if widths[16]:
+        notes.append(f"{widths[16]} activations of 16 bits: onnxruntime computes what reads them in float")
+    functions = sum(1 for _ in weights_at_calls(model))
+    if functions:
+        notes.append(
+            f"{functions} weights of functions (such as nn.MultiheadAttention) are stored in float and rounded"
+        )
+    return notes
+
+
+def _require(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise StateError(f"ONNX export needs {name}; pip install 'lq-lightning[export]'") from error

@@ -1,0 +1,89 @@
+"""torch.export: a quantized model as a program of standard operators, which runs where lq is not installed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from lq.errors import DataError
+from lq.export.standard import standard_form
+from lq.files import whole_file
+
+#: What a model is called with: a tensor, or its arguments.
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def export_program(model: nn.Module, example: Example, path: str | Path | None = None) -> ExportedProgram:
+    """A quantized model as an `ExportedProgram`: integer weights, quantize and dequantize operators, any batch size.
+
+    The outputs are those of the model, bit for bit on the device it was exported on. A saved program runs with torch
+    alone::
+
+        import torch, torch.ao.quantization.fx._decomposed  # registers the quantize and dequantize operators
+        logits = torch.export.load("model.pt2").module()(images)
+
+    Args:
+        model: a model whose quantizers have their ranges.
+        example: what it is called with: a batch, a tuple of arguments, or a dict of keyword arguments.
+        path: where to save it, as ".pt2"; None: nowhere.
+
+    Raises:
+        StateError: if the model has no quantizers, one of them no range, or widths are still being learned.
+        DataError: if torch.export cannot export the model.
+
+    >>> import lq
+    >>> model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(16, 8)
+    >>> model = lq.calibrate(lq.attach(model, weights=2, activations=4, first_last=None), [x]).eval()
+    >>> torch.equal(export_program(model, x[:2]).module()(x), model(x))
+    True
+    """
+    program, reason = exported(standard_form(model), example)
+    if program is None:
+        raise DataError(f"torch.export cannot export {type(model).__name__}: {reason}")
+    if path is not None:
+        with whole_file(Path(path)) as unfinished, unfinished.open("wb") as file:
+            torch.export.save(program, file)
+    return program
+
+
+def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call."""
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return tuple(example), {}
+
+
+def with_batch(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+    """The example with its tensors changed."""
+    if isinstance(example, Tensor):
+        return change(example)
+    if isinstance(example, Mapping):
+        return {key: change(value) if isinstance(value, Tensor) else value for key, value in example.items()}
+    return tuple(change(value) if isinstance(value, Tensor) else value for value in example)
+
+
+def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None, str]:
+    """The program, for batches of any size if the model allows that; and why it does not, or why there is none."""
+    example = with_batch(example, lambda x: torch.cat([x, x]) if x.ndim and len(x) == 1 else x)  # 1 would become fixed
+    args, kwargs = arguments(example)
+    reason = ""
+    for dynamic in (True, False):
+        shapes = _any_batch(args, kwargs) if dynamic else None
+        try:
+            with torch.no_grad():
+                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes), reason
+        except Exception as error:  # noqa: BLE001  # torch has no one class for what cannot be exported
+            reason = reason or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return None, reason
+
+
+def _any_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dimension 0 of all tensors is free."""
+    batch = Dim("batch")
+    shape = lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim else None  # noqa: E731
+    return {key: shape(value) for key, value in kwargs.items()} if kwargs else tuple(map(shape, args))
