@@ -4,6 +4,7 @@ if __name__ != "lq.callbacks":
     raise ImportError(f"these callbacks are the package 'lq.callbacks', not {__name__!r}; import them from there")
 
 from lq.callbacks.allocate import AllocateBits as AllocateBits
+from lq.callbacks.export import ExportModel as ExportModel
 from lq.callbacks.finetune import FineTune as FineTune
 from lq.callbacks.loading import load_from_checkpoint as load_from_checkpoint
 from lq.callbacks.noise_scale import LearnNoiseScale as LearnNoiseScale

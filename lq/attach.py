@@ -165,6 +165,7 @@ def attach_sites(model: nn.Module, plan: Mapping[str, PlannedSite], *, calibrate
             add_call_quantizer(module, site.place, quantizer.train(module.training))
         elif planned.owner is None:
             placed[name] = ActivationQuantizer(spec, name, tokens=_is_rows(module, site)).to(device)
+            placed[name].result_may_change = site.place.endswith("output")
             _place(module, site, placed[name].train(module.training))
         _complete_checkpoints(module)
     for _, planned in sorted(plan.items(), key=lambda item: item[1].site.at_call):

@@ -85,6 +85,7 @@ def fake_quantize(
     gradient_scale: Bound = 1.0,
     backward: Backward | None = None,
     kept: Tensor | None = None,
+    changed: bool = False,
 ) -> Tensor:
     """Round `x` to a grid, with the straight-through gradient to `x` and LSQ's gradient to the step.
 
@@ -97,7 +98,8 @@ def fake_quantize(
         gradient_scale: factor on the gradients to step and bounds.
         backward: what an estimator changes of the gradients; None: nothing.
         kept: 1.0 where a value stays as it is, 0.0 where it is rounded, shaped like `x`, float32; None: all are
-        rounded.
+            rounded.
+        changed: whether code behind it may change the result in place; then it is not used in backward.
 
     >>> x = torch.tensor([0.3, 5.0], requires_grad=True)
     >>> log2_step = torch.tensor(-1.0, requires_grad=True)
@@ -109,7 +111,7 @@ def fake_quantize(
     """
     learned = (t for t in (x, log2_step, low, high) if isinstance(t, Tensor))
     if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
-        rounded: Tensor = _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale, backward, kept)
+        rounded: Tensor = _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale, backward, kept, changed)
         return rounded
     return _mixed(round_to_grid(x.float(), step_size(log2_step), low, high, offset), x.float(), kept).to(x.dtype)
 
@@ -126,11 +128,12 @@ class _FakeQuantize(torch.autograd.Function):
         gradient_scale: Bound,
         backward: Backward | None,
         kept: Tensor | None,
+        changed: bool,
     ) -> Tensor:
         step = step_size(log2_step)
         y = _mixed(round_to_grid(x.float(), step, low, high, offset), x.float(), kept)
         # The consumer keeps y for its own backward (in float32), so that keeping it here costs no memory.
-        keep = any(ctx.needs_input_grad[1:4]) and x.dtype == torch.float32 and _on_host(x)
+        keep = any(ctx.needs_input_grad[1:4]) and x.dtype == torch.float32 and _on_host(x) and not changed
         ctx.bounds = [None if isinstance(bound, Tensor) else bound for bound in (low, high, offset)]
         tensors = (bound if isinstance(bound, Tensor) else None for bound in (low, high, offset))
         ctx.save_for_backward(x, step, y if keep and step.numel() == 1 else None, kept, *tensors)
@@ -149,7 +152,7 @@ class _FakeQuantize(torch.autograd.Function):
         to_step, to_bounds = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:4])
         if not to_step and not to_bounds and rule is None:
             inside = _inside(grad32, x32 * step.reciprocal(), low, high)
-            return _mixed(inside, grad32, kept).to(x.dtype), *(None,) * 7
+            return _mixed(inside, grad32, kept).to(x.dtype), *(None,) * 8
         sums = _Sums(step, low, high, to_bounds, rule)
         plain = x32.is_contiguous() and grad32.is_contiguous() and _on_host(x)
         plain = plain and (kept is None or kept.is_contiguous())
@@ -164,7 +167,7 @@ class _FakeQuantize(torch.autograd.Function):
             found.sum_to_size(shape) if needed else None
             for found, shape, needed in zip((grad_low, grad_high), shapes, ctx.needs_input_grad[2:4], strict=True)
         )
-        return grad_x.to(x.dtype), grad_step if to_step else None, *bounds, None, None, None, None
+        return grad_x.to(x.dtype), grad_step if to_step else None, *bounds, *(None,) * 5
 
 
 class _Sums:

@@ -337,6 +337,7 @@ class ActivationQuantizer(Quantizer):
     def __init__(self, spec: QuantSpec, name: str = "activation", *, tokens: bool = False) -> None:
         super().__init__(spec, None, name)
         self.tokens = tokens
+        self.result_may_change = False  # in place, by the code behind it, such as a sum
         #: What calibration saw, kept so that another width needs no second pass over the data; not in checkpoints.
         self.seen: Samples | None = None
 
@@ -401,6 +402,7 @@ class ActivationQuantizer(Quantizer):
             offset,
             gradient_scale=self.estimator.gradient_scale(values_of_a_sample, high),
             backward=self.estimator if self.estimator.changes_gradients else None,
+            changed=self.result_may_change,
         )
 
 

@@ -5,4 +5,8 @@ from lq.export.integers import integer_weights as integer_weights
 from lq.export.onnx import OnnxReport as OnnxReport
 from lq.export.onnx import export_onnx as export_onnx
 from lq.export.packed import save as save
+from lq.export.program import Example as Example
 from lq.export.program import export_program as export_program
+
+#: How names of exported files end.
+FORMATS = (".onnx", ".pt2", ".safetensors")

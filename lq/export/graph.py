@@ -1,9 +1,9 @@
 """Changes of an exported ONNX graph that keep its function: what onnxruntime computes in integers, in few bytes.
 
-`Graph` holds a model's nodes and initializers by name. In order: quantizers of one tensor become one; a transposed
-weight is stored transposed; a Gemm on integers gets an integer bias; weights are stored in the smallest type that holds
-their values (int2, int4, int8), with a Cast before the DequantizeLinear, which onnxruntime does when it loads the file:
-its integer kernels know 8 bits only.
+`Graph` holds a model's nodes and initializers by name. Quantizers of one tensor become one; a transposed weight is
+stored transposed; biases of layers on integers are rounded; weights are stored in the smallest type that holds their
+values (int2, int4, int8), with a Cast before the DequantizeLinear, which onnxruntime does when it loads the file:
+its integer kernels know 8 bits only. Levels are multiplied by a power of two there, and steps divided by it.
 """
 
 from collections import Counter
@@ -35,6 +35,7 @@ class Graph:
         self.nodes: list[Any] = list(model.graph.node)
         self.constants: dict[str, NDArray[Any]] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         self.stored: Counter[str] = Counter()  # numbers of weights by type
+        self.biases: dict[str, NDArray[Any]] = {}  # those that were rounded
         self._two_bits = False
         self.outputs = {value.name for value in model.graph.output}
 
@@ -43,8 +44,8 @@ class Graph:
         self._two_bits = two_bits
         self._merge_quantizers()
         self._transpose_weights()
-        self._quantize_biases()
         self._shrink_weights()
+        self._round_biases()
 
     def readers(self, name: str) -> list[Any]:
         """Nodes that read a tensor."""
@@ -93,54 +94,76 @@ class Graph:
             node.output[0] = readers[0].output[0]
             self.nodes.remove(readers[0])
 
-    def _quantize_biases(self) -> None:
-        """Give a Gemm of integers a bias of integers: without it onnxruntime computes it in float."""
+    def _round_biases(self) -> None:
+        """Make biases of layers on integers multiples of the products of steps, as integer kernels do anyway.
+
+        So all engines say the same. A Gemm gets integers: with a float bias onnxruntime computes it in float.
+        """
         made = {node.output[0]: node for node in self.nodes}
-        for node in [node for node in self.nodes if node.op_type == "Gemm" and len(node.input) == 3]:
-            bias = self.constants.get(node.input[2])
-            parts = [made.get(name) for name in node.input[:2]]
+        for node in [node for node in self.nodes if node.op_type in ("Conv", "Gemm") and len(node.input) == 3]:
+            name = node.input[2]
+            bias = self.constants.get(name)
+            parts = [made.get(operand) for operand in node.input[:2]]
             steps = [self.constants.get(p.input[1]) for p in parts if p is not None and p.op_type == "DequantizeLinear"]
-            if bias is None or len(steps) < 2 or steps[0] is None or steps[1] is None:
+            if bias is None or len(self.readers(name)) > 1 or len(steps) < 2 or steps[0] is None or steps[1] is None:
                 continue
             scale = np.broadcast_to(steps[0] * steps[1], bias.shape).astype(np.float32)
             codes = np.rint(bias.astype(np.float64) / scale)
             if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) >= 2**31:
                 continue
-            name = node.input[2]
-            inputs = [self._constant(f"{name}_integer", codes.astype(np.int32)), self._constant(f"{name}_scale", scale)]
-            node.input[2] = self._insert(node, "DequantizeLinear", inputs, f"{name}_value", axis=0)
+            rounded = codes.astype(np.float32) * scale
+            self.biases[name] = rounded
+            self.constants[name] = rounded
+            if node.op_type == "Gemm":
+                parts = [
+                    self._constant(f"{name}_integer", codes.astype(np.int32)),
+                    self._constant(f"{name}_scale", scale),
+                ]
+                node.input[2] = self._insert(node, "DequantizeLinear", parts, f"{name}_value", axis=0)
 
     def _shrink_weights(self) -> None:
-        """Store weights in the smallest type that holds them."""
-        done: dict[str, str] = {}
+        """Store weights in the smallest type that holds them, and have them computed with as large int8 levels."""
+        done: dict[str, tuple[str, NDArray[Any]]] = {}
         for node in list(self.weights()):
-            source = node.input[0]
-            codes, zero_point = self.constants[source], self.constants[node.input[2]]
+            source, step, zeros = node.input
+            codes, zero_point = self.constants[source], self.constants[zeros]
             axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
             shape = [-1 if i == axis else 1 for i in range(codes.ndim)] if zero_point.ndim else []
-            zeros = zero_point.astype(np.int32).reshape(shape)
-            levels = codes.astype(np.int32) - zeros
-            fits = levels.min(initial=0) >= -128 and levels.max(initial=0) <= 127
-            if fits and zeros.any():
-                node.input[2] = self._constant(f"{source}_zeros", np.zeros(zero_point.shape, np.int8))
+            centre = zero_point.astype(np.int32).reshape(shape)
+            levels = codes.astype(np.int32) - centre
+            if levels.min(initial=0) < -128 or levels.max(initial=0) > 127:  # 16 bits, or 8 bits with zero points
+                self.stored[codes.dtype.name] += codes.size
+                continue
             if source not in done:
-                done[source] = self._stored(node, codes, levels, zeros, fits)
-            node.input[0] = done[source]
+                done[source] = self._stored(node, codes, centre, _factors(levels, shape))
+            node.input[0], factors = done[source]
+            node.input[2] = self._constant(f"{source}_zeros", np.zeros(zero_point.shape, np.int8))
+            if (factors != 1).any():
+                scaled = self.constants[step] / factors.reshape(zero_point.shape)
+                node.input[1] = self._constant(f"{source}_scale", scaled.astype(np.float32))
 
-    def _stored(self, node: Any, codes: NDArray[Any], levels: NDArray[Any], zeros: NDArray[Any], fits: bool) -> str:
-        """Store a weight; returns the name of its int8 levels, or of what is nearest to them."""
+    def _stored(
+        self, node: Any, codes: NDArray[Any], centre: NDArray[Any], factors: NDArray[Any]
+    ) -> tuple[str, NDArray[Any]]:
+        """Store a weight; returns the name of its int8 levels times `factors`, and those.
+
+        Kernels round biases to multiples of the steps of input and weight: finer steps keep them exact.
+        """
         name = node.input[0].replace("parametrizations.weight.original", "weight")
-        signed = codes.dtype.kind == "i"
-        kind = _smallest(codes, (_SIGNED if signed else _UNSIGNED)[0 if self._two_bits else 1 :])
+        types = _SIGNED if codes.dtype.kind == "i" else _UNSIGNED
+        kind = _smallest(codes, types[0 if self._two_bits else 1 :])
         self.stored[kind] += codes.size
-        if not fits or kind in ("int8", "uint8"):
-            return self._constant(name, levels.astype(np.int8) if fits else codes)
-        packed = self._constant(name, codes.astype(_type(kind)))
-        if signed:
-            return self._insert(node, "Cast", [packed], f"{name}_int8", to="INT8")
-        wide = self._insert(node, "Cast", [packed], f"{name}_int32", to="INT32")
-        centred = self._insert(node, "Sub", [wide, self._constant(f"{name}_zero_points", zeros)], f"{name}_levels")
-        return self._insert(node, "Cast", [centred], f"{name}_int8", to="INT8")
+        stored = self._constant(name, codes.astype(_type(kind)))
+        if kind == "int8" and not (factors != 1).any():
+            return stored, factors
+        levels = self._insert(node, "Cast", [stored], f"{name}_int32", to="INT32")
+        if centre.any():
+            centred = [levels, self._constant(f"{name}_zero_points", centre)]
+            levels = self._insert(node, "Sub", centred, f"{name}_levels")
+        if (factors != 1).any():
+            scaled = [levels, self._constant(f"{name}_factors", factors)]
+            levels = self._insert(node, "Mul", scaled, f"{name}_scaled")
+        return self._insert(node, "Cast", [levels], f"{name}_int8", to="INT8"), factors
 
     def _constant(self, name: str, value: NDArray[Any]) -> str:
         self.constants[name] = value
@@ -160,12 +183,31 @@ class Graph:
         from onnx import numpy_helper
 
         graph = self.model.graph
+        for owner in (
+            self.model,
+            graph,
+            *self.nodes,
+            *graph.input,
+            *graph.output,
+        ):  # where the exporter notes code lines
+            del owner.metadata_props[:]
+            owner.doc_string = ""
         read = {name for node in self.nodes for name in node.input} | self.outputs
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(self.nodes)
         graph.initializer.extend(
             numpy_helper.from_array(value, name) for name, value in self.constants.items() if name in read
         )
+
+
+def _factors(levels: NDArray[Any], shape: list[int]) -> NDArray[Any]:
+    """For each channel (or for all), the largest power of two by which int8 still holds its levels; int32."""
+    axes = tuple(i for i, size in enumerate(shape) if size == 1) if shape else None
+    reach = np.maximum(
+        levels.max(axes, initial=0, keepdims=True) / 127, levels.min(axes, initial=0, keepdims=True) / -128
+    )
+    factors = np.exp2(np.floor(-np.log2(np.maximum(reach, 2.0**-7)))).astype(np.int32)
+    return factors if shape else factors.reshape(())
 
 
 def _smallest(values: NDArray[Any], types: Sequence[tuple[str, int, int]]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -74,8 +75,10 @@ def export_onnx(
     """Write a quantized model as ONNX, for batches of any size, and compare it with the model in onnxruntime.
 
     Fold BatchNorms before quantization (`lq.fold_batchnorm`, as `Quantize` does); those that are left stay operators.
-    For integer kernels throughout, quantize with ``integer=True`` (see `lq.attach`). A report of what differs is
-    written beside the file, as ``<name>.report.json``.
+    For integer kernels throughout, quantize with ``integer=True`` (see `lq.attach`). Such kernels have biases that are
+    multiples of the product of their steps: those of convolutions and of linear layers on matrices are rounded to them,
+    in `model` as well, so that it says what the file says. A report of what differs is written beside the file, as
+    ``<name>.report.json``.
 
     Args:
         model: a model whose quantizers have their ranges.
@@ -107,6 +110,7 @@ def export_onnx(
     graph = Graph(proto)
     graph.optimize(two_bits=opset >= OPSET_OF_INT2)
     graph.write()
+    _take_over(model, graph.biases, notes)
     proto.producer_name = "lq"
     onnx.checker.check_model(proto, full_check=True)
     with whole_file(path) as unfinished:
@@ -118,6 +122,19 @@ def export_onnx(
     with whole_file(path.with_suffix(".report.json")) as unfinished:
         unfinished.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return report
+
+
+@torch.no_grad()
+def _take_over(model: nn.Module, biases: dict[str, NDArray[Any]], notes: list[str]) -> None:
+    """Give the model the biases that were rounded."""
+    ours = {name: parameter for name, parameter in model.named_parameters() if name in biases}
+    moved = 0.0
+    for name, parameter in ours.items():
+        rounded = torch.from_numpy(biases[name]).to(parameter)
+        moved = max(moved, float((parameter - rounded).abs().max()))
+        parameter.copy_(rounded)
+    if moved:
+        notes.append(f"{len(ours)} biases were rounded to products of steps, in the model too, by up to {moved:.2g}")
 
 
 def _compare(

@@ -147,7 +147,8 @@ def _weight_of_call(quantizer: WeightQuantizer) -> Callable[[Tensor], Tensor]:
 def _signed(integers: IntegerWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Integers, steps and integer zero points: levels around 0 where the grid is symmetric, else codes."""
     codes, zero_point, bits = integers.codes.long(), integers.zero_point, integers.bits
-    step = torch.where(bits > 0, integers.step, 1.0)
+    kept = integers.step[bits > 0]
+    step = torch.where(bits > 0, integers.step, kept.min() if kept.numel() else 1.0)
     split, spread, join = integers.layout.split, integers.layout.spread, integers.layout.join
     two = zero_point % 1 != 0
     factor = torch.where(two, 2, 1)

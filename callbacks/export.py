@@ -1,0 +1,134 @@
+"""Write the quantized network to a file when fit is over."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+from lq.calibration import eval_mode
+from lq.callbacks.data import forward_of, training_batches
+from lq.errors import DataError, SpecError
+from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
+from lq.sites import require_attached
+
+
+class ExportModel(pl.Callback):
+    """Export the quantized network when fit ends, whatever brought it there: calibration, reconstruction, training.
+
+    The file's name says the format: ".onnx" (checked in onnxruntime, a report beside it; `lq.export_onnx`), ".pt2"
+    (torch.export; `lq.export_program`) or ".safetensors" (packed, for `lq.load`; `lq.save`). For integer kernels
+    throughout, quantize with ``Quantize(integer=True)``. One rank writes; nobody does in a ``fast_dev_run``.
+
+    Args:
+        path: the file; its folder is made.
+        part: name of the submodule to export, "" for the LightningModule as a whole. By default the network: its only
+            child with parameters, or else the whole.
+        example: what it is called with: a batch, a tuple of arguments or a dict of keyword arguments. By default what
+            the module calls it with, given its ``example_input_array`` or else training batches.
+        samples: training samples to compare an ONNX file with the module on, if no example is given.
+        opset: version of ONNX's operators; by default 21, and 25 for weights of 2 bits.
+
+    Raises:
+        SpecError: for another ending.
+
+    Example::
+
+        Trainer(max_epochs=0, callbacks=[Quantize(8, 8, integer=True), ExportModel("8.onnx")]).fit(module, datamodule)
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        part: str | None = None,
+        example: Example | None = None,
+        samples: int = 64,
+        opset: int | None = None,
+    ) -> None:
+        super().__init__()
+        if Path(path).suffix not in FORMATS:
+            raise SpecError(f"ExportModel({str(path)!r}): the name should end in one of {', '.join(FORMATS)}")
+        if samples < 1:
+            raise SpecError(f"samples={samples}; an example needs at least 1")
+        self.path = Path(path)
+        self.part = part
+        self.example = example
+        self.samples = samples
+        self.opset = opset
+        #: What was exported, if it is ONNX.
+        self.report: OnnxReport | None = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out now, not after hours of training, what the export would lack."""
+        require_attached(pl_module, "ExportModel")
+        network(pl_module, self.part)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        found = network(pl_module, self.part)
+        examples = [] if self.path.suffix == ".safetensors" else self._examples(trainer, pl_module, found)
+        if not trainer.is_global_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.suffix == ".onnx":
+            self.report = export_onnx(found, first_samples(examples[0]), self.path, check=examples, opset=self.opset)
+            rank_zero_info(f"Exported {self.report}")
+        elif self.path.suffix == ".pt2":
+            export_program(found, first_samples(examples[0]), self.path)
+            rank_zero_info(f"Exported {self.path}: {self.path.stat().st_size / 1e6:.2f} MB")
+        else:
+            rank_zero_info(f"Exported {self.path}: {save(found, self.path) / 1e6:.2f} MB")
+
+    def _examples(self, trainer: pl.Trainer, module: pl.LightningModule, part: nn.Module) -> list[Example]:
+        """What the part is called with; every rank reads its loader."""
+        if self.example is not None:
+            return [self.example]
+        forward = forward_of(trainer, module, None, autocast=False)
+        given = module.example_input_array
+        batches = training_batches(trainer, self.samples, "Reading samples") if given is None else [given]
+        found: list[Example] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(kwargs or args)
+
+        handle = part.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+        try:
+            with eval_mode(module), torch.no_grad():
+                for batch in batches:
+                    forward(module, batch)
+        finally:
+            handle.remove()
+        if not found:
+            raise DataError(
+                "ExportModel needs an example: give example=, set example_input_array, or fit with training data that "
+                f"runs through the {type(part).__name__}"
+            )
+        return found
+
+
+def network(module: pl.LightningModule, part: str | None) -> nn.Module:
+    """The submodule of that name; None: the only child with parameters, or else the module itself."""
+    if part is not None:
+        names = dict(module.named_modules())
+        if part not in names:
+            raise SpecError(f"ExportModel(part={part!r}): {type(module).__name__} has no such submodule")
+        return names[part]
+    holders = [child for child in module.children() if any(True for _ in child.parameters())]
+    alone = len(holders) == 1 and not module._parameters
+    found = holders[0] if alone else module
+    compiled = found._modules.get("_orig_mod")  # torch.compile wraps it
+    return compiled if isinstance(compiled, nn.Module) else found
+
+
+def first_samples(example: Example, count: int = 2) -> Example:
+    """The first samples of an example."""
+    return tree_map(lambda x: x[:count] if isinstance(x, Tensor) and x.ndim else x, example)  # type: ignore[no-any-return]

@@ -1,0 +1,123 @@
+"""The command ``lq``: packed files and checkpoints in, files for other programs out.
+
+lq show model.safetensors
+lq export model.safetensors --model resnet18 --output model.onnx
+"""
+
+import argparse
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from lq.checkpoint import load
+from lq.errors import DataError, LqError
+from lq.export import FORMATS, export_onnx, export_program, save
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if all went well, 2 for wrong arguments or files."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(options.run(options))
+    except (LqError, OSError) as error:
+        print(f"lq {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lq", description="Quantized models: look at them, export them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="what a packed file holds")
+    show.add_argument("source", type=Path, help="a packed file")
+    show.set_defaults(run=_show)
+    export = commands.add_parser("export", help="write a quantized model as ONNX, torch.export program or packed file")
+    export.add_argument("source", type=Path, help="a packed file, or a checkpoint of a quantized model")
+    export.add_argument(
+        "--model", required=True, help="name of a timm model, or module:function that builds the float one"
+    )
+    export.add_argument("--model-args", nargs="*", default=[], metavar="KEY=VALUE", help="such as num_classes=10")
+    export.add_argument("--output", type=Path, required=True, help="file ending in .onnx, .pt2 or .safetensors")
+    export.add_argument("--input-size", nargs="+", type=int, metavar="N", help="of one sample, such as 3 224 224")
+    export.add_argument("--opset", type=int, help="version of ONNX's operators; 21, or 25 for weights of 2 bits")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _show(options: argparse.Namespace) -> str:
+    from lq.export.packed import read
+
+    index, state = read(options.source)
+    weights = [grid for grid in index.grids if grid.codes is not None]
+    widths: Counter[int] = Counter()
+    for grid in weights:
+        for _, count, width in grid.parts():
+            widths[width] += count
+    codes, others = sum(grid.sizes[1] for grid in weights), sum(other.size for other in index.others)
+    listed = ", ".join(f"{count} of {width} bits" for width, count in sorted(widths.items()))
+    return "\n".join(
+        [
+            f"{options.source}: {options.source.stat().st_size} bytes",
+            f"{len(weights)} quantized weights, {codes} bytes: {listed}",
+            f"{len(index.grids) - len(weights)} ranges of activations",
+            f"{len(index.others)} tensors that are not quantized, {others} bytes",
+            f"{len(state)} entries in the state dict",
+        ]
+    )
+
+
+def _export(options: argparse.Namespace) -> str:
+    output: Path = options.output
+    if output.suffix not in FORMATS:
+        raise DataError(f"--output {output}: the name should end in one of {', '.join(FORMATS)}")
+    model = load(options.source, _built(options.model, options.model_args)).eval()
+    if output.suffix == ".onnx":
+        return str(export_onnx(model, _example(model, options), output, opset=options.opset))
+    if output.suffix == ".pt2":
+        export_program(model, _example(model, options), output)
+    else:
+        save(model, output)
+    return f"{output}: {output.stat().st_size / 1e6:.2f} MB"
+
+
+def _built(name: str, pairs: Sequence[str]) -> nn.Module:
+    """The float model."""
+    if any("=" not in pair for pair in pairs):
+        raise DataError(f"--model-args {' '.join(pairs)}: expected KEY=VALUE")
+    arguments = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+    place, _, function = name.partition(":")
+    try:
+        build = getattr(importlib.import_module(place), function) if function else _timm(place)
+        model = build(**arguments)
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+        raise DataError(f"--model {name}: {error}; give the name of a timm model, or module:function") from error
+    if not isinstance(model, nn.Module):
+        raise DataError(f"--model {name} gives a {type(model).__name__}, not a torch module")
+    return model
+
+
+def _timm(name: str) -> Callable[..., Any]:
+    import timm
+
+    return lambda **arguments: timm.create_model(name, **arguments)
+
+
+def _example(model: nn.Module, options: argparse.Namespace) -> torch.Tensor:
+    """Two random samples of the size that was given, or that a timm model was made for."""
+    size = options.input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
+    if not size:
+        raise DataError(f"--model {options.model} does not say what it takes; give --input-size, such as 3 224 224")
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = size[0] if options.input_size or first is None else first.in_channels
+    return torch.randn(2, channels, *size[1:], generator=torch.Generator().manual_seed(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
