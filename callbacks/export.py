@@ -118,7 +118,7 @@ class ExportModel(pl.Callback):
 def network(module: pl.LightningModule, part: str | None) -> nn.Module:
     """The submodule of that name; None: the only child with parameters, or else the module itself."""
     if part is not None:
-        names = dict(module.named_modules())
+        names: dict[str, nn.Module] = dict(module.named_modules())
         if part not in names:
             raise SpecError(f"ExportModel(part={part!r}): {type(module).__name__} has no such submodule")
         return names[part]

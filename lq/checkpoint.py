@@ -89,7 +89,8 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     plan = _once(plan, modules)
     present = _once(planned_by(model.state_dict()), modules)
-    if {name: p.owner for name, p in present.items()} == {name: p.owner for name, p in plan.items()}:
+    kinds = [{name: (p.owner, p.spec.per_channel) for name, p in sites.items()} for sites in (present, plan)]
+    if kinds[0] == kinds[1]:
         return
     old = {quantizer.name: quantizer for quantizer in quantizers(model)}
     if old:

@@ -38,7 +38,7 @@ def images(source: Any, name: str, card: Any, count: int, train: bool) -> Tensor
     """Normalized real images, of the training or of the test set."""
     if name == CIFAR:
         pixels, _ = source.cifar10("train" if train else "test")
-        return source.cifar_tensor(pixels[:count], card)
+        return torch.as_tensor(source.cifar_tensor(pixels[:count], card))
     found = source.ImageSet("calib_ilsvrc_train" if train else "val_nips17_ccby", card)
     return torch.stack([found[i][0] for i in range(min(count, len(found)))])
 
@@ -46,7 +46,7 @@ def images(source: Any, name: str, card: Any, count: int, train: bool) -> Tensor
 def quantized(
     net: nn.Module, weights: int, activations: int, batches: list[Tensor], *, mixed: bool = False, **more: Any
 ) -> nn.Module:
-    """A network as callbacks would leave it; `mixed`: widths by channel, by what the Fisher information says they cost."""
+    """A network as callbacks would leave it; `mixed`: widths by channel, by what Fisher information says they cost."""
     lq.fold_batchnorm(net)
     lq.attach(net, weights, activations, structure=lq.inspect(net, batches[0][:2]), **more)
     lq.calibrate(net, batches)
@@ -64,7 +64,7 @@ def paid(model: nn.Module) -> float:
         total += float(weight.bits.sum()) * of_a_channel / 8 + 4 * int((weight.bits > 0).sum())
     ours = {id(p) for q in quantizers(model) for p in q.parameters()}
     left = (v for k, v in model.state_dict(keep_vars=True).items() if id(v) not in ours and ".original" not in k)
-    return total + sum(v.numel() * v.element_size() for v in left)
+    return total + float(sum(v.numel() * v.element_size() for v in left))
 
 
 def size(options: argparse.Namespace) -> None:
@@ -93,9 +93,7 @@ def agreement(options: argparse.Namespace) -> None:
     import onnxruntime
 
     source = reader()
-    print(
-        "| model | widths | file, MB | top-1 alike in onnxruntime | largest difference | of logits up to | torch.export |"
-    )
+    print("| model | widths | file, MB | top-1 alike | logits differ by up to | logits up to | torch.export |")
     print("|---|---|---|---|---|---|---|")
     for name in options.models:
         card = source.load_model(name)[1]
@@ -136,9 +134,8 @@ def latency(options: argparse.Namespace) -> None:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    print(
-        "| model | threads | batch | float, ms | quantize_static | lq W8A8 | lq W4A8 | lq / static |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | threads | batch | float, ms | quantize_static | lq W8A8 | lq W4A8 | W8A8 / static |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in options.models:
         torch.manual_seed(0)
         make: dict[str, Any] = {"zero_init_last": False} if name.startswith("resnet") else {}

@@ -36,6 +36,7 @@ class Graph:
         self.constants: dict[str, NDArray[Any]] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         self.stored: Counter[str] = Counter()  # numbers of weights by type
         self.biases: dict[str, NDArray[Any]] = {}  # those that were rounded
+        self._norms: dict[str, tuple[str, NDArray[Any]]] = {}  # folded biases: the norm's own, and what is in addition
         self._two_bits = False
         self.outputs = {value.name for value in model.graph.output}
 
@@ -44,6 +45,7 @@ class Graph:
         self._two_bits = two_bits
         self._merge_quantizers()
         self._transpose_weights()
+        self._fold_norms()
         self._shrink_weights()
         self._round_biases()
 
@@ -94,6 +96,44 @@ class Graph:
             node.output[0] = readers[0].output[0]
             self.nodes.remove(readers[0])
 
+    def _fold_norms(self) -> None:
+        """Fold BatchNorms into the steps of the convolution before them: its integers stay, but for their sign.
+
+        Steps of channels with a negative factor become negative here; `_shrink_weights` turns their levels around.
+        """
+        made = {node.output[0]: node for node in self.nodes}
+        for norm in [node for node in self.nodes if node.op_type == "BatchNormalization" and len(node.output) == 1]:
+            conv = made.get(norm.input[0])
+            if conv is None or conv.op_type != "Conv" or len(self.readers(conv.output[0])) > 1:
+                continue
+            weight, names = made.get(conv.input[1]), [*norm.input[1:], *conv.input[2:]]
+            parts = [self.constants.get(name) for name in names]
+            if weight is None or weight not in list(self.weights()) or any(part is None for part in parts):
+                continue
+            source, step, zeros = weight.input
+            alone = len(self.readers(source)) == 1 and len(self.readers(weight.output[0])) == 1
+            gamma, beta, mean, variance, *bias = (np.asarray(part, np.float64) for part in parts)
+            epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+            gain = gamma / np.sqrt(variance + epsilon)
+            codes, zero_point = self.constants[source], np.broadcast_to(self.constants[zeros], gain.shape)
+            spread = (-1, *[1] * (codes.ndim - 1))
+            levels = (codes.astype(np.int32) - zero_point.reshape(spread)) * np.sign(gain).reshape(spread)
+            if not alone or levels.min(initial=0) < -128 or levels.max(initial=0) > 127:
+                continue
+            dead = gain == 0
+            zeroed = np.where(dead.reshape(spread), zero_point.reshape(spread), codes)
+            self.constants[source] = zeroed.astype(codes.dtype)
+            folded = np.where(dead, 1.0, gain) * self.constants[step]
+            weight.input[1] = self._constant(f"{source}_folded_scale", folded.astype(np.float32))
+            weight.input[2] = self._constant(f"{source}_folded_zeros", zero_point.copy())
+            shift = (bias[0] - mean if bias else -mean) * gain
+            total = self._constant(f"{norm.input[2]}_folded", (shift + beta).astype(np.float32))
+            del conv.input[2:]
+            conv.input.append(total)
+            conv.output[0] = norm.output[0]
+            self._norms[total] = norm.input[2], shift
+            self.nodes.remove(norm)
+
     def _round_biases(self) -> None:
         """Make biases of layers on integers multiples of the products of steps, as integer kernels do anyway.
 
@@ -112,14 +152,13 @@ class Graph:
             if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) >= 2**31:
                 continue
             rounded = codes.astype(np.float32) * scale
-            self.biases[name] = rounded
             self.constants[name] = rounded
+            owner, shift = self._norms.get(name, (name, 0.0))
+            self.biases[owner] = (rounded - shift).astype(np.float32)
             if node.op_type == "Gemm":
-                parts = [
-                    self._constant(f"{name}_integer", codes.astype(np.int32)),
-                    self._constant(f"{name}_scale", scale),
-                ]
-                node.input[2] = self._insert(node, "DequantizeLinear", parts, f"{name}_value", axis=0)
+                integer = self._constant(f"{name}_integer", codes.astype(np.int32))
+                inputs = [integer, self._constant(f"{name}_scale", scale)]
+                node.input[2] = self._insert(node, "DequantizeLinear", inputs, f"{name}_value", axis=0)
 
     def _shrink_weights(self) -> None:
         """Store weights in the smallest type that holds them, and have them computed with as large int8 levels."""
@@ -134,8 +173,9 @@ class Graph:
             if levels.min(initial=0) < -128 or levels.max(initial=0) > 127:  # 16 bits, or 8 bits with zero points
                 self.stored[codes.dtype.name] += codes.size
                 continue
+            signs = np.sign(self.constants[step]).astype(np.int32).reshape(shape)
             if source not in done:
-                done[source] = self._stored(node, codes, centre, _factors(levels, shape))
+                done[source] = self._stored(node, codes, centre, _factors(levels * signs, shape) * signs)
             node.input[0], factors = done[source]
             node.input[2] = self._constant(f"{source}_zeros", np.zeros(zero_point.shape, np.int8))
             if (factors != 1).any():
@@ -203,10 +243,9 @@ class Graph:
 def _factors(levels: NDArray[Any], shape: list[int]) -> NDArray[Any]:
     """For each channel (or for all), the largest power of two by which int8 still holds its levels; int32."""
     axes = tuple(i for i, size in enumerate(shape) if size == 1) if shape else None
-    reach = np.maximum(
-        levels.max(axes, initial=0, keepdims=True) / 127, levels.min(axes, initial=0, keepdims=True) / -128
-    )
-    factors = np.exp2(np.floor(-np.log2(np.maximum(reach, 2.0**-7)))).astype(np.int32)
+    high, low = levels.max(axes, initial=0, keepdims=True), levels.min(axes, initial=0, keepdims=True)
+    reach = np.maximum(high / 127, low / -128).clip(min=2.0**-7)
+    factors: NDArray[Any] = np.exp2(np.floor(-np.log2(reach))).astype(np.int32)
     return factors if shape else factors.reshape(())
 
 

@@ -110,7 +110,8 @@ class Grid:
         """The spec of such a quantizer."""
         widths = tuple(int(b) for b in self.bits.flatten().tolist())
         bits = widths if self.channels is not None and len(set(widths)) > 1 else widths[0]
-        return QuantSpec(bits, per_channel=self.channels is not None, symmetric=self.symmetric)
+        signed = True if self.key.endswith(WEIGHT) else None
+        return QuantSpec(bits, per_channel=self.channels is not None, symmetric=self.symmetric, signed=signed)
 
     @classmethod
     def of(cls, key: str, quantizer: Quantizer, codes: Codes | None) -> tuple["Grid", Tensor]:
@@ -214,7 +215,7 @@ class Index:
             for key, shape, dtype in zip(*(_split(column, others) for column in of_others), strict=True):
                 found.others.append(Other(key, _numbers(shape), _dtype(dtype)))
             return found
-        except (zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (zlib.error, ValueError, TypeError, LookupError, AttributeError) as error:
             raise DataError(f"its index cannot be read ({type(error).__name__}: {error})") from error
 
 

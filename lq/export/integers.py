@@ -31,7 +31,7 @@ class IntegerWeight:
     layout: ChannelLayout
 
     def dequantize(self) -> Tensor:
-        """The weight, float32, bit for bit what the quantized layer uses."""
+        """The weight, float32, equal to what the quantized layer uses."""
         spread = self.layout.spread
         levels = self.layout.split(self.codes).float() - spread(self.zero_point, self.codes)
         return self.layout.join(levels * spread(self.step, self.codes))

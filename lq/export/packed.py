@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lq.channels import ChannelLayout
 from lq.checkpoint import rebuild
 from lq.errors import DataError
-from lq.export.index import ORIGINAL, Codes, Grid, Index, Other
+from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
 from lq.files import whole_file
@@ -38,6 +39,9 @@ FORMAT = 1
 SUFFIX = ".safetensors"
 
 _DIGEST = 16
+
+# What readers raise where a header or an index says what cannot be.
+_UNREADABLE = (AttributeError, TypeError, ValueError, LookupError, RuntimeError, ArithmeticError)
 
 
 def save(model: nn.Module, path: str | Path) -> int:
@@ -136,15 +140,17 @@ def read(path: str | Path) -> tuple[Index, dict[str, Tensor]]:
         index = Index.decode(index_bytes.tobytes())
         if index.size != len(data) - _DIGEST:
             raise DataError(f"its index lists {index.size} bytes, there are {len(data) - _DIGEST}")
-    except (DataError, SafetensorError, OSError) as error:
+        return index, _Reader(index, data).state_dict()
+    except (DataError, SafetensorError, OSError, *_UNREADABLE) as error:
         raise DataError(f"{path} cannot be loaded: {error}; save the model again with lq.save, or update lq") from error
-    return index, _Reader(index, data).state_dict()
 
 
 def packed_path(path: str | Path) -> Path:
     """The path, if it ends as it should."""
     if Path(path).suffix != SUFFIX:
         raise DataError(f"{path} should end in {SUFFIX!r}: packed models are safetensors files")
+    if not Path(path).parent.is_dir():
+        raise DataError(f"there is no folder {Path(path).parent}")
     return Path(path)
 
 
@@ -158,7 +164,8 @@ class _Content:
         self._weights: list[tuple[Grid, WeightQuantizer, Tensor]] = []
         modules = dict(model.named_modules(remove_duplicate=False))
         quantizers = {key: module for key, module in modules.items() if isinstance(module, Quantizer)}
-        weights = {id(quantizer): weight for _, quantizer, weight in quantized_weights(model)}
+        shared = _shared(model)
+        weights = {id(q): weight for _, q, weight in quantized_weights(model) if id(weight) not in shared}
         keys: dict[int, str] = {}
         for key, quantizer in quantizers.items():
             if keys.setdefault(id(quantizer), key) == key:
@@ -169,9 +176,11 @@ class _Content:
         for key, value in model.state_dict(keep_vars=True).items():
             if not isinstance(value, Tensor):
                 raise DataError(f"{key} is a {type(value).__name__}; a packed file holds tensors only")
+            if "\n" in key:
+                raise DataError(f"{key!r} has a line end in its name; rename the module")
             if first.setdefault(id(value), key) != key:
                 self.index.aliases[key] = first[id(value)]
-            elif key.endswith("_extra_state") and value.dtype == torch.uint8:
+            elif key.endswith("_extra_state") and value.dtype == torch.uint8 and value.ndim == 1:
                 self.index.texts[key] = bytes(value.tolist()).decode("latin-1")
             elif key not in known:
                 self.index.others.append(Other(key, tuple(value.shape), _name(value)))
@@ -215,13 +224,18 @@ class _Reader:
             state |= self._state(grid)
         for other in self.index.others:
             raw = torch.from_numpy(self._take(other.size).copy())
-            state[other.key] = raw.view(getattr(torch, other.dtype)).view(other.shape)
+            dtype = getattr(torch, other.dtype)
+            state[other.key] = (
+                raw.view(dtype).view(other.shape) if other.size else torch.empty(other.shape, dtype=dtype)
+            )
         for grid in self.index.grids:
             if grid.codes is not None:
                 state[grid.weight_key] = self._weight(grid, grid.codes, state)
         for key, text in self.index.texts.items():
             state[key] = torch.tensor(list(text.encode("latin-1")), dtype=torch.uint8)
-        return state | {key: state[first] for key, first in self.index.aliases.items()}
+        state |= {key: state[first] for key, first in self.index.aliases.items()}
+        of_weights = [key for key in state if f".{key}".rpartition(".")[0].endswith(f".{WEIGHT}")]
+        return {key: state[key] for key in of_weights} | state  # in a module, its weight's quantizer comes first
 
     def _take(self, size: int) -> NDArray[np.uint8]:
         self.position += size
@@ -260,13 +274,23 @@ def _require_fit(model: nn.Module, index: Index, state: dict[str, Tensor], path:
         gone = [pair for pair in foldable_pairs(model) if f"{pair.norm}.running_mean" not in state]
         folded = {f"{pair.norm}.": f"{pair.conv}.bias" for pair in gone}
     of_quantizers = tuple(f"{grid.key}." for grid in index.grids)
-    theirs = {k: v for k, v in theirs.items() if not k.startswith(of_quantizers) and not k.endswith("_extra_state")}
+    theirs = {
+        key: value
+        for key, value in theirs.items()
+        if not index.aliases.get(key, key).startswith(of_quantizers) and not key.endswith("_extra_state")
+    }
     known = {k for k, module in model.named_modules(remove_duplicate=False) if isinstance(module, Quantizer)}
     ours = {k: v for k, v in ours.items() if k.rpartition(".")[0] not in known and not k.endswith("_extra_state")}
-    ours = {k: v for k, v in ours.items() if not k.startswith(tuple(folded)) or not folded}
+    ours = {k: v for k, v in ours.items() if f"{k.rpartition('.')[0]}." not in folded}
     biases = set(folded.values())
     missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys() - biases)
     shapes = [k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape]
+    for grid in index.grids:
+        key = grid.weight_key.replace(ORIGINAL, "weight")
+        if grid.channels and grid.codes and key in ours and not shapes:
+            layout = ChannelLayout.of(model.get_submodule(key.removesuffix("weight").rstrip(".")), ours[key])
+            if layout != grid.layout:
+                raise DataError(f"{path}: {key} has its channels elsewhere; build the model that was saved")
     if missing or unknown or shapes:
         lacks = [f"it has no {', '.join(missing[:3])}"] if missing else []
         lacks += [f"the model has no {', '.join(unknown[:3])}"] if unknown else []
@@ -277,6 +301,15 @@ def _require_fit(model: nn.Module, index: Index, state: dict[str, Tensor], path:
         )
 
 
+def _shared(model: nn.Module) -> set[int]:
+    """Identities of weights that two layers quantize differently, or only one of them: these stay float."""
+    quantizers = {f"{name}.{ORIGINAL}".lstrip("."): id(q) for name, q, _ in quantized_weights(model)}
+    uses: dict[int, set[int | None]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        uses.setdefault(id(value), set()).add(quantizers.get(key))
+    return {identity for identity, found in uses.items() if len(found) > 1}
+
+
 def _metadata() -> dict[str, str]:
     import lq
 
@@ -285,7 +318,7 @@ def _metadata() -> dict[str, str]:
 
 def _require_format(metadata: dict[str, str]) -> None:
     words = metadata.get("format", "").rsplit(" ", 1)
-    if words[0] != "lq packed" or not words[-1].isdigit():
+    if words[0] != "lq packed" or not words[-1].isdecimal():
         raise DataError("it is no file of lq.save (a plain safetensors file goes to model.load_state_dict)")
     if int(words[-1]) > FORMAT:
         raise DataError(
