@@ -1,5 +1,6 @@
 """torch.export: a quantized model as a program of standard operators, which runs where lq is not installed."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None
     args, kwargs = arguments(example)
     reason = ""
     for dynamic in (True, False):
-        shapes = _any_batch(args, kwargs) if dynamic else None
+        shapes = _any_batch(model, args, kwargs) if dynamic else None
         try:
             with torch.no_grad():
                 return torch.export.export(model, args, kwargs, dynamic_shapes=shapes), reason
@@ -82,8 +83,12 @@ def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None
     return None, reason
 
 
-def _any_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dimension 0 of all tensors is free."""
     batch = Dim("batch")
     shape = lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim else None  # noqa: E731
-    return {key: shape(value) for key, value in kwargs.items()} if kwargs else tuple(map(shape, args))
+    if kwargs:
+        return {key: shape(value) for key, value in kwargs.items()}
+    listed = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    given = tuple(map(shape, args))
+    return (given,) if listed is not None and listed.kind is inspect.Parameter.VAR_POSITIONAL else given
