@@ -241,11 +241,13 @@ class Graph:
 
 
 def _factors(levels: NDArray[Any], shape: list[int]) -> NDArray[Any]:
-    """For each channel (or for all), the largest power of two by which int8 still holds its levels; int32."""
+    """For each channel (or for all), the largest power of two that keeps its levels within +-64, at least 1; int32.
+
+    Processors without VNNI add pairs of products with 8-bit activations in 16 bits: larger levels may overflow there.
+    """
     axes = tuple(i for i, size in enumerate(shape) if size == 1) if shape else None
-    high, low = levels.max(axes, initial=0, keepdims=True), levels.min(axes, initial=0, keepdims=True)
-    reach = np.maximum(high / 127, low / -128).clip(min=2.0**-7)
-    factors: NDArray[Any] = np.exp2(np.floor(-np.log2(reach))).astype(np.int32)
+    largest = np.abs(levels).max(axes, initial=1, keepdims=True)
+    factors: NDArray[Any] = np.exp2(np.floor(np.log2(np.maximum(64 / largest, 1)))).astype(np.int32)
     return factors if shape else factors.reshape(())
 
 
