@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 _SIGNED = (("int2", -2, 1), ("int4", -8, 7), ("int8", -128, 127), ("int16", -32768, 32767))
 _UNSIGNED = (("uint2", 0, 3), ("uint4", 0, 15), ("uint8", 0, 255), ("uint16", 0, 65535))
 
+# Layers whose bias integer kernels round.
+_WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
+
 #: Opsets from which on there are types of 4 and of 2 bits.
 OPSET, OPSET_OF_INT2 = 21, 25
 
@@ -126,13 +129,20 @@ class Graph:
             folded = np.where(dead, 1.0, gain) * self.constants[step]
             weight.input[1] = self._constant(f"{source}_folded_scale", folded.astype(np.float32))
             weight.input[2] = self._constant(f"{source}_folded_zeros", zero_point.copy())
+            del weight.attribute[:]  # one step for all had no axis
+            weight.attribute.append(_integer("axis", 0))
             shift = (bias[0] - mean if bias else -mean) * gain
-            total = self._constant(f"{norm.input[2]}_folded", (shift + beta).astype(np.float32))
+            total = self._constant(f"{norm.output[0]}_bias", (shift + beta).astype(np.float32))
             del conv.input[2:]
             conv.input.append(total)
             conv.output[0] = norm.output[0]
-            self._norms[total] = norm.input[2], shift
+            self._norms[total] = self._module_of(norm), shift
             self.nodes.remove(norm)
+
+    def _module_of(self, norm: Any) -> str:
+        """Name of a norm's bias in the model, by the constants that no other norm has; "" if it shares all of them."""
+        own = [name for name in norm.input[1:] if name in self.constants and len(self.readers(name)) == 1]
+        return f"{own[0].rpartition('.')[0]}.bias".lstrip(".") if own else ""
 
     def _round_biases(self) -> None:
         """Make biases of layers on integers multiples of the products of steps, as integer kernels do anyway.
@@ -140,7 +150,7 @@ class Graph:
         So all engines say the same. A Gemm gets integers: with a float bias onnxruntime computes it in float.
         """
         made = {node.output[0]: node for node in self.nodes}
-        for node in [node for node in self.nodes if node.op_type in ("Conv", "Gemm") and len(node.input) == 3]:
+        for node in [node for node in self.nodes if node.op_type in _WITH_BIAS and len(node.input) == 3]:
             name = node.input[2]
             bias = self.constants.get(name)
             parts = [made.get(operand) for operand in node.input[:2]]
@@ -150,6 +160,7 @@ class Graph:
             scale = np.broadcast_to(steps[0] * steps[1], bias.shape).astype(np.float32)
             codes = np.rint(bias.astype(np.float64) / scale)
             if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) >= 2**31:
+                self._add_bias_apart(node, bias)
                 continue
             rounded = codes.astype(np.float32) * scale
             self.constants[name] = rounded
@@ -160,9 +171,23 @@ class Graph:
                 inputs = [integer, self._constant(f"{name}_scale", scale)]
                 node.input[2] = self._insert(node, "DequantizeLinear", inputs, f"{name}_value", axis=0)
 
+    def _add_bias_apart(self, node: Any, bias: NDArray[Any]) -> None:
+        """Take a bias out of its layer: onnxruntime would make an integer of it that overflows."""
+        from onnx import helper
+
+        sizes = [len(a.ints) for a in node.attribute if a.name == "kernel_shape"]
+        shape = (-1, *[1] * next(iter(sizes), 0 if node.op_type == "Gemm" else 2))
+        name = self._constant(f"{node.output[0]}_bias", bias.reshape(shape))
+        del node.input[2:]
+        without = f"{node.output[0]}_without_bias"
+        added = helper.make_node("Add", [without, name], [node.output[0]], f"{node.output[0]}_with_bias")
+        node.output[0] = without
+        self.nodes.insert(self.nodes.index(node) + 1, added)
+
     def _shrink_weights(self) -> None:
         """Store weights in the smallest type that holds them, and have them computed with as large int8 levels."""
-        done: dict[str, tuple[str, NDArray[Any]]] = {}
+        done: dict[tuple[str, str], tuple[str, NDArray[Any]]] = {}  # equal integers of several layers are stored once
+        used: set[str] = set()
         for node in list(self.weights()):
             source, step, zeros = node.input
             codes, zero_point = self.constants[source], self.constants[zeros]
@@ -174,22 +199,23 @@ class Graph:
                 self.stored[codes.dtype.name] += codes.size
                 continue
             signs = np.sign(self.constants[step]).astype(np.int32).reshape(shape)
-            if source not in done:
-                done[source] = self._stored(node, codes, centre, _factors(levels * signs, shape) * signs)
-            node.input[0], factors = done[source]
-            node.input[2] = self._constant(f"{source}_zeros", np.zeros(zero_point.shape, np.int8))
+            if (source, zeros) not in done:
+                name = source.replace("parametrizations.weight.original", "weight") + f"_{len(done)}" * (source in used)
+                done[source, zeros] = self._stored(name, node, codes, centre, _factors(levels * signs, shape) * signs)
+                used.add(source)
+            node.input[0], factors = done[source, zeros]
+            node.input[2] = self._constant(f"{node.output[0]}_zeros", np.zeros(zero_point.shape, np.int8))
             if (factors != 1).any():
                 scaled = self.constants[step] / factors.reshape(zero_point.shape)
-                node.input[1] = self._constant(f"{source}_scale", scaled.astype(np.float32))
+                node.input[1] = self._constant(f"{node.output[0]}_scale", scaled.astype(np.float32))
 
     def _stored(
-        self, node: Any, codes: NDArray[Any], centre: NDArray[Any], factors: NDArray[Any]
+        self, name: str, node: Any, codes: NDArray[Any], centre: NDArray[Any], factors: NDArray[Any]
     ) -> tuple[str, NDArray[Any]]:
         """Store a weight; returns the name of its int8 levels times `factors`, and those.
 
         Kernels round biases to multiples of the steps of input and weight: finer steps keep them exact.
         """
-        name = node.input[0].replace("parametrizations.weight.original", "weight")
         types = _SIGNED if codes.dtype.kind == "i" else _UNSIGNED
         kind = _smallest(codes, types[0 if self._two_bits else 1 :])
         self.stored[kind] += codes.size
@@ -238,6 +264,12 @@ class Graph:
         graph.initializer.extend(
             numpy_helper.from_array(value, name) for name, value in self.constants.items() if name in read
         )
+
+
+def _integer(name: str, value: int) -> Any:
+    from onnx import helper
+
+    return helper.make_attribute(name, value)
 
 
 def _factors(levels: NDArray[Any], shape: list[int]) -> NDArray[Any]:

@@ -6,7 +6,8 @@ Activations of fewer than 8 bits are 8-bit integers limited by a Min, weights of
 import importlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,15 +106,20 @@ def export_onnx(
     opset = opset or (OPSET_OF_INT2 if few else OPSET)
     if opset < OPSET:
         raise DataError(f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}")
-    made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    try:
+        made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise DataError(f"torch.onnx cannot export {type(model).__name__}: {cause}") from error
     proto = made.model_proto  # type: ignore[union-attr]
+    if opset not in [found.version for found in proto.opset_import if found.domain == ""]:
+        raise DataError(f"opset={opset} is not one that torch {torch.__version__} exports")
     graph = Graph(proto)
     graph.optimize(two_bits=opset >= OPSET_OF_INT2)
     graph.write()
-    _take_over(model, graph.biases, notes)
     proto.producer_name = "lq"
     onnx.checker.check_model(proto, full_check=True)
-    with whole_file(path) as unfinished:
+    with whole_file(path) as unfinished, _taken_over(model, graph.biases, notes):
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)
         found = _compare(model, unfinished, batches, notes)
@@ -124,17 +130,24 @@ def export_onnx(
     return report
 
 
-@torch.no_grad()
-def _take_over(model: nn.Module, biases: dict[str, NDArray[Any]], notes: list[str]) -> None:
-    """Give the model the biases that were rounded."""
+@contextmanager
+def _taken_over(model: nn.Module, biases: dict[str, NDArray[Any]], notes: list[str]) -> Iterator[None]:
+    """Give the model the biases that were rounded; they go back if something fails meanwhile."""
     ours = {name: parameter for name, parameter in model.named_parameters() if name in biases}
-    moved = 0.0
-    for name, parameter in ours.items():
-        rounded = torch.from_numpy(biases[name]).to(parameter)
-        moved = max(moved, float((parameter - rounded).abs().max()))
-        parameter.copy_(rounded)
+    before = {name: parameter.detach().clone() for name, parameter in ours.items()}
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(torch.from_numpy(biases[name]))
+    moved = max((float((ours[name] - old).abs().max()) for name, old in before.items()), default=0.0)
     if moved:
         notes.append(f"{len(ours)} biases were rounded to products of steps, in the model too, by up to {moved:.2g}")
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, old in before.items():
+                ours[name].copy_(old)
+        raise
 
 
 def _compare(
@@ -161,7 +174,10 @@ def _compare(
             with eval_mode(model), torch.no_grad():
                 expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            feed = {name: x.detach().cpu().numpy() for name, x in zip(names, given, strict=True)}
+            feed = dict(zip(names, given, strict=True))
+            if isinstance(batch, Mapping) and set(batch) == set(names):
+                feed = kwargs
+            feed = {name: x.detach().cpu().numpy() for name, x in feed.items()}
             for found, right in zip(map(torch.from_numpy, session.run(None, feed)), expected, strict=True):
                 right = right.detach().cpu().float()  # noqa: PLW2901
                 difference = max(difference, float((found.float() - right).abs().max()))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from lq.errors import DataError
 from lq.export.standard import standard_form
@@ -70,11 +71,13 @@ def with_batch(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
 
 def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None, str]:
     """The program, for batches of any size if the model allows that; and why it does not, or why there is none."""
-    example = with_batch(example, lambda x: torch.cat([x, x]) if x.ndim and len(x) == 1 else x)  # 1 would become fixed
-    args, kwargs = arguments(example)
+    tensors = [x for x in tree_leaves(arguments(example)) if isinstance(x, Tensor) and x.ndim]
+    samples = len(tensors[0]) if tensors else 0
+    doubled = with_batch(example, lambda x: torch.cat([x, x]) if x.ndim and len(x) == samples == 1 else x)
     reason = ""
-    for dynamic in (True, False):
-        shapes = _any_batch(model, args, kwargs) if dynamic else None
+    for given, dynamic in ((doubled, True), (example, False)):  # a size of 1 would become fixed
+        args, kwargs = arguments(given)
+        shapes = _any_batch(model, args, kwargs, max(samples, 2)) if dynamic else None
         try:
             with torch.no_grad():
                 return torch.export.export(model, args, kwargs, dynamic_shapes=shapes), reason
@@ -83,10 +86,10 @@ def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None
     return None, reason
 
 
-def _any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dimension 0 of all tensors is free."""
+def _any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
+    """Dimension 0 of all tensors with a row for each sample is free."""
     batch = Dim("batch")
-    shape = lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim else None  # noqa: E731
+    shape = lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == samples else None  # noqa: E731
     if kwargs:
         return {key: shape(value) for key, value in kwargs.items()}
     listed = next(iter(inspect.signature(model.forward).parameters.values()), None)

@@ -6,12 +6,14 @@ two-level grid of a symmetric channel, ``+-s/2``, becomes the levels -1 and 1 of
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lq.channels import ChannelLayout
 from lq.errors import StateError
 from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
 from lq.interception import CALLS, SharedQuantizer
@@ -62,16 +64,19 @@ class StandardWeight(nn.Module):
         dtype: type of the float weight.
     """
 
-    step: Tensor
-    zero_point: Tensor
+    step: Tensor | float
+    zero_point: Tensor | int
 
     def __init__(self, integers: IntegerWeight, dtype: torch.dtype) -> None:
         super().__init__()
         self.layout = integers.layout
         self.dtype = dtype
         self.levels, step, zero_point = _signed(integers)
-        self.register_buffer("step", step)
-        self.register_buffer("zero_point", zero_point)
+        if step.ndim == 0:  # operators for a whole tensor take numbers
+            self.step, self.zero_point = float(step), int(zero_point)
+        else:
+            self.register_buffer("step", step)
+            self.register_buffer("zero_point", zero_point)
 
     def forward(self, levels: Tensor) -> Tensor:
         """The weight."""
@@ -92,8 +97,8 @@ class StandardActivation(nn.Module):
         self.name = quantizer.name
         self.scale = float(quantizer.step)
         self.high = 2**bits - 1
-        self.zero_point = int(zero_point + 0.5)
-        self.shift = self.scale / 2 if zero_point % 1 else 0.0  # a two-level grid has no zero
+        self.zero_point = min(max(math.floor(zero_point + 0.5), 0), self.high)
+        self.shift = (self.zero_point - zero_point) * self.scale  # of grids that have no zero
         self.dtype = _fitting(_CODES, bits)
         self.pruned = bits == 0
 
@@ -157,21 +162,23 @@ def _signed(integers: IntegerWeight) -> tuple[Tensor, Tensor, Tensor]:
     widest = max(int(bits.max()), 2)
     if bool((two | (bits == 0) | (zero_point == 2.0 ** (bits - 1))).all()):
         return levels.to(_fitting(_LEVELS, widest)), step, torch.zeros_like(bits)
-    if bool(two.any()):
-        raise StateError("two-level channels beside channels with zero points cannot be exported")
-    return codes.to(_fitting(_CODES, widest)), step, zero_point.long()
+    if bool(two.any()) or widest > 8 or bool((zero_point < 0).any() or (zero_point > 255).any()):
+        return levels.to(torch.int32), step, torch.zeros_like(bits)  # no operator's codes and zero points
+    return codes.to(torch.uint8), step, zero_point.long()
 
 
-def _dequantized(levels: Tensor, step: Tensor, zero_point: Tensor, layout: Any) -> Tensor:
+def _dequantized(levels: Tensor, step: Tensor | float, zero_point: Tensor | int, layout: ChannelLayout) -> Tensor:
     ops: Any = torch.ops.quantized_decomposed
+    if levels.dtype == torch.int32 or (layout.groups > 1 and isinstance(step, Tensor)):  # channels in groups
+        if not isinstance(step, Tensor) or not isinstance(zero_point, Tensor):
+            return (levels.float() - zero_point) * step
+        values = layout.split(levels.float()) - layout.spread(zero_point, levels)
+        return layout.join(values * layout.spread(step, levels))
     info = torch.iinfo(levels.dtype)
     rest = info.min, info.max, levels.dtype
-    if step.ndim == 0:
-        return ops.dequantize_per_tensor.tensor(levels, step, zero_point, *rest)  # type: ignore[no-any-return]
-    if layout.groups == 1:
-        return ops.dequantize_per_channel(levels, step, zero_point, layout.dim, *rest)  # type: ignore[no-any-return]
-    values = layout.split(levels.float()) - layout.spread(zero_point, levels)  # no operator knows channels in groups
-    return layout.join(values * layout.spread(step, levels))  # type: ignore[no-any-return]
+    if isinstance(step, float):
+        return ops.dequantize_per_tensor(levels, step, zero_point, *rest)  # type: ignore[no-any-return]
+    return ops.dequantize_per_channel(levels, step, zero_point, layout.dim, *rest)  # type: ignore[no-any-return]
 
 
 def _fitting(types: tuple[tuple[int, torch.dtype], ...], bits: int) -> torch.dtype:
