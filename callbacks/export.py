@@ -6,14 +6,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 from typing_extensions import override
 
 from lq.calibration import eval_mode
 from lq.callbacks.data import forward_of, training_batches
 from lq.errors import DataError, SpecError
 from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
+from lq.export.program import Call, with_batch
 from lq.sites import require_attached
 
 
@@ -66,8 +66,7 @@ class ExportModel(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out now, not after hours of training, what the export would lack."""
-        require_attached(pl_module, "ExportModel")
-        network(pl_module, self.part)
+        require_attached(network(pl_module, self.part), "ExportModel")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,11 +78,12 @@ class ExportModel(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        first = with_batch(examples[0], lambda x: x[:2]) if examples else ()
         if self.path.suffix == ".onnx":
-            self.report = export_onnx(found, first_samples(examples[0]), self.path, check=examples, opset=self.opset)
+            self.report = export_onnx(found, first, self.path, check=examples, opset=self.opset)
             rank_zero_info(f"Exported {self.report}")
         elif self.path.suffix == ".pt2":
-            export_program(found, first_samples(examples[0]), self.path)
+            export_program(found, first, self.path)
             rank_zero_info(f"Exported {self.path}: {self.path.stat().st_size / 1e6:.2f} MB")
         else:
             rank_zero_info(f"Exported {self.path}: {save(found, self.path) / 1e6:.2f} MB")
@@ -98,7 +98,7 @@ class ExportModel(pl.Callback):
         found: list[Example] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(kwargs or args)
+            found.append(Call(args, kwargs) if kwargs else args)
 
         handle = part.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
@@ -117,18 +117,14 @@ class ExportModel(pl.Callback):
 
 def network(module: pl.LightningModule, part: str | None) -> nn.Module:
     """The submodule of that name; None: the only child with parameters, or else the module itself."""
-    if part is not None:
-        names: dict[str, nn.Module] = dict(module.named_modules())
-        if part not in names:
+    found: nn.Module = module
+    if part is None:
+        holders = [child for child in module.children() if any(True for _ in child.parameters())]
+        found = holders[0] if len(holders) == 1 and not module._parameters else module
+    else:
+        named = dict(module.named_modules())
+        if part not in named:
             raise SpecError(f"ExportModel(part={part!r}): {type(module).__name__} has no such submodule")
-        return names[part]
-    holders = [child for child in module.children() if any(True for _ in child.parameters())]
-    alone = len(holders) == 1 and not module._parameters
-    found = holders[0] if alone else module
+        found = named[part]
     compiled = found._modules.get("_orig_mod")  # torch.compile wraps it
     return compiled if isinstance(compiled, nn.Module) else found
-
-
-def first_samples(example: Example, count: int = 2) -> Example:
-    """The first samples of an example."""
-    return tree_map(lambda x: x[:count] if isinstance(x, Tensor) and x.ndim else x, example)  # type: ignore[no-any-return]

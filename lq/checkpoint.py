@@ -5,6 +5,7 @@ float ones). `load` is for the other direction: it builds the quantizers a check
 """
 
 import math
+import pickle
 import posixpath
 from collections.abc import Mapping
 from dataclasses import replace
@@ -59,7 +60,10 @@ def load(source: str | Path | Mapping[str, Any], model: M) -> M:
 
 def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The state dict in a mapping or a file; nothing but tensors and plain values is unpickled."""
-    content = source if isinstance(source, Mapping) else torch.load(source, map_location="cpu", weights_only=True)
+    try:
+        content = source if isinstance(source, Mapping) else torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise DataError(f"{source} is no checkpoint of tensors: {error}") from error
     found = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(found, Mapping):
         raise DataError(f"expected a state dict or a checkpoint with one, got a {type(found).__name__}")

@@ -91,13 +91,15 @@ def _built(name: str, pairs: Sequence[str]) -> nn.Module:
     """The float model."""
     if any("=" not in pair for pair in pairs):
         raise DataError(f"--model-args {' '.join(pairs)}: expected KEY=VALUE")
-    arguments = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
     place, _, function = name.partition(":")
     try:
+        arguments = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
         build = getattr(importlib.import_module(place), function) if function else _timm(place)
         model = build(**arguments)
-    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
-        raise DataError(f"--model {name}: {error}; give the name of a timm model, or module:function") from error
+    except Exception as error:  # what user code raises
+        raise DataError(
+            f"--model {name}: {type(error).__name__}: {error}; give the name of a timm model, or module:function"
+        ) from error
     if not isinstance(model, nn.Module):
         raise DataError(f"--model {name} gives a {type(model).__name__}, not a torch module")
     return model
@@ -112,7 +114,7 @@ def _timm(name: str) -> Callable[..., Any]:
 def _example(model: nn.Module, options: argparse.Namespace) -> torch.Tensor:
     """Two random samples of the size that was given, or that a timm model was made for."""
     size = options.input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
-    if not size:
+    if not size or min(size) < 1:
         raise DataError(f"--model {options.model} does not say what it takes; give --input-size, such as 3 224 224")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = size[0] if options.input_size or first is None else first.in_channels

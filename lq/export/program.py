@@ -2,20 +2,30 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lq.errors import DataError
 from lq.export.standard import standard_form
 from lq.files import whole_file
 
-#: What a model is called with: a tensor, or its arguments.
-Example = Tensor | Sequence[Any] | Mapping[str, Any]
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments by place and by name."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+#: What a model is called with: a tensor, its arguments by place or by name, or both.
+Example = Tensor | Sequence[Any] | Mapping[str, Any] | Call
 
 
 def export_program(model: nn.Module, example: Example, path: str | Path | None = None) -> ExportedProgram:
@@ -53,6 +63,8 @@ def export_program(model: nn.Module, example: Example, path: str | Path | None =
 
 def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a call."""
+    if isinstance(example, Call):
+        return tuple(example.args), dict(example.kwargs)
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):
@@ -64,9 +76,9 @@ def with_batch(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
     """The example with its tensors changed."""
     if isinstance(example, Tensor):
         return change(example)
-    if isinstance(example, Mapping):
-        return {key: change(value) if isinstance(value, Tensor) else value for key, value in example.items()}
-    return tuple(change(value) if isinstance(value, Tensor) else value for value in example)
+    if isinstance(example, Call):
+        return Call(*tree_map_only(Tensor, change, (tuple(example.args), dict(example.kwargs))))
+    return tree_map_only(Tensor, change, example)  # type: ignore[no-any-return]
 
 
 def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None, str]:
@@ -91,7 +103,8 @@ def _any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     batch = Dim("batch")
     shape = lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == samples else None  # noqa: E731
     if kwargs:
-        return {key: shape(value) for key, value in kwargs.items()}
+        named = inspect.signature(model.forward).bind(*args, **kwargs).arguments if args else kwargs
+        return {key: shape(value) for key, value in named.items()}
     listed = next(iter(inspect.signature(model.forward).parameters.values()), None)
     given = tuple(map(shape, args))
     return (given,) if listed is not None and listed.kind is inspect.Parameter.VAR_POSITIONAL else given
