@@ -25,16 +25,13 @@ class ExportModel(pl.Callback):
     throughout, quantize with ``Quantize(integer=True)``. One rank writes; nobody does in a ``fast_dev_run``.
 
     Args:
-        path: the file; its folder is made.
+        path: the file, with one of these endings; its folder is made.
         part: name of the submodule to export, "" for the LightningModule as a whole. By default the network: its only
             child with parameters, or else the whole.
         example: what it is called with: a batch, a tuple of arguments or a dict of keyword arguments. By default what
             the module calls it with, given its ``example_input_array`` or else training batches.
         samples: training samples to compare an ONNX file with the module on, if no example is given.
         opset: version of ONNX's operators; by default 21, and 25 for weights of 2 bits.
-
-    Raises:
-        SpecError: for another ending.
 
     Example::
 
@@ -43,7 +40,7 @@ class ExportModel(pl.Callback):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path = "model.onnx",
         *,
         part: str | None = None,
         example: Example | None = None,
@@ -55,7 +52,7 @@ class ExportModel(pl.Callback):
             raise SpecError(f"ExportModel({str(path)!r}): the name should end in one of {', '.join(FORMATS)}")
         if samples < 1:
             raise SpecError(f"samples={samples}; an example needs at least 1")
-        self.path = Path(path)
+        self.path = path
         self.part = part
         self.example = example
         self.samples = samples
@@ -66,27 +63,29 @@ class ExportModel(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out now, not after hours of training, what the export would lack."""
-        require_attached(network(pl_module, self.part), "ExportModel")
+        for part in (pl_module, network(pl_module, self.part)):
+            require_attached(part, "ExportModel")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        path = Path(self.path)
         found = network(pl_module, self.part)
-        examples = [] if self.path.suffix == ".safetensors" else self._examples(trainer, pl_module, found)
+        examples = [] if path.suffix == ".safetensors" else self._examples(trainer, pl_module, found)
         if not trainer.is_global_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         first = with_batch(examples[0], lambda x: x[:2]) if examples else ()
-        if self.path.suffix == ".onnx":
-            self.report = export_onnx(found, first, self.path, check=examples, opset=self.opset)
+        if path.suffix == ".onnx":
+            self.report = export_onnx(found, first, path, check=examples, opset=self.opset)
             rank_zero_info(f"Exported {self.report}")
-        elif self.path.suffix == ".pt2":
-            export_program(found, first, self.path)
-            rank_zero_info(f"Exported {self.path}: {self.path.stat().st_size / 1e6:.2f} MB")
+        elif path.suffix == ".pt2":
+            export_program(found, first, path)
+            rank_zero_info(f"Exported {path}: {path.stat().st_size / 1e6:.2f} MB")
         else:
-            rank_zero_info(f"Exported {self.path}: {save(found, self.path) / 1e6:.2f} MB")
+            rank_zero_info(f"Exported {path}: {save(found, path) / 1e6:.2f} MB")
 
     def _examples(self, trainer: pl.Trainer, module: pl.LightningModule, part: nn.Module) -> list[Example]:
         """What the part is called with; every rank reads its loader."""

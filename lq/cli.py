@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(options.run(options))
     except (LqError, OSError) as error:
-        print(f"lq {options.command}: {error}", file=sys.stderr)
+        print(f"lq {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -97,9 +97,8 @@ def _built(name: str, pairs: Sequence[str]) -> nn.Module:
         build = getattr(importlib.import_module(place), function) if function else _timm(place)
         model = build(**arguments)
     except Exception as error:  # what user code raises
-        raise DataError(
-            f"--model {name}: {type(error).__name__}: {error}; give the name of a timm model, or module:function"
-        ) from error
+        cause = str(error) or type(error).__name__
+        raise DataError(f"--model {name}: {cause}; give the name of a timm model, or module:function") from error
     if not isinstance(model, nn.Module):
         raise DataError(f"--model {name} gives a {type(model).__name__}, not a torch module")
     return model

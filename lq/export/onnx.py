@@ -138,7 +138,7 @@ def _taken_over(model: nn.Module, biases: dict[str, NDArray[Any]], notes: list[s
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(torch.from_numpy(biases[name]))
-    moved = max((float((ours[name] - old).abs().max()) for name, old in before.items()), default=0.0)
+        moved = max((float((ours[name] - old).abs().max()) for name, old in before.items()), default=0.0)
     if moved:
         notes.append(f"{len(ours)} biases were rounded to products of steps, in the model too, by up to {moved:.2g}")
     try:

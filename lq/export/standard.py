@@ -93,9 +93,9 @@ class StandardActivation(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         zero_point = float(settled_zero_point(quantizer))
-        bits = int(quantizer.bits)
+        bits = int(quantizer.bits.detach())
         self.name = quantizer.name
-        self.scale = float(quantizer.step)
+        self.scale = float(quantizer.step.detach())
         self.high = 2**bits - 1
         self.zero_point = min(max(math.floor(zero_point + 0.5), 0), self.high)
         self.shift = (self.zero_point - zero_point) * self.scale  # of grids that have no zero

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import tempfile
 import typing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 import lq
 import lq.callbacks
-from lq.callbacks import FineTune, OptimizeRanges, Quantize, Reconstruct, SynthesizeData
+from lq.callbacks import ExportModel, FineTune, OptimizeRanges, Quantize, Reconstruct, SynthesizeData
 from tests.helpers import QUIET, assert_same, cli, fit, hooks, loader, quantizer_ids, steps, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
@@ -29,6 +30,7 @@ every = pytest.mark.parametrize("cls", CALLBACKS, ids=lambda cls: cls.__name__)
 
 #: Less work than by default, for callbacks that do much of it.
 SMALL: dict[type[pl.Callback], dict[str, Any]] = {
+    ExportModel: {"path": str(Path(tempfile.mkdtemp(), "model.safetensors"))},
     OptimizeRanges: {"evaluations": 3},
     Reconstruct: {"iterations": 2},
     SynthesizeData: {"shape": (1, 6, 6), "samples": 16, "iterations": 2},

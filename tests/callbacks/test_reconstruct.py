@@ -436,7 +436,7 @@ def test_a_frozen_backbone():
     ("options", "message"),
     [
         ({"rounding": "up"}, "rounding='up' is unknown; use 'nearest', 'adaround', 'softmax'"),
-        ({"loss": "l2"}, "loss='l2' is unknown; use 'mse', 'fisher', 'kl'"),
+        ({"loss": "l2"}, "loss='l2' is unknown; use 'relative', 'mse', 'fisher', 'kl'"),
         ({"drop": 1.5}, "drop=1.5 is no probability"),
         ({"memory": "8x"}, "memory='8x'; give a number of bytes or a size such as '4GB'"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),

@@ -404,11 +404,13 @@ def test_error_feedback_counts_the_inputs_of_layers_inside_attention(monkeypatch
     model, data = prepared("tokens")
     layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
     inputs = {id(layer): [] for layer in layers}
-    for layer in layers:
-        layer.register_forward_hook(lambda layer, args, _: inputs[id(layer)].append(args[0].detach().flatten(0, -2)))
+    keep = lambda layer, args, _: inputs[id(layer)].append(args[0].detach().flatten(0, -2))  # noqa: E731
+    handles = [layer.register_forward_hook(keep) for layer in layers]
     with torch.no_grad():
         for x in data:
             model(x)
+    for handle in handles:
+        handle.remove()
     expected = [torch.cat(rows).T @ torch.cat(rows) for rows in inputs.values()]
     monkeypatch.setattr("lq.rounding.feedback.error_feedback", noted)
     run(model, data, units="network", start="feedback", iterations=1, batch_size=24, activation_mode="quantized")
