@@ -175,8 +175,8 @@ def _compare(
                 expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             feed = dict(zip(names, given, strict=True))
-            if isinstance(batch, Mapping) and set(batch) == set(names):
-                feed = kwargs
+            if isinstance(batch, Mapping) and set(names) <= set(batch):
+                feed = {name: kwargs[name] for name in names}
             feed = {name: x.detach().cpu().numpy() for name, x in feed.items()}
             for found, right in zip(map(torch.from_numpy, session.run(None, feed)), expected, strict=True):
                 right = right.detach().cpu().float()  # noqa: PLW2901

@@ -1,0 +1,508 @@
+"""ExportModel in a Trainer: the file holds what fit left, in all three formats, and training is what it is without."""
+
+import json
+
+import lightning.pytorch as pl
+import onnx
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lq
+from lq.callbacks import ExportModel, FineTune, LearnNoiseScale, Quantize, Reconstruct
+from lq.callbacks.export import network
+from lq.errors import DataError, SpecError, StateError
+from lq.sites import quantizers
+from tests.export.exported import assert_close, dynamic, run
+from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, hooks, loader, tiny, trainer
+from tests.models import Residual
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+
+CHAINS = {
+    "post-training": (lambda: [Quantize(4, 8)], 0),
+    "no epoch of training": (lambda: [Quantize(4, 8), FineTune("lsq")], 0),
+    "fine-tuned": (lambda: [Quantize(4, 4, fold_bn=False), FineTune("lsq")], 1),
+    "reconstructed": (lambda: [Quantize(4, 8), Reconstruct(iterations=3, batch_size=8, samples=16)], 0),
+}
+
+
+def x():
+    return dataset().tensors[0]
+
+
+def outputs(path, given, fresh=None):
+    """What a file of any format gives; packed ones need the plain network."""
+    if path.suffix == ".onnx":
+        return torch.tensor(run(path, given)[0])
+    with torch.no_grad():
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module()(given)
+        return lq.load(path, fresh).eval()(given)
+
+
+def check(path, module, fresh=None):
+    """The file gives what the network gives, on any batch; ONNX files as nearly as float sums in another order do."""
+    network_ = module.net.eval()
+    for given in (x(), x()[:1], x()[:5]):
+        with torch.no_grad():
+            expected = network_(given)
+        found = outputs(path, given, tiny(5).net if fresh is None else fresh())
+        if path.suffix == ".onnx":
+            assert_close(found, expected, 1e-3)
+        else:
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("chain", "suffix"),
+    [*((c, s) for c in CHAINS for s in (".pt2", ".safetensors")), ("post-training", ".onnx"), ("fine-tuned", ".onnx")],
+)
+def test_the_file_holds_what_fit_left(chain, suffix, tmp_path):
+    callbacks, epochs = CHAINS[chain]
+    module, path = tiny(), tmp_path / "folder" / "of files" / f"model{suffix}"
+    export = ExportModel(path)
+    fit(module, [*callbacks(), export], max_epochs=epochs)
+    check(path, module)
+    names = [path.name, *(["model.report.json"] if suffix == ".onnx" else [])]
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted(names)
+    if suffix == ".onnx":
+        assert export.report.samples == 32 and export.report.path == str(path)
+        assert json.loads(path.with_name("model.report.json").read_text())["samples"] == 32
+        assert dynamic(path)
+    else:
+        assert export.report is None
+
+
+def test_a_packed_file_has_the_widths_that_were_learned(tmp_path):
+    module, path = tiny(), tmp_path / "m.safetensors"
+    learn = LearnNoiseScale(3, 3, until=0.5, quantizer_lr=1e-3, distill=0)
+    fit(module, [Quantize(8, 8, fold_bn=False), learn, ExportModel(str(path))], max_epochs=2)
+    check(path, module)
+    loaded = lq.load(path, tiny(5).net)
+    assert [q.bits.tolist() for q in quantizers(loaded)] == [q.bits.tolist() for q in quantizers(module)]
+
+
+def test_it_may_stand_before_quantize(tmp_path):
+    module = tiny()
+    fit(module, [ExportModel(tmp_path / "m.pt2"), Quantize(4, 8)], max_epochs=0)
+    check(tmp_path / "m.pt2", module)
+
+
+def test_two_of_them_and_samples(tmp_path):
+    module = tiny()
+    few, packed = ExportModel(tmp_path / "m.onnx", samples=9), ExportModel(tmp_path / "m.safetensors")
+    fit(module, [Quantize(4, 8), few, packed], max_epochs=0)
+    assert few.report.samples == 16  # whole batches
+    check(tmp_path / "m.onnx", module), check(tmp_path / "m.safetensors", module)
+
+
+def test_opset(tmp_path):
+    module, export = tiny(), ExportModel(tmp_path / "m.onnx", opset=22)
+    fit(module, [Quantize(2, 8, first_last=None), export], max_epochs=0)
+    assert export.report.opset == onnx.load(tmp_path / "m.onnx").opset_import[0].version == 22
+    assert export.report.weights == {"int4": 228}
+
+
+# --- which part -------------------------------------------------------------------------------------------------------
+
+
+class Pair(Tiny):
+    """Two networks in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.head(self.net(x))
+
+
+class Scaled(Tiny):
+    """A network, and a parameter beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.net(x) * self.factor
+
+
+def of(kind, seed=0):
+    torch.manual_seed(seed)
+    return kind()
+
+
+def test_the_network_is_the_only_child_with_parameters():
+    module = tiny()
+    module.loss = nn.CrossEntropyLoss()
+    assert network(module, None) is module.net
+    assert network(module, "") is module
+    assert network(module, "net.3") is module.net[3]
+    for kind in (Pair, Scaled):
+        module = of(kind)
+        assert network(module, None) is module
+
+
+@pytest.mark.parametrize("kind", [Pair, Scaled])
+def test_a_module_of_more_than_a_network_is_exported_as_a_whole(kind, tmp_path):
+    module, path = of(kind), tmp_path / "m.pt2"
+    fit(module, [Quantize(4, 8), FineTune("lsq"), ExportModel(path)], max_epochs=1)
+    with torch.no_grad():
+        assert torch.equal(torch.export.load(path).module()(x()), module.eval()(x()))
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".safetensors"])
+def test_parts_by_name(suffix, tmp_path):
+    module = of(Pair)
+    parts = {name: tmp_path / f"{name or 'all'}{suffix}" for name in ("", "net", "head", "net.3")}
+    exports = [ExportModel(path, part=name) for name, path in parts.items()]
+    fit(module, [Quantize(4, 8), *exports], max_epochs=0)
+    given = {"": x(), "net": x(), "head": torch.randn(5, 3), "net.3": torch.randn(5, 4, 6, 6)}
+    for name, path in parts.items():
+        fresh = of(Pair, 5)
+        part = fresh.get_submodule(name)
+        if suffix == ".safetensors" and name == "net.3":
+            continue  # a convolution that BatchNorms were folded into: no plain network of its own
+        with torch.no_grad():
+            expected = module.eval().get_submodule(name)(given[name])
+        assert torch.equal(outputs(path, given[name], part), expected)
+
+
+def test_a_part_of_another_name_is_an_error_before_training(tmp_path):
+    module = tiny()
+    with pytest.raises(SpecError, match=r"^ExportModel\(part='nets'\): Tiny has no such submodule$"):
+        fit(module, [Quantize(4, 8), FineTune("lsq"), ExportModel(tmp_path / "m.onnx", part="nets")])
+    assert not module.seen and not list(tmp_path.iterdir())
+
+
+# --- what it is called with -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["example", "example_input_array"])
+def test_examples_are_used_instead_of_training_data(given, tmp_path):
+    module, export = tiny(), ExportModel(tmp_path / "m.onnx", example=x()[:3] if given == "example" else None)
+    if given == "example_input_array":
+        module.example_input_array = x()[:3]
+    fit(module, [Quantize(4, 8), export], max_epochs=0)
+    assert export.report.samples == 3
+    check(tmp_path / "m.onnx", module)
+
+
+class Named(Tiny):
+    """Batches are dicts; the network is called with names."""
+
+    class Net(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, image, factor):
+            return self.layers(image * factor)
+
+    def __init__(self):
+        super().__init__()
+        self.net = self.Net(self.net)
+
+    def calibration_step(self, batch):
+        return self.net(image=batch["image"], factor=batch["factor"])
+
+    def training_step(self, batch, batch_idx):
+        return self.calibration_step(batch).square().mean()
+
+
+def named_batches():
+    images = dataset().tensors[0]
+    return DataLoader([{"image": image, "factor": torch.full((1, 1, 1), 2.0)} for image in images], batch_size=8)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_batches_that_only_the_module_understands(suffix, tmp_path):
+    module, path = of(Named), tmp_path / f"m{suffix}"
+    export = ExportModel(path)
+    fit(module, [Quantize(4, 8), FineTune("lsq"), export], named_batches(), max_epochs=1)
+    image, factor = x()[:5], torch.full((5, 1, 1, 1), 3.0)
+    with torch.no_grad():
+        expected = module.net.eval()(image, factor)
+        if suffix == ".onnx":
+            assert export.report.samples == 32
+            assert [value.name for value in onnx.load(path).graph.input] == ["image", "factor"]
+            assert_close(run(path, image, factor)[0], expected, 1e-3)
+        else:
+            assert torch.equal(torch.export.load(path).module()(image=image, factor=factor), expected)
+
+
+class Mixed(Named):
+    """The network is called with a tensor and with a name."""
+
+    def calibration_step(self, batch):
+        return self.net(batch["image"], factor=batch["factor"])
+
+
+class Outermost(Mixed):
+    """And has a sum in its own forward."""
+
+    class Net(Named.Net):
+        def forward(self, image, factor):
+            head = self.layers[:3](image * factor)
+            return self.layers[6:](head + self.layers[3:6](head))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_arguments_by_place_and_by_name(suffix, tmp_path):
+    module, path = of(Mixed), tmp_path / f"m{suffix}"
+    fit(module, [Quantize(4, 8), ExportModel(path)], named_batches(), max_epochs=0)
+    image, factor = x()[:5], torch.full((5, 1, 1, 1), 3.0)
+    with torch.no_grad():
+        expected = module.net.eval()(image, factor)
+        if suffix == ".onnx":
+            assert_close(run(path, image, factor)[0], expected, 1e-3)
+        else:
+            assert torch.equal(torch.export.load(path).module()(image, factor=factor), expected)
+
+
+@pytest.mark.xfail(strict=True, reason="its quantizers hide its arguments: the batch size is fixed, and nobody says so")
+def test_arguments_by_place_and_by_name_of_the_outermost_forward(tmp_path):
+    module, path = of(Outermost), tmp_path / "m.pt2"
+    fit(module, [Quantize(4, 8, integer=True), ExportModel(path)], named_batches(), max_epochs=0)
+    image, factor = x()[:5], torch.full((5, 1, 1, 1), 3.0)
+    assert "call_quantizers" in module.net._modules
+    with torch.no_grad():
+        expected = module.net.eval()(image, factor)
+        assert torch.equal(torch.export.load(path).module()(image, factor=factor), expected)
+
+
+class Constant(Tiny):
+    """The network is called with a tensor that is no part of the batch."""
+
+    class Net(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, image, factor):
+            return self.layers(image) * factor
+
+    def __init__(self, factor):
+        super().__init__()
+        self.net, self.factor = self.Net(self.net), factor
+
+    def forward(self, x):
+        return self.net(x, self.factor)
+
+
+CUT = pytest.mark.xfail(strict=True, reason="all tensors are cut to two samples")
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        pytest.param(torch.tensor(2.0), marks=CUT, id="a number"),
+        pytest.param(torch.tensor([2.0]), id="a vector of one"),
+        pytest.param(torch.tensor([1.0, 2.0, 3.0]), marks=CUT, id="a vector"),
+    ],
+)
+def test_tensors_that_are_no_part_of_the_batch(factor, tmp_path):
+    module, path = of(lambda: Constant(factor)), tmp_path / "m.pt2"
+    fit(module, [Quantize(4, 8), ExportModel(path)], max_epochs=0)
+    with torch.no_grad():
+        assert torch.equal(torch.export.load(path).module()(x(), factor), module.eval()(x()))
+
+
+class Idle(Tiny):
+    """A layer that nothing calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Linear(4, 4)
+
+
+def test_parts_that_no_batch_runs_through_need_an_example(tmp_path):
+    message = "^ExportModel needs an example: give example=.* runs through the \\w*Linear$"
+    with pytest.raises(DataError, match=message):
+        fit(lq.attach(of(Idle), 4), [ExportModel(tmp_path / "m.onnx", part="idle")], max_epochs=0)
+    assert not list(tmp_path.iterdir())
+    export = ExportModel(tmp_path / "m.pt2", part="idle", example=torch.randn(2, 4))
+    module = lq.attach(of(Idle), 4)
+    fit(module, [export], max_epochs=0)
+    given = torch.randn(5, 4)
+    assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(given), module.idle.eval()(given))
+
+
+def test_a_part_without_quantizers_is_an_error_before_training(tmp_path):
+    module = of(Idle)
+    with pytest.raises(StateError, match="ExportModel"):
+        fit(module, [Quantize(4, 8), FineTune("lsq"), ExportModel(tmp_path / "m.onnx", part="idle")])
+    assert not module.seen
+
+
+class Summing(Tiny):
+    """Residual sums in the network's own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Residual()
+
+    def forward(self, x):
+        return self.net(x.expand(-1, 3, -1, -1)).mean((2, 3)).repeat(1, 2)
+
+
+def test_networks_for_integer_kernels(tmp_path):
+    module, export = of(Summing), ExportModel(tmp_path / "m.onnx")
+    fit(module, [Quantize(8, 8, integer=True), FineTune("lsq"), export], max_epochs=1)
+    assert export.report.samples == 32
+    given = x().expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        assert_close(run(tmp_path / "m.onnx", given)[0], module.net.eval()(given), 1e-3)
+
+
+# --- averages, compiled networks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: EMAWeightAveraging(decay=0.9), WeightAveraging], ids=["ema", "average"])
+@pytest.mark.parametrize(("suffix", "last"), [(".safetensors", True), (".safetensors", False), (".pt2", True)])
+def test_averaged_weights_are_exported(make, suffix, last, tmp_path):
+    module, path, plain = tiny(norm=False), tmp_path / f"m{suffix}", tiny(norm=False)
+    chain = [Quantize(4, 4), FineTune("lsq")]
+    extra = [make(), ExportModel(path)]
+    fit(module, [*chain, *(extra if last else reversed(extra))], max_epochs=2)
+    check(path, module, lambda: tiny(5, norm=False).net)
+    fit(plain, [Quantize(4, 4), FineTune("lsq")], max_epochs=2)
+    with torch.no_grad():
+        found = outputs(path, x(), tiny(5, norm=False).net)
+        assert not torch.allclose(found, plain.net.eval()(x()), rtol=1e-4)
+
+
+def compiled(**options):
+    module = tiny()
+    module.net = torch.compile(module.net, backend="eager")
+    return module
+
+
+def test_the_network_behind_torch_compile(tmp_path):
+    module, path = compiled(), tmp_path / "m.pt2"
+    assert network(module, None) is module.net._orig_mod
+    packed = tmp_path / "m.safetensors"
+    fit(module, [Quantize(4, 8), FineTune("lsq"), ExportModel(path), ExportModel(packed)], max_epochs=1)
+    with torch.no_grad():
+        expected = module.net._orig_mod.eval()(x())
+        assert torch.equal(torch.export.load(path).module()(x()), expected)
+        assert torch.equal(lq.load(packed, tiny(5).net).eval()(x()), expected)
+
+
+def test_a_named_network_behind_torch_compile(tmp_path):
+    module, path = compiled(), tmp_path / "m.safetensors"
+    fit(module, [Quantize(4, 8), ExportModel(path, part="net")], max_epochs=0)
+    with torch.no_grad():
+        assert torch.equal(lq.load(path, tiny(5).net).eval()(x()), module.net._orig_mod.eval()(x()))
+
+
+# --- what it does not touch -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
+def test_training_is_what_it_is_without(suffix, tmp_path):
+    """To the bit: weights, checkpoints and random states. The ONNX export rounds biases, when all is over."""
+
+    def train(folder, *extra):
+        torch.manual_seed(3)
+        module = tiny()
+        module.net.insert(6, nn.Dropout(0.2))
+        torch.manual_seed(4)
+        saver = ModelCheckpoint(tmp_path / folder, save_last=True)
+        callbacks = [Quantize(4, 4, fold_bn=False), FineTune("lsq"), saver, *extra]
+        fit(module, callbacks, loader(shuffle=True), max_epochs=2, enable_checkpointing=True)
+        saved = torch.load(tmp_path / folder / "last.ckpt", weights_only=False)
+        return module, saved["state_dict"], torch.get_rng_state(), [x.clone() for x in module.seen]
+
+    plain, states, rng, seen = train("without")
+    module, states_with, rng_with, seen_with = train("with", ExportModel(tmp_path / f"m{suffix}"))
+    assert_same(states_with, states)
+    assert_same(seen_with, seen)
+    assert torch.equal(rng_with, rng)
+    moved = {k for k, v in module.state_dict().items() if not torch.equal(v, plain.state_dict()[k])}
+    assert all(suffix == ".onnx" and name.endswith("bias") for name in moved)
+    assert hooks(module) == hooks(plain)
+    assert module.training == plain.training
+
+
+def test_checkpoints_know_nothing_of_it(tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    callbacks = [Quantize(4, 8), FineTune("lsq"), saver]
+    fit(tiny(), [*callbacks, ExportModel(tmp_path / "m.pt2")], max_epochs=1, enable_checkpointing=True)
+    module = tiny(3)
+    fit(
+        module,
+        [Quantize(4, 8), FineTune("lsq"), ExportModel(tmp_path / "n.pt2")],
+        max_epochs=1,
+        ckpt_path=tmp_path / "last.ckpt",
+    )
+    check(tmp_path / "n.pt2", module)
+    with torch.no_grad():
+        left, right = (outputs(tmp_path / name, x()) for name in ("m.pt2", "n.pt2"))
+    assert torch.equal(left, right)
+
+
+def test_a_trial_run_writes_nothing(tmp_path):
+    for suffix in (".onnx", ".pt2", ".safetensors"):
+        export = ExportModel(tmp_path / "folder" / f"m{suffix}")
+        fit(tiny(), [Quantize(4, 8), FineTune("lsq"), export], fast_dev_run=True)
+        assert export.report is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_stages_write_nothing(tmp_path):
+    module = tiny()
+    made = trainer([Quantize(4, 8), ExportModel(tmp_path / "m.pt2")], max_epochs=0)
+    made.fit(module, loader())
+    (tmp_path / "m.pt2").unlink()
+    made.validate(module, loader(), verbose=False)
+    made.test(module, loader(), verbose=False)
+    assert not list(tmp_path.iterdir())
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model", "model.pt", "model.ONNX", "model.onnx.gz", "onnx"])
+def test_other_endings(name):
+    message = rf"^ExportModel\('{name}'\): the name should end in one of .onnx, .pt2, .safetensors$"
+    with pytest.raises(SpecError, match=message):
+        ExportModel(name)
+
+
+def test_no_samples():
+    with pytest.raises(SpecError, match="samples=0; an example needs at least 1"):
+        ExportModel("m.onnx", samples=0)
+
+
+def test_without_quantize(tmp_path):
+    module = tiny()
+    message = "^ExportModel needs a model with quantizers, Tiny has none; .*put the Quantize callback before this one"
+    with pytest.raises(StateError, match=message):
+        fit(module, [ExportModel(tmp_path / "m.onnx")])
+    assert not module.seen and not list(tmp_path.iterdir())
+
+
+def test_a_module_that_was_quantized_by_hand(tmp_path):
+    module = tiny()
+    lq.calibrate(lq.attach(module, 4, 8), [x()])
+    fit(module, [ExportModel(tmp_path / "m.pt2")], max_epochs=1)
+    check(tmp_path / "m.pt2", module)
+
+
+def test_a_network_that_cannot_be_exported(tmp_path):
+    class Choosing(Tiny):
+        def forward(self, x):
+            return self.net(x) if x.sum() > 0 else -self.net(x)
+
+    with pytest.raises(DataError, match="^torch.export cannot export Choosing: "):
+        fit(of(Choosing), [Quantize(4, 8), ExportModel(tmp_path / "m.pt2", part="")], max_epochs=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_one_of_the_callbacks():
+    assert lq.callbacks.ExportModel is ExportModel and issubclass(ExportModel, pl.Callback)
