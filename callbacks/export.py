@@ -13,7 +13,7 @@ from lq.calibration import eval_mode
 from lq.callbacks.data import forward_of, training_batches
 from lq.errors import DataError, SpecError
 from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
-from lq.export.program import Call, with_batch
+from lq.export.program import Call, first_samples
 from lq.sites import require_attached
 
 
@@ -77,7 +77,7 @@ class ExportModel(pl.Callback):
         if not trainer.is_global_zero:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        first = with_batch(examples[0], lambda x: x[:2]) if examples else ()
+        first = first_samples(examples[0]) if examples else ()
         if path.suffix == ".onnx":
             self.report = export_onnx(found, first, path, check=examples, opset=self.opset)
             rank_zero_info(f"Exported {self.report}")

@@ -6,6 +6,7 @@ Calls in modules below do not count: every module below notes that it runs by a 
 code is read or changed, so that control flow is no obstacle; calls that are not reached keep their quantizers unused.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -171,6 +172,7 @@ def add_call_quantizer(module: nn.Module, slot: str, quantizer: nn.Module) -> No
         module.add_module(CALLS, CallQuantizers().train(module.training))
         own = module.__dict__.get("forward")
         module.forward = partial(quantized_forward, module, own)
+        module.forward.__signature__ = inspect.signature(own or partial(type(module).forward, module))  # type: ignore[attr-defined]
         for part in below:
             if not isinstance(part, (torch.jit.ScriptModule, CallQuantizers)) and _enter not in _hooked(part):
                 part.register_forward_pre_hook(_enter, prepend=True)  # before and after the part's own quantizers

@@ -81,10 +81,21 @@ def with_batch(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
     return tree_map_only(Tensor, change, example)  # type: ignore[no-any-return]
 
 
+def batch_length(example: Example) -> int:
+    """Number of samples: the length of the first tensor with a dimension; 0 if there is none."""
+    tensors = [x for x in tree_leaves(arguments(example)) if isinstance(x, Tensor) and x.ndim]
+    return len(tensors[0]) if tensors else 0
+
+
+def first_samples(example: Example, count: int = 2) -> Example:
+    """The first samples of an example; tensors that have no row for each sample stay whole."""
+    samples = batch_length(example)
+    return with_batch(example, lambda x: x[:count] if x.ndim and len(x) == samples else x)
+
+
 def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None, str]:
     """The program, for batches of any size if the model allows that; and why it does not, or why there is none."""
-    tensors = [x for x in tree_leaves(arguments(example)) if isinstance(x, Tensor) and x.ndim]
-    samples = len(tensors[0]) if tensors else 0
+    samples = batch_length(example)
     doubled = with_batch(example, lambda x: torch.cat([x, x]) if x.ndim and len(x) == samples == 1 else x)
     reason = ""
     for given, dynamic in ((doubled, True), (example, False)):  # a size of 1 would become fixed

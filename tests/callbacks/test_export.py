@@ -264,7 +264,6 @@ def test_arguments_by_place_and_by_name(suffix, tmp_path):
             assert torch.equal(torch.export.load(path).module()(image, factor=factor), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="its quantizers hide its arguments: the batch size is fixed, and nobody says so")
 def test_arguments_by_place_and_by_name_of_the_outermost_forward(tmp_path):
     module, path = of(Outermost), tmp_path / "m.pt2"
     fit(module, [Quantize(4, 8, integer=True), ExportModel(path)], named_batches(), max_epochs=0)
@@ -294,15 +293,12 @@ class Constant(Tiny):
         return self.net(x, self.factor)
 
 
-CUT = pytest.mark.xfail(strict=True, reason="all tensors are cut to two samples")
-
-
 @pytest.mark.parametrize(
     "factor",
     [
-        pytest.param(torch.tensor(2.0), marks=CUT, id="a number"),
+        pytest.param(torch.tensor(2.0), id="a number"),
         pytest.param(torch.tensor([2.0]), id="a vector of one"),
-        pytest.param(torch.tensor([1.0, 2.0, 3.0]), marks=CUT, id="a vector"),
+        pytest.param(torch.tensor([1.0, 2.0, 3.0]), id="a vector"),
     ],
 )
 def test_tensors_that_are_no_part_of_the_batch(factor, tmp_path):
