@@ -61,6 +61,7 @@ class Reconstruct(pl.Callback):
         merges: pairs of blocks that mixed units merge.
         search_iterations: steps for a block of that short reconstruction.
         early_stop: end a unit when its loss falls no further and the rounding is decided.
+        compile: run units through ``torch.compile`` (see `lq.reconstruct`).
         samples: training samples to reconstruct on, over all ranks.
         when: "start" of fitting, or "end" of training; checkpoints that are saved during training are from before.
         memory: limit for captured activations on the device, and once more in host memory; the rest goes to files.
@@ -97,6 +98,7 @@ class Reconstruct(pl.Callback):
         merges: int = 2,
         search_iterations: int = 200,
         early_stop: bool = False,
+        compile: bool = False,
         samples: int = 1024,
         when: When = "start",
         memory: str | float = "4GB",
@@ -143,6 +145,7 @@ class Reconstruct(pl.Callback):
         self.merges = merges
         self.search_iterations = search_iterations
         self.early_stop = early_stop
+        self.compile = compile
         self.samples = samples
         self.when: When = when
         self.memory = memory
@@ -237,6 +240,7 @@ class Reconstruct(pl.Callback):
                 merges=self.merges,
                 search_iterations=1 if fast else self.search_iterations,
                 early_stop=self.early_stop,
+                compile=self.compile,
                 memory=self.memory,
                 dtype=dtype_of(self.dtype),
                 seed=self.seed,

@@ -109,6 +109,10 @@ class _Fitting:
         inside: Inside | None,
     ) -> None:
         self.modules = modules
+        self.run: Callable[..., Tensor] = call
+        if method.compile:
+            torch.compiler.reset()  # else units count as recompilations of one function, of which there may be few
+            self.run = torch.compile(call)
         self.inside = inside if method.regularization else None
         self.differ = [False] * len(data.inputs.leaves)  # which arguments are others than in the float network
         if data.float_inputs is not data.inputs:
@@ -182,7 +186,8 @@ class _Fitting:
         with torch.enable_grad():
             self._weights = self.grid.tensors(self.rounding.levels())
             self._steps = () if self.log2_steps is None else self.log2_steps.unbind()
-            output = call(self.modules, leaves, data.inputs.spec)
+            with torch.compiler.set_stance("default" if method.compile else "force_eager"):
+                output = self.run(self.modules, leaves, data.inputs.spec)
             weights = None if data.weights is None else data.weights.batch(index)
             loss = method.loss(output, data.targets.batch(index), weights)
             if self.inside is not None:

@@ -33,6 +33,7 @@ class Method:
         step_lr: learning rate of the logarithm of activation steps, for Adam; falls to 0 as a cosine; None: by the
             number of iterations.
         early_stop: end when the loss falls no further and the rounding is decided.
+        compile: run the unit through ``torch.compile``.
         regularization: weight of the squared differences of activations inside of the unit (NWQ).
         bias_lr: learning rate of the biases, for Adam; falls to 0 as a cosine; 0: they stay.
         start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" chooses.
@@ -46,6 +47,7 @@ class Method:
     activation_mode: Activations = "learned"
     step_lr: float | None = None
     early_stop: bool = False
+    compile: bool = False
     regularization: float = 0.0
     bias_lr: float = 0.0
     start: Start = "float"

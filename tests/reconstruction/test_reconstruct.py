@@ -420,3 +420,22 @@ def test_error_feedback_counts_the_inputs_of_layers_inside_attention(monkeypatch
         assert any(
             torch.allclose(correlation, e, rtol=1e-4, atol=1e-3) for e in expected if e.shape == correlation.shape
         )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
+def test_compiled_units_have_the_same_losses(monkeypatch):
+    """By the eager backend, which only traces; without a compiler at hand the others could not run."""
+    compiled = []
+
+    def traced(function, **_):
+        compiled.append(function)
+        return torch._dynamo.optimize("eager")(function)
+
+    losses = []
+    for compile_ in (False, True):
+        monkeypatch.setattr(torch, "compile", traced)
+        model, data = prepared()
+        found = run(model, data, iterations=5, compile=compile_)
+        losses.append([(unit.after, unit.curve) for unit in found.units])
+        assert len(compiled) == (len(found.units) if compile_ else 0)
+    assert losses[0] == losses[1]
