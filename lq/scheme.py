@@ -160,7 +160,7 @@ def _apply_override(
         pattern, [name for name in dict.fromkeys(s.layer for s in sites) if name in chosen], argument="overrides"
     )
     for site in sites:
-        if site.layer not in matched or (site.role in ("skip", "branch") and wanted[site.name] is None):
+        if site.layer not in matched or site.role == "branch" or (site.role == "skip" and wanted[site.name] is None):
             continue
         if site.role == "weight" and "weights" in override:
             width = override["weights"]

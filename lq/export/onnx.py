@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from lq.calibration import eval_mode
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
-from lq.export.integers import integer_weights
+from lq.export.integers import integer_weights, quantized_weights
 from lq.export.program import Example, arguments, exported, with_batch
 from lq.export.standard import standard_form
 from lq.files import whole_file
@@ -201,6 +201,10 @@ def _notes(model: nn.Module) -> list[str]:
         notes.append(f"activations with other widths than 8 are 8-bit integers, limited to their levels: {listed}")
     if widths[16]:
         notes.append(f"{widths[16]} activations of 16 bits: onnxruntime computes what reads them in float")
+    if not widths:
+        notes.append("weights only: onnxruntime may round inputs of matrix products to 8 bits by itself")
+    if not any(True for _ in quantized_weights(model)):
+        notes.append("activations only: onnxruntime may round weights between quantized activations by itself")
     functions = sum(1 for _ in weights_at_calls(model))
     if functions:
         notes.append(

@@ -103,7 +103,11 @@ def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None
         shapes = _any_batch(model, args, kwargs, max(samples, 2)) if dynamic else None
         try:
             with torch.no_grad():
-                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes), reason
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+            for module in program.graph_module.modules():
+                for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                    node.meta.pop("stack_trace", None)  # where the model's code lies on this machine
+            return program, reason
         except Exception as error:  # noqa: BLE001  # torch has no one class for what cannot be exported
             reason = reason or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return None, reason
