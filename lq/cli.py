@@ -1,5 +1,7 @@
 """The command ``lq``: packed files and checkpoints in, files for other programs out.
 
+For example::
+
 lq show model.safetensors
 lq export model.safetensors --model resnet18 --output model.onnx
 """

@@ -109,6 +109,8 @@ class Graph:
             conv = made.get(norm.input[0])
             if conv is None or conv.op_type != "Conv" or len(self.readers(conv.output[0])) > 1:
                 continue
+            if conv.output[0] in self.outputs:
+                continue
             weight, names = made.get(conv.input[1]), [*norm.input[1:], *conv.input[2:]]
             parts = [self.constants.get(name) for name in names]
             if weight is None or weight not in list(self.weights()) or any(part is None for part in parts):
@@ -249,13 +251,8 @@ class Graph:
         from onnx import numpy_helper
 
         graph = self.model.graph
-        for owner in (
-            self.model,
-            graph,
-            *self.nodes,
-            *graph.input,
-            *graph.output,
-        ):  # where the exporter notes code lines
+        # where the exporter notes lines of code
+        for owner in (self.model, graph, *self.nodes, *graph.input, *graph.output):
             del owner.metadata_props[:]
             owner.doc_string = ""
         read = {name for node in self.nodes for name in node.input} | self.outputs

@@ -41,6 +41,11 @@ class Codes:
     dim: int = 0
     groups: int = 1
 
+    @property
+    def text(self) -> str:
+        """All of that in a line."""
+        return f"{_text(self.shape)}/{self.dtype}/{self.dim}/{self.groups}"
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -179,9 +184,7 @@ class Index:
             _joined(grid.widths for grid in grids),
             letters,
             _joined("" if grid.channels is None else str(grid.channels) for grid in grids),
-            _joined(
-                "" if c is None else f"{_text(c.shape)}/{c.dtype}/{c.dim}/{c.groups}" for c in (g.codes for g in grids)
-            ),
+            _joined("" if grid.codes is None else grid.codes.text for grid in grids),
             _joined(other.key for other in others),
             _joined(_text(other.shape) for other in others),
             _joined(other.dtype for other in others),

@@ -21,7 +21,7 @@ from lq.calibration import eval_mode
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights, quantized_weights
-from lq.export.program import Example, arguments, exported, with_batch
+from lq.export.program import Example, arguments, exported, map_tensors
 from lq.export.standard import standard_form
 from lq.files import whole_file
 from lq.sites import activation_quantizers, weights_at_calls
@@ -75,7 +75,7 @@ def export_onnx(
 ) -> OnnxReport:
     """Write a quantized model as ONNX, for batches of any size, and compare it with the model in onnxruntime.
 
-    Fold BatchNorms before quantization (`lq.fold_batchnorm`, as `Quantize` does); those that are left stay operators.
+    BatchNorms behind a convolution that training left unfolded are folded into its steps, where its integers allow it.
     For integer kernels throughout, quantize with ``integer=True`` (see `lq.attach`). Such kernels have biases that are
     multiples of the product of their steps: those of convolutions and of linear layers on matrices are rounded to them,
     in `model` as well, so that it says what the file says. A report of what differs is written beside the file, as
@@ -170,7 +170,7 @@ def _compare(
         session = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
         for batch in batches:
-            args, kwargs = arguments(with_batch(batch, lambda x: x.to(device)))
+            args, kwargs = arguments(map_tensors(batch, lambda x: x.to(device)))
             with eval_mode(model), torch.no_grad():
                 expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -204,7 +204,7 @@ def _notes(model: nn.Module) -> list[str]:
     if not widths:
         notes.append("weights only: onnxruntime may round inputs of matrix products to 8 bits by itself")
     if not any(True for _ in quantized_weights(model)):
-        notes.append("activations only: onnxruntime may round weights between quantized activations by itself")
+        notes.append("activations only: onnxruntime may round float weights between them by itself")
     functions = sum(1 for _ in weights_at_calls(model))
     if functions:
         notes.append(

@@ -225,9 +225,8 @@ class _Reader:
         for other in self.index.others:
             raw = torch.from_numpy(self._take(other.size).copy())
             dtype = getattr(torch, other.dtype)
-            state[other.key] = (
-                raw.view(dtype).view(other.shape) if other.size else torch.empty(other.shape, dtype=dtype)
-            )
+            empty = torch.empty(other.shape, dtype=dtype)
+            state[other.key] = raw.view(dtype).view(other.shape) if other.size else empty
         for grid in self.index.grids:
             if grid.codes is not None:
                 state[grid.weight_key] = self._weight(grid, grid.codes, state)
@@ -243,10 +242,8 @@ class _Reader:
 
     def _state(self, grid: Grid) -> dict[str, Tensor]:
         bits, kept = grid.bits, grid.kept
-        log2_step, zero_point = (
-            torch.zeros_like(bits),
-            middle(bits) if grid.zeros == "middle" else torch.zeros_like(bits),
-        )
+        log2_step = torch.zeros_like(bits)
+        zero_point = middle(bits) if grid.zeros == "middle" else torch.zeros_like(bits)
         for values, kind in zip((log2_step, zero_point), grid.stored_types, strict=False):
             found = self._take(int(kept.sum()) * np.dtype(kind).itemsize).view(kind)
             values[kept] = torch.from_numpy(found.astype("f4"))

@@ -72,7 +72,7 @@ def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(example), {}
 
 
-def with_batch(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+def map_tensors(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
     """The example with its tensors changed."""
     if isinstance(example, Tensor):
         return change(example)
@@ -90,13 +90,13 @@ def batch_length(example: Example) -> int:
 def first_samples(example: Example, count: int = 2) -> Example:
     """The first samples of an example; tensors that have no row for each sample stay whole."""
     samples = batch_length(example)
-    return with_batch(example, lambda x: x[:count] if x.ndim and len(x) == samples else x)
+    return map_tensors(example, lambda x: x[:count] if x.ndim and len(x) == samples else x)
 
 
 def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None, str]:
     """The program, for batches of any size if the model allows that; and why it does not, or why there is none."""
     samples = batch_length(example)
-    doubled = with_batch(example, lambda x: torch.cat([x, x]) if x.ndim and len(x) == samples == 1 else x)
+    doubled = map_tensors(example, lambda x: torch.cat([x, x]) if x.ndim and len(x) == samples == 1 else x)
     reason = ""
     for given, dynamic in ((doubled, True), (example, False)):  # a size of 1 would become fixed
         args, kwargs = arguments(given)

@@ -1,8 +1,8 @@
 """A copy of a quantized model in standard operators, with nothing of lq in it: what every exporter starts from.
 
-Weights are integers and a dequantize operator, activations pass a quantize and a dequantize operator.
-Weights become buffers of signed levels (int8; zero point 0) or, on grids that are not symmetric, of codes (uint8). The
-two-level grid of a symmetric channel, ``+-s/2``, becomes the levels -1 and 1 of half the step.
+Activations pass a quantize and a dequantize operator; weights are integers behind a dequantize operator. They are
+buffers of signed levels (int8; zero point 0) or, on grids that are not symmetric, of codes (uint8). The two-level grid
+of a symmetric channel, ``+-s/2``, becomes the levels -1 and 1 of half the step.
 """
 
 import copy
@@ -116,7 +116,7 @@ class StandardActivation(nn.Module):
         return ((values + self.shift) if self.shift else values).to(x.dtype)  # type: ignore[no-any-return]
 
 
-def _replace_weight(module: nn.Module, standard: "StandardWeight") -> None:
+def _replace_weight(module: nn.Module, standard: StandardWeight) -> None:
     """Put a buffer of integers in the place of a layer's float weight, and what gives the weight in the quantizer's."""
     table: Any = module.parametrizations["weight"]  # type: ignore[index]
     del table.original

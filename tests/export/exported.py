@@ -20,6 +20,17 @@ TYPES = {
 }  # fmt: skip
 
 
+class Pairs(nn.Module):
+    """Its code says that a batch has two samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(x.view(2, -1))
+
+
 def weights(bits, **options):
     """Quick to find the ranges of."""
     return lq.QuantSpec(bits, **{"range": "minmax", "signed": True, **options})

@@ -13,7 +13,7 @@ from lq.errors import DataError, StateError
 from lq.export import export_program
 from lq.export.standard import standard_form
 from lq.quantizer import WeightQuantizer
-from tests.export.exported import activations, calibrated, depthwise, pictures, weights
+from tests.export.exported import Pairs, activations, calibrated, depthwise, pictures, weights
 from tests.helpers import assert_same, hooks
 from tests.models import EXAMPLES, example, state
 from tests.test_attach import images, quantized, small
@@ -237,17 +237,6 @@ def test_examples_are_arguments(call, samples):
 def test_a_list_is_arguments_too():
     model, args = masked(), (rows(5), rows(5, 2))
     assert torch.equal(export_program(model, [rows(2), rows(2, 2)]).module()(*args), model(*args))
-
-
-class Pairs(nn.Module):
-    """Its code says that a batch has two samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.fc(x.view(2, -1))
 
 
 def test_a_batch_size_that_the_code_fixes():
