@@ -436,6 +436,6 @@ def test_compiled_units_have_the_same_losses(monkeypatch):
         monkeypatch.setattr(torch, "compile", traced)
         model, data = prepared()
         found = run(model, data, iterations=5, compile=compile_)
-        losses.append([(unit.after, unit.curve) for unit in found.units])
+        losses.append([loss for unit in found.units for loss in (unit.after, *unit.curve)])
         assert len(compiled) == (len(found.units) if compile_ else 0)
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # sums may be taken in another order
