@@ -8,7 +8,7 @@ demo: .venv/demo.stamp
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/dev.stamp
 	$(BIN)/pytest -m slow

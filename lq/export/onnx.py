@@ -6,7 +6,7 @@ Activations of fewer than 8 bits are 8-bit integers limited by a Min, weights of
 import importlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from lq.calibration import eval_mode
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights, quantized_weights
-from lq.export.program import Example, arguments, exported, map_tensors
+from lq.export.program import Example, exported
+from lq.export.running import compare
 from lq.export.standard import standard_form
 from lq.files import whole_file
 from lq.sites import activation_quantizers, weights_at_calls
@@ -40,6 +39,8 @@ class OnnxReport:
         largest_difference: largest absolute difference of outputs.
         largest_output: largest absolute output of the model.
         agreement: share of positions with the same largest output along dimension 1; None: outputs have one dimension.
+        products: convolutions and matrix products that onnxruntime computes; None: it was not run.
+        integer_products: those of them that it computes in integers.
         notes: what is not as in the model, and why.
     """
 
@@ -51,6 +52,8 @@ class OnnxReport:
     largest_difference: float | None
     largest_output: float | None
     agreement: float | None
+    products: int | None
+    integer_products: int | None
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -61,6 +64,9 @@ class OnnxReport:
             lines.append(
                 f"onnxruntime on {self.samples} samples: outputs differ by up to {self.largest_difference:.3g} "
                 f"(largest output {self.largest_output:.3g}){same}"
+            )
+            lines.append(
+                f"in integers there: {self.integer_products} of {self.products} convolutions and matrix products"
             )
         return "\n".join([*lines, *self.notes])
 
@@ -122,9 +128,10 @@ def export_onnx(
     with whole_file(path) as unfinished, _taken_over(model, graph.biases, notes):
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)
-        found = _compare(model, unfinished, batches, notes)
+        run = compare(model, unfinished, batches)
         size = unfinished.stat().st_size
-    report = OnnxReport(str(path), size, opset, dict(graph.stored), *found, tuple(notes))
+    measured = asdict(run) | {"notes": (*notes, *run.notes)}
+    report = OnnxReport(str(path), size, opset, dict(graph.stored), **measured)
     with whole_file(path.with_suffix(".report.json")) as unfinished:
         unfinished.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return report
@@ -148,47 +155,6 @@ def _taken_over(model: nn.Module, biases: dict[str, NDArray[Any]], notes: list[s
             for name, old in before.items():
                 ours[name].copy_(old)
         raise
-
-
-def _compare(
-    model: nn.Module, path: Path, batches: list[Example], notes: list[str]
-) -> tuple[int, float | None, float | None, float | None]:
-    """Samples, largest difference, largest output and agreement of the file in onnxruntime with the model."""
-    if not batches:
-        return 0, None, None, None
-    try:
-        import onnxruntime
-    except ImportError:
-        notes.append("not compared: onnxruntime is not installed")
-        return 0, None, None, None
-    quiet = onnxruntime.SessionOptions()
-    quiet.log_severity_level = 3
-    samples, same, places = 0, 0, 0
-    difference = largest = 0.0
-    device = next((p.device for p in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    try:
-        session = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
-        names = [value.name for value in session.get_inputs()]
-        for batch in batches:
-            args, kwargs = arguments(map_tensors(batch, lambda x: x.to(device)))
-            with eval_mode(model), torch.no_grad():
-                expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            feed = dict(zip(names, given, strict=True))
-            if isinstance(batch, Mapping) and set(names) <= set(batch):
-                feed = {name: kwargs[name] for name in names}
-            feed = {name: x.detach().cpu().numpy() for name, x in feed.items()}
-            for found, right in zip(map(torch.from_numpy, session.run(None, feed)), expected, strict=True):
-                right = right.detach().cpu().float()  # noqa: PLW2901
-                difference = max(difference, float((found.float() - right).abs().max()))
-                largest = max(largest, float(right.abs().max()))
-                if right.ndim > 1:
-                    same += int((found.argmax(1) == right.argmax(1)).sum())
-                    places += right.argmax(1).numel()
-            samples += len(given[0]) if given and given[0].ndim else 1
-    except Exception as error:
-        raise DataError(f"onnxruntime cannot run the exported {type(model).__name__}: {error}") from error
-    return samples, difference, largest, same / places if places else None
 
 
 def _notes(model: nn.Module) -> list[str]:

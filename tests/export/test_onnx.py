@@ -567,15 +567,31 @@ def test_a_resnet_is_computed_in_integers(files, tmp_path):
     assert found["QLinearAdd"] == 4
     assert found["QGemm"] == 1
     assert not set(found) & {"Conv", "FusedConv", "Add", "Gemm", "MatMul", "Cast", "Mul"}
+    assert (file.report.products, file.report.integer_products) == (16, 16)
+    assert "in integers there: 16 of 16 convolutions and matrix products" in str(file.report)
+    assert not any("computed in float" in note for note in file.report.notes)
 
 
 def test_without_integer_sums_are_computed_in_floats(tmp_path):
     model, x = of("residual")
     calibrated(model, x, **few(4))
-    export_onnx(model, x[:2], tmp_path / "m.onnx", check=False)
+    report = export_onnx(model, x[:2], tmp_path / "m.onnx")
     session(tmp_path / "m.onnx", optimized=tmp_path / "optimized.onnx")
     found = kinds(tmp_path / "optimized.onnx")
     assert found["QLinearAdd"] == 0 and found["Add"] + found["FusedConv"] > 0
+    floats = found["Conv"] + found["FusedConv"]
+    assert report.products - report.integer_products == floats >= 2
+    assert report.products == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
+    (note,) = (note for note in report.notes if "computed in float" in note)
+    assert note.startswith(f"{floats - 1} convolutions") and "integer=True" in note  # the first has a float input
+
+
+def test_products_of_a_transformer_are_counted(files):
+    """Four layers and two products of attention in each block, the patches and the head; patches are computed in float."""
+    report = files("vit").report
+    blocks = len(files("vit").model.blocks)
+    assert (report.products, report.integer_products) == (6 * blocks + 2, 6 * blocks + 1)
+    assert "convolutions of integers" not in " ".join(report.notes)
 
 
 @pytest.mark.parametrize("name", ["2 bits", "vit", "depthwise"])
@@ -600,6 +616,7 @@ def test_a_second_export_gives_the_same_bytes(files, tmp_path):
     assert not any("biases" in note for note in report.notes)
     assert report.samples == 0
     assert report.largest_difference is report.largest_output is report.agreement is None
+    assert report.products is report.integer_products is None
     assert "onnxruntime" not in str(report)
 
 
