@@ -80,7 +80,8 @@ def attach(
             "auto": but for those that a layer norm reads: the streams of pre-norm transformers have few massive values
             that leave little of a grid to the others (ViT-tiny, W4A8: 79.4 % without, 3.8 % with them quantized).
         integer: also quantize, with 8 bits or more, what engines need that compute in integers: the network input, both
-            operands and the results of residual sums (streams that a layer norm reads stay float); needs a structure.
+            operands and the results of residual sums, and what convolutions give to SiLUs, gates, pooling and the like
+            (what a layer norm reads stays float); needs a structure.
         share_concats: one quantizer for all parts of a concatenation and for its result, as integer hardware without
             rescaling needs it; needs a structure.
         symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own,

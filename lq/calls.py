@@ -53,7 +53,7 @@ FUNCTIONS: dict[str, tuple[str, dict[str, Place]]] = {
     "rnn_relu": ("rnn", {"input": (0, "")}),
 }
 
-#: Function name to kind, of calls whose result can be quantized: sums, and activations after them.
+#: Function name to kind, of calls whose result can be quantized: sums, activations and BatchNorms.
 SUMS = dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), "add")
 ACTIVATIONS = {
     name: name.rstrip("_")
@@ -62,7 +62,7 @@ ACTIVATIONS = {
         "mish", "elu", "elu_", "prelu", "hardtanh", "hardtanh_", "tanh", "softplus", "clamp", "clamp_",
     )
 }  # fmt: skip
-RESULTS = {**SUMS, **ACTIVATIONS}
+RESULTS = {**SUMS, **ACTIVATIONS, "batch_norm": "batch_norm"}
 
 ATTENTION = "scaled_dot_product_attention"
 MULTI_HEAD = "multi_head_attention_forward"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lq.calibration import Forward, eval_mode, run
+from lq.calls import ACTIVATIONS, FUNCTIONS
 from lq.cost import batch_size
 from lq.errors import StateError
 from lq.interception import activation_key, weight_key
@@ -79,6 +80,7 @@ class _Builder:
             if event.operands and event.kind in _MULTIPLYING:
                 self._operation(event)
         self._skips()
+        self._results()
         self._relations()
         return Structure(tuple(self.sites.values()), tuple(self.operations.values()), self._floats(), *self._edges())
 
@@ -181,7 +183,7 @@ class _Builder:
                     chosen.setdefault(value.index, value)
                 elif value.origin != "input":
                     branches[value.index] = value, event.result
-            after = _activated(event.result, self.trace)
+            after = _after(event.result, set(ACTIVATIONS.values()), self.trace)
             if not (len(after.readers) == 1 and set(after.readers) <= _NORMS):  # as in post-norm transformers
                 chosen.setdefault(after.index, after)
         for value in sorted(chosen.values(), key=lambda v: v.index):
@@ -192,8 +194,40 @@ class _Builder:
         for value, total in (pair for index, pair in sorted(branches.items()) if index not in chosen):
             site = self._producer(value)
             if site is not None and site.name not in self.sites:
-                self.sites[site.name] = replace(site, role="branch", normalized=_is_normalized(total))
+                self.sites[site.name] = replace(site, role="result", normalized=_is_normalized(total))
                 self.read[site.name] = [value]
+
+    def _results(self) -> None:
+        """What convolutions give to anything but products and sums, such as an activation that is no clipping."""
+        values = self._values()
+        for event in self.trace.calls:
+            if event.kind not in _CONVOLUTIONS:
+                continue
+            value = _after(_after(event.result, {"batch_norm"}, self.trace), _CLIPPING, self.trace)
+            others = set(value.readers) - set(FUNCTIONS)
+            joined = [part for whole in self.trace.concats if value in whole.parts for part in whole.parts]
+            chosen = [v for v in values if v.within is value]
+            if not others or not others <= _WITH_INTEGERS or not all(part.varies for part in joined):
+                continue
+            if len(value.readers) == 1 and chosen and all(self._has_step(v) for v in chosen):  # pooled, then quantized
+                continue
+            if any(_is_normalized(v) for v in chosen):
+                continue
+            site = self._producer(value)
+            if site is not None and site.name not in self.sites:
+                self.sites[site.name] = replace(site, role="result")
+                self.read[site.name] = [value]
+
+    def _values(self) -> list[Value]:
+        """All values that modules and calls read."""
+        given = [value for values in self.trace.inputs.values() for value in values]
+        given += [value for event in self.trace.calls for value in event.operands.values()]
+        return list({id(value): value for value in given}.values())
+
+    def _has_step(self, value: Value) -> bool:
+        """Whether all who read a value read it quantized."""
+        whole = [self.read[name][0] for name, site in self.sites.items() if site.role in ("skip", "result")]
+        return any(value is v for v in whole) or (bool(value.readers) and set(value.readers) <= set(FUNCTIONS))
 
     def _producer(self, value: Value) -> Site | None:
         """Where a tensor can be quantized for all who read it: as a module's output or as a call's result."""
@@ -212,7 +246,8 @@ class _Builder:
     # --- who shares, who is covered -------------------------------------------------------------------------------
 
     def _relations(self) -> None:
-        skips = {id(self.read[name][0]): name for name, site in self.sites.items() if site.role == "skip"}
+        whole = ("skip", "result")
+        skips = {id(self.read[name][0]): name for name, site in self.sites.items() if site.role in whole}
         first: dict[tuple[int, ...], str] = {}
         groups = self._concats()
         for name, site in self.sites.items():
@@ -284,6 +319,14 @@ class _Builder:
 _KEEPING_ROWS = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding",
 }  # fmt: skip
+_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+#: Activations that a kernel's own limits are enough for; and what has a step to read from and makes no norm of it.
+_CLIPPING = {"relu", "relu6", "hardtanh", "clamp"}
+_WITH_INTEGERS = {
+    *ACTIVATIONS, "sigmoid", "sigmoid_", "hardsigmoid", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "mean",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "cat", "concat", "max_pool1d", "max_pool2d", "max_pool3d", "chunk", "split",
+}  # fmt: skip
 _MULTIPLYING = _KEEPING_ROWS | {"matmul", "einsum", "rnn", "lstm_cell", "gru_cell", "rnn_cell"}
 
 
@@ -333,11 +376,11 @@ def _leads_to(value: Value, later: Value) -> bool:
     return any(v is value for v in _chain(later))
 
 
-def _activated(value: Value, seen: Trace) -> Value:
-    """The value after an activation that alone reads it, or itself."""
+def _after(value: Value, kinds: set[str], seen: Trace) -> Value:
+    """The result of a call of these kinds that alone reads the value, or itself."""
     if len(value.readers) == 1:
         for event in seen.calls:
-            if event.kind != "add" and event.kind not in _MULTIPLYING and event.operands.get(0) is value:  # type: ignore[call-overload]
+            if event.kind in kinds and event.operands.get(0) is value:  # type: ignore[call-overload]
                 return event.result
     return value
 

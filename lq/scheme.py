@@ -97,7 +97,7 @@ def plan_sites(
         spec = None
         if site.layer in chosen:
             spec = weight if site.role == "weight" else _activation_of(site, activation, skip, integer)
-        at_edge = site.layer in edges and (site.role not in ("skip", "branch") or site.layer in last)
+        at_edge = site.layer in edges and (site.role not in ("skip", "result") or site.layer in last)
         if spec is not None and at_edge and first_last is not None:
             spec = spec.at_least(first_last)
         wanted[site.name] = spec
@@ -160,7 +160,7 @@ def _apply_override(
         pattern, [name for name in dict.fromkeys(s.layer for s in sites) if name in chosen], argument="overrides"
     )
     for site in sites:
-        if site.layer not in matched or site.role == "branch" or (site.role == "skip" and wanted[site.name] is None):
+        if site.layer not in matched or site.role == "result" or (site.role == "skip" and wanted[site.name] is None):
             continue
         if site.role == "weight" and "weights" in override:
             width = override["weights"]

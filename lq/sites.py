@@ -16,9 +16,10 @@ from lq.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 INPUT = "input_quantizer"
 OUTPUT = "output_quantizer"
 
-#: What a site holds: a weight, an activation that is multiplied, a tensor on a skip path, or the last one of a branch,
-#: which only a residual sum reads.
-Role = Literal["weight", "activation", "skip", "branch"]
+#: What a site holds: a weight, an activation that is multiplied, a tensor on a skip path, or a result that integer
+#: kernels need the step of: the last tensor of a branch, which only a residual sum reads, or what a convolution gives
+#: to others than products.
+Role = Literal["weight", "activation", "skip", "result"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Site:
         module: name of the module it belongs to.
         place: "weight", "input" or "output" of that module, or an operand or result of one of its calls, such as
             "matmul_0_left".
-        role: "weight", "activation", "skip" or "branch".
+        role: "weight", "activation", "skip" or "result".
         shape: shape of the tensor, for one example batch.
         shares: name of an earlier site that reads the same tensor; None: there is none.
         concat: number of the concatenation it belongs to; None: none.
-        covered_by: names of skip sites that, together, quantize all that it reads.
+        covered_by: names of skip and result sites that, together, quantize all that it reads.
         network_input: it reads the network's own input.
         channels: number of output channels of a weight at a call; 0: not one.
         normalized: a layer norm, or another over channels, is among those who read it, as in pre-norm transformers.

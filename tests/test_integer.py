@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -50,7 +51,7 @@ FOUND = {
         "layer3.0.act3.output", "layer4.0.conv2.output", "layer4.0.downsample.1.output", "layer4.0.act2.output",
     },
     "residual": {"stem.input", "conv2.output", "relu_0_output"},
-    "u-net": {"down.input"},
+    "u-net": {"down.input", "relu_0_output"},
     "block": {"add_1_output", "mlp.2.output"},
     "encoder": {"layers.0.self_attn.linear_0_input", "layers.0.norm1.output"},
     "vit": {"patch_embed.proj.input"},
@@ -110,6 +111,88 @@ def test_skip_paths_have_their_own_width():
     assert found["conv1.0.input"] == 8
 
 
+# --- results of convolutions ------------------------------------------------------------------------------------------
+
+
+class Joined(nn.Module):
+    """A convolution, what comes behind it, and another convolution."""
+
+    def __init__(self, between, norm=False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.act, self.head = nn.ReLU(), nn.Conv2d(4, 4, 1)
+        self.token = nn.Parameter(torch.randn(1, 4, 1, 8))
+        self.between = between
+
+    def forward(self, x):
+        return self.head(self.between(self, self.bn(self.conv(x))))
+
+
+BETWEEN = {
+    "silu": (lambda m, x: F.silu(x), "conv.output"),
+    "sigmoid": (lambda m, x: x.sigmoid(), "conv.output"),
+    "gate": (lambda m, x: x * x.mean((2, 3), keepdim=True).sigmoid(), "conv.output"),
+    "gate behind a clipping": (lambda m, x: (y := m.act(x)) * y.mean((2, 3), keepdim=True), "act.output"),
+    "gate behind a function": (lambda m, x: (y := F.relu6(x)) * y.mean((2, 3), keepdim=True), "relu6_0_output"),
+    "pooled mean": (lambda m, x: F.adaptive_avg_pool2d(m.act(x), 2), "act.output"),
+    "concatenation": (lambda m, x: torch.cat([x, m.head(x)], 2), "conv.output"),
+    "parts": (lambda m, x: torch.cat(list(m.act(x).chunk(2, 1))[::-1], 1), "act.output"),
+    "two readers": (lambda m, x: F.max_pool2d(y := m.act(x), 1) + F.conv2d(y, m.head.weight), "act.output"),
+    # what follows has a step, or is not for integers
+    "nothing": (lambda m, x: x, None),
+    "a clipping": (lambda m, x: m.act(x), None),
+    "maxima": (lambda m, x: F.max_pool2d(m.act(x), 2), None),
+    "a layer norm": (lambda m, x: F.layer_norm(x, x.shape[1:]), None),
+    "tokens": (lambda m, x: torch.cat([x, m.token.expand(len(x), -1, -1, -1)], 2), None),
+    "a position": (lambda m, x: x + m.token, None),
+    "another function": (lambda m, x: x.sin(), None),
+}
+
+
+@pytest.mark.parametrize("kind", BETWEEN)
+@pytest.mark.parametrize("norm", [False, True])
+def test_results_of_convolutions_that_nothing_else_quantizes(kind, norm):
+    torch.manual_seed(0)
+    between, expected = BETWEEN[kind]
+    model, x = Joined(between, norm).eval(), torch.randn(2, 3, 8, 8)
+    structure = inspect(model, x)
+    if norm and expected == "conv.output":
+        expected = "bn.output"
+    found = [name for name in names(structure, "result") if not name.startswith("head.")]
+    assert found == ([expected] if expected else [])
+    lq.attach(model, 4, 4, structure=structure, integer=True, first_last=None)
+    there = activation_quantizers(model)
+    assert int(there[expected].bits) == 8 if expected else not any(name.endswith("output") for name in there)
+    assert lq.calibrate(model, [x]).eval()(x).isfinite().all()
+    lq.detach(model)
+    lq.attach(model, 4, 4, structure=structure)
+    assert expected not in activation_quantizers(model)
+
+
+def test_norms_with_an_activation_inside_are_quantized_between_the_two():
+    """As in timm's networks when BatchNorms stay: the step belongs to convolution and norm together."""
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("test_efficientnet", num_classes=3)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    structure = inspect(model, x)
+    results = names(structure, "result")
+    assert "bn1.drop.output" in results and "bn1.output" not in results
+    lq.attach(model, 8, 8, structure=structure, integer=True)
+    lq.calibrate(model, [x]).eval()
+    seen = {}
+    model.bn1.act.register_forward_hook(lambda _, args, out: seen.update(given=args[0].clone()))
+    model(x)
+    assert 100 < seen["given"].unique().numel() <= 256 and seen["given"].min() < 0
+
+
+def test_a_quantized_result_is_not_quantized_again_where_it_is_read():
+    model = Joined(lambda m, x: (y := m.act(x)) * y.mean((2, 3), keepdim=True) + F.conv2d(y, m.head.weight)).eval()
+    structure = inspect(model, torch.randn(2, 3, 8, 8))
+    (site,) = [site for site in structure.sites if site.name == "conv2d_0_input"]
+    assert site.covered_by == ("act.output",)
+
+
 # --- streams that a norm reads ----------------------------------------------------------------------------------------
 
 
@@ -129,11 +212,11 @@ def test_ends_of_branches_are_sites_of_their_own_role(kind):
     """Each is the result of one module that only a sum reads."""
     model, x = made(kind)
     structure = inspect(model, x)
-    found = names(structure, "branch")
+    found = names(structure, "result")
     assert found and len(set(found)) == len(found)
     assert not set(found) & set(names(structure, "skip"))
-    assert all(site.place == "output" and site.shape for site in structure.sites if site.role == "branch")
-    assert all(site.covered_by == () and site.shares is None for site in structure.sites if site.role == "branch")
+    assert all(site.place == "output" and site.shape for site in structure.sites if site.role == "result")
+    assert all(site.covered_by == () and site.shares is None for site in structure.sites if site.role == "result")
 
 
 @pytest.mark.parametrize("kind", ["residual", "block"])

@@ -39,6 +39,7 @@ class Graph:
         self.constants: dict[str, NDArray[Any]] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         self.stored: Counter[str] = Counter()  # numbers of weights by type
         self.biases: dict[str, NDArray[Any]] = {}  # those that were rounded
+        self.moved: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}  # weights: which, and what they are now
         self._norms: dict[str, tuple[str, NDArray[Any]]] = {}  # folded biases: the norm's own, and what is in addition
         self._two_bits = False
         self.outputs = {value.name for value in model.graph.output}
@@ -47,6 +48,7 @@ class Graph:
         """All changes, in order; `two_bits` says whether there are types of 2 bits."""
         self._two_bits = two_bits
         self._merge_quantizers()
+        self._separate_swish()
         self._transpose_weights()
         self._fold_norms()
         self._shrink_weights()
@@ -82,6 +84,21 @@ class Graph:
         found = self.constants.get(name)
         return name if found is None or found.size > 1 else (found.dtype.str, found.tobytes())
 
+    def _separate_swish(self) -> None:
+        """Put a Clip without limits before x * sigmoid(x), so that onnxruntime computes it in one go.
+
+        Else it gives each reader of a DequantizeLinear its own, and no longer sees that both read the same.
+        """
+        made = {node.output[0]: node for node in self.nodes}
+        for sigmoid in [node for node in self.nodes if node.op_type == "Sigmoid"]:
+            x = sigmoid.input[0]
+            products = [node for node in self.readers(sigmoid.output[0]) if node.op_type == "Mul" and x in node.input]
+            if x not in made or made[x].op_type != "DequantizeLinear" or len(products) != 1:
+                continue
+            apart = self._insert(sigmoid, "Clip", [x], f"{x}_apart")
+            for node in (sigmoid, products[0]):
+                node.input[:] = [apart if name == x else name for name in node.input]
+
     def _transpose_weights(self) -> None:
         """Store a weight as it is multiplied: no Transpose between its DequantizeLinear and the product."""
         for node in list(self.weights()):
@@ -102,7 +119,8 @@ class Graph:
     def _fold_norms(self) -> None:
         """Fold BatchNorms into the steps of the convolution before them: its integers stay, but for their sign.
 
-        Steps of channels with a negative factor become negative here; `_shrink_weights` turns their levels around.
+        Steps of channels with a negative factor become negative here; `_shrink_weights` turns their levels around. The
+        level -128 becomes -127 there: no 8-bit integer is 128.
         """
         made = {node.output[0]: node for node in self.nodes}
         for norm in [node for node in self.nodes if node.op_type == "BatchNormalization" and len(node.output) == 1]:
@@ -123,8 +141,13 @@ class Graph:
             codes, zero_point = self.constants[source], np.broadcast_to(self.constants[zeros], gain.shape)
             spread = (-1, *[1] * (codes.ndim - 1))
             levels = (codes.astype(np.int32) - zero_point.reshape(spread)) * np.sign(gain).reshape(spread)
-            if not alone or levels.min(initial=0) < -128 or levels.max(initial=0) > 127:
+            if not alone or levels.min(initial=0) < -128 or levels.max(initial=0) > 128:
                 continue
+            beyond = levels == 128
+            if beyond.any():
+                steps = np.broadcast_to(self.constants[step], gain.shape).reshape(spread)
+                codes = (codes + beyond).astype(codes.dtype)
+                self.moved[source] = beyond, np.broadcast_to(-127 * steps, codes.shape)[beyond].astype(np.float32)
             dead = gain == 0
             zeroed = np.where(dead.reshape(spread), zero_point.reshape(spread), codes)
             self.constants[source] = zeroed.astype(codes.dtype)

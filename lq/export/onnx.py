@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from lq.errors import DataError, StateError
@@ -125,7 +124,7 @@ def export_onnx(
     graph.write()
     proto.producer_name = "lq"
     onnx.checker.check_model(proto, full_check=True)
-    with whole_file(path) as unfinished, _taken_over(model, graph.biases, notes):
+    with whole_file(path) as unfinished, _taken_over(model, graph, notes):
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)
         run = compare(model, unfinished, batches)
@@ -138,16 +137,25 @@ def export_onnx(
 
 
 @contextmanager
-def _taken_over(model: nn.Module, biases: dict[str, NDArray[Any]], notes: list[str]) -> Iterator[None]:
-    """Give the model the biases that were rounded; they go back if something fails meanwhile."""
-    ours = {name: parameter for name, parameter in model.named_parameters() if name in biases}
+def _taken_over(model: nn.Module, graph: Graph, notes: list[str]) -> Iterator[None]:
+    """Give the model the biases that were rounded and weights that were moved; they go back if something fails."""
+    ours = {name: p for name, p in model.named_parameters() if name in graph.biases or name in graph.moved}
     before = {name: parameter.detach().clone() for name, parameter in ours.items()}
     with torch.no_grad():
         for name, parameter in ours.items():
-            parameter.copy_(torch.from_numpy(biases[name]))
-        moved = max((float((ours[name] - old).abs().max()) for name, old in before.items()), default=0.0)
-    if moved:
-        notes.append(f"{len(ours)} biases were rounded to products of steps, in the model too, by up to {moved:.2g}")
+            if name in graph.biases:
+                parameter.copy_(torch.from_numpy(graph.biases[name]))
+            else:
+                which, values = map(torch.from_numpy, graph.moved[name])
+                parameter[which.to(parameter.device)] = values.to(parameter)
+        biases = {name: float((ours[name] - before[name]).abs().max()) for name in ours if name in graph.biases}
+    if farthest := max(biases.values(), default=0.0):
+        notes.append(
+            f"{len(biases)} biases were rounded to products of steps, in the model too, by up to {farthest:.2g}"
+        )
+    if graph.moved:
+        count = sum(len(values) for _, values in graph.moved.values())
+        notes.append(f"{count} weights of level -128 became -127, in the model too: a BatchNorm turns their sign")
     try:
         yield
     except BaseException:

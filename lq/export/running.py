@@ -88,7 +88,7 @@ def _products(optimized: str) -> tuple[int, int, tuple[str, ...]]:
     dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     waiting = sum(node.op_type in _CONVOLUTIONS and dequantized.issuperset(node.input[:2]) for node in nodes)
     notes = (
-        f"{waiting} convolutions of integers are computed in float, because nothing quantizes their results "
-        "(integer=True does, where they enter residual sums)",
+        f"{waiting} convolutions of integers are computed in float, because nothing quantizes their results: "
+        "integer=True (lq.attach, Quantize) does, but for those that a norm reads",
     )
     return integers + floats, integers, notes if waiting else ()

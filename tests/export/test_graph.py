@@ -532,6 +532,23 @@ def test_batchnorms_go_into_the_steps(bias, gamma, grid, tmp_path):
     assert np.abs(graph.biases["norm.bias"] - constants["norm.bias"]).max() <= products.max() * 0.51
 
 
+@pytest.mark.parametrize("step", [None, 0.25])
+def test_levels_that_no_sign_can_turn_are_moved_by_one(step, tmp_path):
+    """Where the factor is negative; that is said, for the model to follow."""
+    codes = few_bits(low=-128, high=127)
+    proto, constants = normalized(codes, gamma=(2.0, -0.5, 0.0), step=step)
+    lowest = (codes == -128) & (np.arange(3) == 1).reshape(3, 1, 1, 1)
+    expected = run(normalized(codes + lowest.astype(I8), gamma=(2.0, -0.5, 0.0), step=step)[0], x := random(3, 3, 4, 4))
+    graph = optimized(proto)
+    assert kinds(proto)["BatchNormalization"] == 0 and list(graph.moved) == ["w"]
+    which, values = graph.moved["w"]
+    assert np.array_equal(which, lowest) and 1 <= lowest.sum() == len(values)
+    assert (values == -127 * np.broadcast_to(constants["w_step"], 3)[1]).all()
+    levels = known(saved(proto, tmp_path))["w"]
+    assert np.array_equal(levels[:2], (codes + lowest)[:2])
+    np.testing.assert_allclose(run(proto, x, plain=True)[0], expected[0], rtol=1e-4, atol=0.1)
+
+
 def test_channels_that_a_norm_turns_off_are_pruned(tmp_path):
     proto, constants = normalized(few_bits(), gamma=(2.0, 0.0, 1.0))
     before = run(proto, random(3, 3, 4, 4), plain=True)[0]
@@ -546,14 +563,12 @@ def test_channels_that_a_norm_turns_off_are_pruned(tmp_path):
 @pytest.mark.parametrize(
     ("codes", "options"),
     [
-        (few_bits(low=-128, high=127), {}),
         (few_bits(low=0, high=255, dtype=U8), {"zero": [3, 8, 12]}),
         (few_bits(), {"read_by": [node("Identity", ["conv"], "z")]}),
         (few_bits(), {"read_by": [node("Identity", ["weight"], "z")]}),
         (few_bits(), {"read_by": [node("DequantizeLinear", ["w", "w_step", "w_zero"], "z", axis=0)]}),
     ],
-    ids=["the lowest level has no counterpart", "zero points of 8 bits", "a sum read twice", "a weight read twice",
-         "integers read twice"],
+    ids=["zero points of 8 bits", "a sum read twice", "a weight read twice", "integers read twice"],
 )  # fmt: skip
 def test_batchnorms_that_stay(codes, options):
     proto, _ = normalized(codes, **options)

@@ -6,6 +6,7 @@ are tiny, and outputs are compared up to a thousandth. Errors of a grid are ten 
 """
 
 import json
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,6 +89,13 @@ def resnet():
     return model, pictures(4, 32)
 
 
+def gated():
+    """SiLUs and a gate for each channel, behind BatchNorms that stay."""
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("test_efficientnet", num_classes=5)).eval()
+    return model, pictures(4, 32)
+
+
 def of(kind):
     torch.manual_seed(0)
     return nudged(EXAMPLES[kind][0]()).eval(), EXAMPLES[kind][1]
@@ -128,6 +136,7 @@ FILES: dict[str, tuple[Any, ...]] = {
     "depthwise": (DEPTHWISE, {**few(4), "integer": True}, {}),
     "upwards": (upwards, few(4, 6), {}),
     "batchnorms": (lambda: (convnet().eval(), images(8)), {**few(4, 6), **NO_EDGES}, {}),
+    "gated": (gated, {**few(8), "integer": True}, {}),
     "vit": (vit, {**few(4), "skip": "auto"}, {}),
     "resnet": (resnet, {**few(4), "skip": "auto", "integer": True}, {}),
     "block": (lambda: of("unfused block"), {**few(5, 5), **NO_EDGES, "skip": "auto", "integer": True}, {}),
@@ -235,7 +244,7 @@ def test_weights_are_the_integers_of_the_model(name, files):
         assert np.array_equal(values[tensor].T if folded else values[tensor], levels), layer
         for found, node in used:
             value = found.T if name == "text" and node.op_type == "MatMul" else found  # a Transpose is left
-            if name == "batchnorms" and node.op_type == "Conv":
+            if norms(file.model) and node.op_type == "Conv":
                 continue  # whose steps are those of convolution and norm
             np.testing.assert_allclose(value, weight.dequantize().numpy(), rtol=1e-6, err_msg=node.name)
     assert seen
@@ -572,6 +581,39 @@ def test_a_resnet_is_computed_in_integers(files, tmp_path):
     assert not any("computed in float" in note for note in file.report.notes)
 
 
+def test_gates_and_silus_are_between_integers(files, tmp_path):
+    """Every SiLU is one node, and each convolution is one of integers although none is followed by a clipping."""
+    file = files("gated")
+    session(file.path, optimized=tmp_path / "optimized.onnx")
+    found = kinds(tmp_path / "optimized.onnx")
+    assert found["QLinearConv"] == sum(isinstance(m, nn.Conv2d) for m in file.model.modules()) > 10
+    assert found["QuickGelu"] == sum(isinstance(m, nn.SiLU) for m in file.model.modules()) > 5
+    assert found["Sigmoid"] == sum(isinstance(m, nn.Sigmoid) for m in file.model.modules()) > 0
+    assert file.report.products == file.report.integer_products
+    assert kinds(file.path)["BatchNormalization"] == 0
+
+
+def test_levels_that_no_sign_can_turn_are_moved(tmp_path):
+    """-128 behind a BatchNorm of negative factor, in the model as in the file; only those."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False), nn.BatchNorm2d(3)).eval()
+    with torch.no_grad():
+        net[2].weight[:, 0] = torch.tensor([-1.28, -1.28, 1.27]).view(-1, 1, 1)
+        net[2].weight[:, 1:] *= 0.1
+        net[3].weight.copy_(torch.tensor([-1.0, 1.0, -0.5]))
+    x = pictures(4, 6, channels=2)
+    calibrated(net, x, **few(8), **NO_EDGES)
+    with torch.no_grad():
+        net[2].parametrizations.weight[0].log2_step.fill_(math.log2(0.01))
+    codes = lq.integer_weights(net)["2"].codes.clone()
+    report = export_onnx(net, x, tmp_path / "m.onnx")
+    assert kinds(tmp_path / "m.onnx")["BatchNormalization"] == 0 and relative(report) < 1e-3
+    moved = lq.integer_weights(net)["2"].codes
+    assert (moved != codes).sum() == 1 and moved[0, 0] - codes[0, 0] == 1
+    assert sum("1 weights of level -128" in note for note in report.notes) == 1
+    assert not any("-128" in note for note in export_onnx(net, x, tmp_path / "again.onnx").notes)
+
+
 def test_without_integer_sums_are_computed_in_floats(tmp_path):
     model, x = of("residual")
     calibrated(model, x, **few(4))
@@ -587,7 +629,7 @@ def test_without_integer_sums_are_computed_in_floats(tmp_path):
 
 
 def test_products_of_a_transformer_are_counted(files):
-    """Four layers and two products of attention in each block, the patches and the head; patches are computed in float."""
+    """Four layers and two products of attention in each block, the patches (in float) and the head."""
     report = files("vit").report
     blocks = len(files("vit").model.blocks)
     assert (report.products, report.integer_products) == (6 * blocks + 2, 6 * blocks + 1)
