@@ -187,47 +187,35 @@ class _Builder:
             if not (len(after.readers) == 1 and set(after.readers) <= _NORMS):  # as in post-norm transformers
                 chosen.setdefault(after.index, after)
         for value in sorted(chosen.values(), key=lambda v: v.index):
-            site = self._producer(value)
-            if site is not None and site.name not in self.sites:
-                self.sites[site.name] = site
-                self.read[site.name] = [value]
+            self._add_whole(value, role="skip")
         for value, total in (pair for index, pair in sorted(branches.items()) if index not in chosen):
-            site = self._producer(value)
-            if site is not None and site.name not in self.sites:
-                self.sites[site.name] = replace(site, role="result", normalized=_is_normalized(total))
-                self.read[site.name] = [value]
+            self._add_whole(value, role="result", normalized=_is_normalized(total))
 
     def _results(self) -> None:
         """What convolutions give to anything but products and sums, such as an activation that is no clipping."""
-        values = self._values()
         for event in self.trace.calls:
             if event.kind not in _CONVOLUTIONS:
                 continue
             value = _after(_after(event.result, {"batch_norm"}, self.trace), _CLIPPING, self.trace)
             others = set(value.readers) - set(FUNCTIONS)
             joined = [part for whole in self.trace.concats if value in whole.parts for part in whole.parts]
-            chosen = [v for v in values if v.within is value]
-            if not others or not others <= _WITH_INTEGERS or not all(part.varies for part in joined):
-                continue
-            if len(value.readers) == 1 and chosen and all(self._has_step(v) for v in chosen):  # pooled, then quantized
-                continue
-            if any(_is_normalized(v) for v in chosen):
-                continue
-            site = self._producer(value)
-            if site is not None and site.name not in self.sites:
-                self.sites[site.name] = replace(site, role="result")
-                self.read[site.name] = [value]
-
-    def _values(self) -> list[Value]:
-        """All values that modules and calls read."""
-        given = [value for values in self.trace.inputs.values() for value in values]
-        given += [value for event in self.trace.calls for value in event.operands.values()]
-        return list({id(value): value for value in given}.values())
+            chosen = [v for v in self.trace.values if v.within is value]
+            token = not all(part.varies for part in joined)
+            pooled = len(value.readers) == 1 and bool(chosen) and all(self._has_step(v) for v in chosen)
+            if others and others <= _WITH_INTEGERS and not (token or pooled or any(map(_is_normalized, chosen))):
+                self._add_whole(value, role="result")
 
     def _has_step(self, value: Value) -> bool:
         """Whether all who read a value read it quantized."""
         whole = [self.read[name][0] for name, site in self.sites.items() if site.role in ("skip", "result")]
         return any(value is v for v in whole) or (bool(value.readers) and set(value.readers) <= set(FUNCTIONS))
+
+    def _add_whole(self, value: Value, **described: Any) -> None:
+        """Add a site that quantizes a tensor for all who read it, if there is a place."""
+        site = self._producer(value)
+        if site is not None and site.name not in self.sites:
+            self.sites[site.name] = replace(site, **described)
+            self.read[site.name] = [value]
 
     def _producer(self, value: Value) -> Site | None:
         """Where a tensor can be quantized for all who read it: as a module's output or as a call's result."""

@@ -101,6 +101,7 @@ class Trace:
     outputs: dict[str, list[Value | None]] = field(default_factory=dict)
     concats: list[Value] = field(default_factory=list)
     uses: dict[str, set[str]] = field(default_factory=dict)
+    values: list[Value] = field(default_factory=list)
     results: list[Value] = field(default_factory=list)
 
 
@@ -129,7 +130,6 @@ class _Recorder(TorchFunctionMode):
         self.trace = Trace()
         self.values: Any = WeakIdKeyDictionary()
         self.running: list[tuple[str, Counter[str]]] = []
-        self.made = 0
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.values[tensor] = self._new(tensor, "parameter", parameter=name)
         for tensor in tree_leaves(example):
@@ -274,5 +274,5 @@ class _Recorder(TorchFunctionMode):
         return self._value(tuple(tensor.shape), origin, **more)
 
     def _value(self, shape: tuple[int, ...], origin: Origin, **more: Any) -> Value:
-        self.made += 1
-        return Value(self.made, shape, origin, **more)
+        self.trace.values.append(Value(len(self.trace.values) + 1, shape, origin, **more))
+        return self.trace.values[-1]

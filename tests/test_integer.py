@@ -145,6 +145,7 @@ BETWEEN = {
     "maxima": (lambda m, x: F.max_pool2d(m.act(x), 2), None),
     "a layer norm": (lambda m, x: F.layer_norm(x, x.shape[1:]), None),
     "tokens": (lambda m, x: torch.cat([x, m.token.expand(len(x), -1, -1, -1)], 2), None),
+    "tokens behind a pooling": (lambda m, x: F.layer_norm(y := F.max_pool2d(x, 2), y.shape[1:]), None),
     "a position": (lambda m, x: x + m.token, None),
     "another function": (lambda m, x: x.sin(), None),
 }
