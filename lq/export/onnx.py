@@ -80,7 +80,8 @@ def export_onnx(
 ) -> OnnxReport:
     """Write a quantized model as ONNX, for batches of any size, and compare it with the model in onnxruntime.
 
-    BatchNorms behind a convolution that training left unfolded are folded into its steps, where its integers allow it.
+    BatchNorms behind a convolution that training left unfolded are folded into its steps, where its levels fit 8 bits;
+    a level of -128 whose sign they turn becomes -127, in `model` as well.
     For integer kernels throughout, quantize with ``integer=True`` (see `lq.attach`). Such kernels have biases that are
     multiples of the product of their steps: those of convolutions and of linear layers on matrices are rounded to them,
     in `model` as well, so that it says what the file says. A report of what differs is written beside the file, as

@@ -38,6 +38,7 @@ from lq.reconstruction.engine import fit_unit, refit_ranges_if_better
 from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.flow import Flow, find_flow
 from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
+from lq.reconstruction.heap import kept_memory
 from lq.reconstruction.losses import Loss, loss_of
 from lq.reconstruction.method import Activations, Data, Inside, Method, Start
 from lq.reconstruction.progress import Progress, digest
@@ -263,6 +264,7 @@ class _Work:
         with (
             eval_mode(self.model),
             eval_mode(self.twin),
+            kept_memory(self.storage.device),
             torch.compiler.set_stance("force_eager"),
             ExitStack() as stack,
         ):
