@@ -53,7 +53,6 @@ FUNCTIONS: dict[str, tuple[str, dict[str, Place]]] = {
     "rnn_relu": ("rnn", {"input": (0, "")}),
 }
 
-#: Function name to kind, of calls whose result can be quantized: sums, activations and BatchNorms.
 SUMS = dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), "add")
 ACTIVATIONS = {
     name: name.rstrip("_")
@@ -62,6 +61,7 @@ ACTIVATIONS = {
         "mish", "elu", "elu_", "prelu", "hardtanh", "hardtanh_", "tanh", "softplus", "clamp", "clamp_",
     )
 }  # fmt: skip
+#: Function name to kind, of calls whose result can be quantized.
 RESULTS = {**SUMS, **ACTIVATIONS, "batch_norm": "batch_norm"}
 
 ATTENTION = "scaled_dot_product_attention"

@@ -308,8 +308,9 @@ _KEEPING_ROWS = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding",
 }  # fmt: skip
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
-#: Activations that a kernel's own limits are enough for; and what has a step to read from and makes no norm of it.
+#: Activations that the limits of a kernel's output stand for.
 _CLIPPING = {"relu", "relu6", "hardtanh", "clamp"}
+#: Functions that may read 8 bits; norms and functions that are not known may not.
 _WITH_INTEGERS = {
     *ACTIVATIONS, "sigmoid", "sigmoid_", "hardsigmoid", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "mean",
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
