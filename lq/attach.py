@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lq.channels import ChannelLayout
@@ -22,12 +22,15 @@ from lq.estimators import Estimator
 from lq.estimators import estimator as estimator_of
 from lq.interception import (
     CALLS,
+    CallQuantizers,
     SharedQuantizer,
     add_call_quantizer,
     call_quantizers,
     remove_call_quantizers,
+    rounded_in_place,
 )
 from lq.patterns import select
+from lq.places import Places
 from lq.quantizer import ActivationQuantizer, WeightQuantizer
 from lq.scheme import Override, PlannedSite, Skip, Width, plan_sites
 from lq.sites import (
@@ -46,6 +49,9 @@ from lq.spec import QuantSpec
 from lq.structure import Structure
 
 M = TypeVar("M", bound=nn.Module)
+
+# Attribute of a copied tensor: the one that a module which works in place was given.
+_CHANGED = "_lq_changed"
 
 
 def attach(
@@ -130,7 +136,7 @@ def attach(
             "or name layers of other kinds with include="
         )
     try:
-        attach_sites(model, plan)
+        attach_sites(model, plan, places=None if structure is None else structure.places)
         set_estimator(model, estimator)
     except Exception:
         if is_attached(model):
@@ -139,8 +145,20 @@ def attach(
     return model
 
 
-def attach_sites(model: nn.Module, plan: Mapping[str, PlannedSite], *, calibrate: bool = True) -> None:
-    """Put quantizers at the planned sites of `model`; `calibrate` finds the ranges of its weights.
+def attach_sites(
+    model: nn.Module,
+    plan: Mapping[str, PlannedSite],
+    *,
+    calibrate: bool = True,
+    places: Mapping[str, Places] | None = None,
+) -> None:
+    """Put quantizers at the planned sites of `model`.
+
+    Args:
+        model: a model without quantizers.
+        plan: the sites.
+        calibrate: whether to find the ranges of its weights.
+        places: where in the code the calls of each module stand; found out in the first run if it is not known.
 
     Raises:
         StateError: if the model lacks a module of the plan.
@@ -179,6 +197,10 @@ def attach_sites(model: nn.Module, plan: Mapping[str, PlannedSite], *, calibrate
             shared = SharedQuantizer(placed[planned.owner], path)
             _place(module, planned.site, shared.train(module.training))
             _complete_checkpoints(module)
+    for name, known in (places or {}).items():
+        calls = modules[name]._modules.get(CALLS) if name in modules else None
+        if isinstance(calls, CallQuantizers):
+            calls.places = known
 
 
 def slot_of(site: Site) -> str:
@@ -213,6 +235,8 @@ def _place(module: nn.Module, site: Site, quantizer: nn.Module) -> None:
     elif site.place == "output":
         module.add_module(OUTPUT, quantizer)
         module.register_forward_hook(_quantize_output)
+        if getattr(module, "inplace", False) is True:
+            module.register_forward_pre_hook(_copy_what_is_changed)
     else:
         add_call_quantizer(module, site.place, quantizer)
 
@@ -228,6 +252,7 @@ def _complete_checkpoints(module: nn.Module) -> None:
     hooks = module._load_state_dict_pre_hooks.values()
     if not any(getattr(hook, "hook", hook) is accept_float_checkpoint for hook in hooks):
         module.register_load_state_dict_pre_hook(accept_float_checkpoint)
+        module.register_state_dict_pre_hook(_take_over_writes)
 
 
 def detach(model: M, bake: bool = False) -> M:
@@ -264,11 +289,14 @@ def detach(model: M, bake: bool = False) -> M:
                 delattr(module, name)
                 for key in _remove_hooks(table, hook):
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+                if name == OUTPUT:
+                    _remove_hooks(module._forward_pre_hooks, _copy_what_is_changed)
     if not bake:
         remove_call_quantizers(model)
     for module in model.modules():
         if not {INPUT, OUTPUT, CALLS} & module._modules.keys():
             _remove_hooks(module._load_state_dict_pre_hooks, accept_float_checkpoint)
+            _remove_hooks(module._state_dict_pre_hooks, _take_over_writes)
     return model
 
 
@@ -351,7 +379,25 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook: quantize the result by the quantizer of the module that was called."""
-    return getattr(module, OUTPUT)(output)
+    quantizer = getattr(module, OUTPUT)
+    if not isinstance(output, Tensor) or not any(output is given for given in args[:1]):
+        return quantizer(output)
+    changed = getattr(output, _CHANGED, output)  # by a module that works in place
+    return rounded_in_place(quantizer, changed, lambda _: output)
+
+
+def _copy_what_is_changed(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """Forward pre-hook of modules that work in place, which may need their result, not the rounded one, in backward."""
+    if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    copied = args[0].clone()
+    setattr(copied, _CHANGED, args[0])
+    return (copied, *args[1:])
+
+
+def _take_over_writes(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """State-dict hook: what code has written into the quantized weight is saved."""
+    float_weight(module)
 
 
 def accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

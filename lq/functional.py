@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lq.errors import StateError
 
 #: A number for a whole tensor, or a tensor that broadcasts over its channels.
 Bound = float | Tensor
@@ -56,6 +57,12 @@ class Backward(Protocol):
 def step_size(log2_step: Tensor) -> Tensor:
     """The step, positive and finite, of its logarithm (which is NaN if no range is known yet)."""
     return torch.exp2(log2_step.clamp(-STEP_LIMIT, STEP_LIMIT))
+
+
+def transforms_active() -> bool:
+    """Whether code runs inside a transform of ``torch.func``, whose tensors have no values to look at."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and not torch.compiler.is_compiling() and bool(active())
 
 
 def round_to_grid(x: Tensor, step: Tensor, low: Bound, high: Bound, offset: Bound = 0.0) -> Tensor:
@@ -109,6 +116,8 @@ def fake_quantize(
     >>> log2_step.grad / (0.5 * math.log(2))  # (round(0.6) - 0.6) + 1
     tensor(1.4000)
     """
+    if transforms_active():
+        return _differentiable(x, log2_step, low, high, offset, gradient_scale, backward, kept)
     learned = (t for t in (x, log2_step, low, high) if isinstance(t, Tensor))
     if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
         rounded: Tensor = _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale, backward, kept, changed)
@@ -136,18 +145,24 @@ class _FakeQuantize(torch.autograd.Function):
         keep = any(ctx.needs_input_grad[1:4]) and x.dtype == torch.float32 and _on_host(x) and not changed
         ctx.bounds = [None if isinstance(bound, Tensor) else bound for bound in (low, high, offset)]
         tensors = (bound if isinstance(bound, Tensor) else None for bound in (low, high, offset))
-        ctx.save_for_backward(x, step, y if keep and step.numel() == 1 else None, kept, *tensors)
+        ctx.save_for_backward(x, log2_step, step, y if keep and step.numel() == 1 else None, kept, *tensors)
         ctx.gradient_scale = gradient_scale
         ctx.backward_rule = backward
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, y, kept, *tensors = ctx.saved_tensors
+        x, log2_step, step, y, kept, *tensors = ctx.saved_tensors
         low, high, offset = (b if t is None else t for b, t in zip(ctx.bounds, tensors, strict=True))
+        if torch.is_grad_enabled():  # the gradient will be differentiated, as gradient penalties are
+            inputs = x, log2_step, low, high
+            rest = offset, ctx.gradient_scale, ctx.backward_rule, kept
+            return *_differentiable_gradients(grad, inputs, ctx.needs_input_grad, rest), *(None,) * 5
         shapes = [bound.shape if isinstance(bound, Tensor) else () for bound in (low, high)]
         low, high = _alike(low, high)
+        if grad.is_sparse:  # of an embedding's weight: the optimizer expects rows
+            found = _FakeQuantize.backward(ctx, grad.to_dense())
+            return None if found[0] is None else found[0].sparse_mask(grad.coalesce()), *found[1:]
         grad32, x32, rule = grad.float(), x.float(), ctx.backward_rule
         to_step, to_bounds = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:4])
         if not to_step and not to_bounds and rule is None:
@@ -168,6 +183,59 @@ class _FakeQuantize(torch.autograd.Function):
             for found, shape, needed in zip((grad_low, grad_high), shapes, ctx.needs_input_grad[2:4], strict=True)
         )
         return grad_x.to(x.dtype), grad_step if to_step else None, *bounds, *(None,) * 5
+
+
+def _differentiable(
+    x: Tensor,
+    log2_step: Tensor,
+    low: Bound,
+    high: Bound,
+    offset: Bound,
+    gradient_scale: Bound,
+    rule: Backward | None,
+    kept: Tensor | None,
+) -> Tensor:
+    """`fake_quantize` of operations that have all derivatives, for transforms of ``torch.func`` and gradient penalties.
+
+    The derivatives of straight-through gradients are those of the values that they are multiplied by.
+
+    Raises:
+        StateError: if a gradient is wanted that `rule` would change.
+    """
+    learned = [t for t in (x, log2_step, low, high) if isinstance(t, Tensor)]
+    if rule is not None and torch.is_grad_enabled() and any(t.requires_grad for t in learned):
+        raise StateError(
+            f"the gradients of {type(rule).__name__} have no derivatives, as gradient penalties and torch.func want; "
+            "use the estimator 'ste', 'lsq' or 'lsq_plus'"
+        )
+    values, step = x.float(), step_size(log2_step)
+    levels = (values * step.reciprocal()).detach()
+    rounded = torch.clamp(torch.round(levels - offset) + offset, *_tensors(low, high, levels))
+    step, low, high = (_scaled(part, gradient_scale) for part in (step, low, high))
+    # What has the gradients: the rounded value is what it is, whatever they say.
+    inside = values + step * (rounded - levels)
+    passed = torch.where(levels <= low, low * step, torch.where(levels >= high, high * step, inside))
+    result = (rounded * step).detach() + (passed - passed.detach())
+    return (result if kept is None else torch.lerp(result, values, kept)).to(x.dtype)
+
+
+def _scaled(part: Any, scale: Bound) -> Any:
+    """`part`, whose gradient is multiplied by `scale`."""
+    return part.detach() + (part - part.detach()) * scale if isinstance(part, Tensor) else part
+
+
+def _tensors(low: Bound, high: Bound, like: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = (torch.as_tensor(bound, dtype=like.dtype, device=like.device).detach() for bound in (low, high))
+    return low, high
+
+
+def _differentiable_gradients(
+    grad: Tensor, inputs: tuple[Any, ...], needed: Sequence[bool], rest: tuple[Any, ...]
+) -> list[Tensor | None]:
+    """The gradients to values, step and bounds, as functions of them and of `grad`."""
+    wanted = [value for value, needs in zip(inputs, needed, strict=False) if needs]
+    found = iter(torch.autograd.grad(_differentiable(*inputs, *rest), wanted, grad, create_graph=True))
+    return [next(found) if needs else None for _, needs in zip(inputs, needed, strict=False)]
 
 
 class _Sums:

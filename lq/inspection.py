@@ -18,6 +18,7 @@ from lq.calls import ACTIVATIONS, FUNCTIONS
 from lq.cost import batch_size
 from lq.errors import StateError
 from lq.interception import activation_key, weight_key
+from lq.places import Places
 from lq.sites import Site, is_attached
 from lq.structure import CONSTANT, FloatTensor, Operation, Structure
 from lq.tracing import CallEvent, Trace, Value, trace
@@ -82,7 +83,19 @@ class _Builder:
         self._skips()
         self._results()
         self._relations()
-        return Structure(tuple(self.sites.values()), tuple(self.operations.values()), self._floats(), *self._edges())
+        sites, operations = tuple(self.sites.values()), tuple(self.operations.values())
+        return Structure(sites, operations, self._floats(), *self._edges(), self._places())
+
+    def _places(self) -> dict[str, Places]:
+        """Where in the code the calls of each module stand."""
+        runs: dict[tuple[str, int], list[tuple[str, int, str]]] = {}
+        for event in self.trace.calls:
+            if event.module is not None:
+                runs.setdefault((event.module, event.run), []).append((event.kind, event.index, event.place))
+        found: dict[str, Places] = {}
+        for (module, _), calls in runs.items():
+            found.setdefault(module, Places()).add_run(calls)
+        return found
 
     # --- operations ---------------------------------------------------------------------------------------------
 
@@ -133,6 +146,8 @@ class _Builder:
 
     def _operand(self, event: CallEvent, slot: str, value: Value, layer: bool) -> tuple[Site | None, str]:
         module, prefix = event.module or "", event.name + "_"
+        if value.is_complex:
+            return None, f"the {slot} operand holds complex numbers"
         if not value.varies and slot != "input":
             if slot == "weight" and event.kind in _KEEPING_ROWS and self._plain(event):
                 owners = self._weight_owners(value)

@@ -6,7 +6,10 @@ Calls in modules below do not count: every module below notes that it runs by a 
 code is read or changed, so that control flow is no obstacle; calls that are not reached keep their quantizers unused.
 """
 
+import copy
 import inspect
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lq.calls import ATTENTION, FUNCTIONS, MULTI_HEAD, RESULTS, Call, attention, multi_head_attention, require_tensor
-from lq.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from lq.places import CallOrder, Places, call_of, line_in_code, place_in_code
+from lq.quantizer import PARTS, ActivationQuantizer, Quantizer, WeightQuantizer
+from lq.recomputation import carried_into_recomputation
 
 #: Attribute of a module that holds the quantizers of its calls.
 CALLS = "call_quantizers"
@@ -43,19 +48,68 @@ def is_weight_key(key: str) -> bool:
 class CallQuantizers(nn.ModuleDict):
     """Quantizers of the operands and results of a module's own calls, by ``<kind>_<index>_<operand>``."""
 
+    #: Where in the code each call of the module stands, by call; None: not known yet. See `lq.places`.
+    places: Places | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Calls that ran and are none of `places`; they stay float.
+        self.unknown: set[str] = set()
+
 
 class _Frame:
-    """One running forward of a module with call quantizers."""
+    """One running forward of a module with call quantizers.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.quantizers: dict[str, nn.Module] = module._modules[CALLS]._modules  # type: ignore[union-attr, assignment]
-        self.counts: dict[str, int] = {}
+    Args:
+        module: the module.
+        prefix: where the code that runs was called from, if not directly by the forward.
+    """
+
+    def __init__(self, module: nn.Module, prefix: str = "") -> None:
+        self.calls: CallQuantizers = module._modules[CALLS]  # type: ignore[assignment]
+        self.quantizers: dict[str, Any] = self.calls._modules
+        self.name = type(module).__name__
+        self.prefix = prefix
         self.below = 0  # how many modules below are running
+        by_place = self.calls.places is not None and not torch.compiler.is_compiling()
+        self.order = CallOrder(self.calls.places if by_place else None)
 
-    def next(self, kind: str, calls: int = 1) -> int:
-        index = self.counts.get(kind, 0)
-        self.counts[kind] = index + calls
+    def again(self, prefix: str) -> "_Frame":
+        """A frame that goes on from here, for code that runs again later."""
+        copied = copy.copy(self)
+        copied.order, copied.prefix = self.order.copy(), prefix
+        return copied
+
+    def next(self, kind: str, calls: int = 1) -> int | None:
+        """Number of the call that runs now; of the first of `calls`. None: it is not one of those that are known."""
+        if torch.compiler.is_compiling():
+            return self.order.by_count(kind, calls)
+        place = place_in_code(self.prefix)
+        index = self.order.next(kind, place, calls)
+        if index is None:
+            self._tell(kind)
         return index
+
+    def finish(self) -> None:
+        """Take the places of this run's calls for those of all runs, if it had all that there are quantizers for."""
+        if self.calls.places is None and not torch.compiler.is_compiling():
+            reached = {f"{kind}_{number}" for kind, number, _ in self.order.calls}
+            if all(call_of(slot) in reached for slot in self.quantizers):
+                self.calls.places = Places()
+                self.calls.places.add_run(self.order.calls)
+
+    def _tell(self, kind: str) -> None:
+        call = f"{kind} in {line_in_code()}"
+        if call in self.calls.unknown or not any(name.startswith(f"{kind}_") for name in self.quantizers):
+            return
+        self.calls.unknown.add(call)
+        warnings.warn(
+            f"{self.name} calls {call}, which it did not do in the run that quantizers were placed by (another branch, "
+            "a longer loop): the call stays float. To quantize it, give lq.inspect (or the module's "
+            "example_input_array) an example that takes this path",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def run(self, function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == MULTI_HEAD:
@@ -64,13 +118,19 @@ class _Frame:
         if name == ATTENTION:
             return self._attention(function, args, kwargs)
         if name in RESULTS:
-            result = function(*args, **kwargs)
-            if not isinstance(result, Tensor) or not result.is_floating_point():
-                return result
-            kind = RESULTS[name]
-            quantizer = self.quantizers.get(f"{kind}_{self.next(kind)}_output")
-            return result if quantizer is None else quantizer(result)
+            return self._result(function, RESULTS[name], args, kwargs)
         return self._product(function, Call.of(name, args, kwargs))
+
+    def _result(self, function: Any, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = args[0] if args else kwargs.get("input")
+        if not isinstance(first, Tensor) or not first.is_floating_point():
+            return function(*args, **kwargs)
+        quantizer = self.quantizers.get(f"{kind}_{self.next(kind)}_output")
+        if quantizer is None:
+            return function(*args, **kwargs)
+        if not args or not _works_in_place(function, args, kwargs):
+            return quantizer(function(*args, **kwargs))
+        return rounded_in_place(quantizer, first, lambda copied: function(copied, *args[1:], **kwargs))
 
     def _product(self, function: Any, call: Call) -> Any:
         prefix = f"{call.kind}_{self.next(call.kind)}_"
@@ -89,20 +149,22 @@ class _Frame:
         return result
 
     def _note_work(self, call: str, macs: Callable[[], float]) -> None:
-        if _WORK:
+        if _RUNNING.work:
             key = id(self.quantizers), call
-            _WORK[-1][key] = _WORK[-1].get(key, 0.0) + macs()
+            _RUNNING.work[-1][key] = _RUNNING.work[-1].get(key, 0.0) + macs()
 
     def _attention(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         first = self.next("matmul", 2)
-        found = {
-            slot: quantizer
-            for slot, (product, side) in _ATTENTION_SLOTS.items()
-            if (quantizer := self.quantizers.get(f"matmul_{first + product}_{side}")) is not None
-        }
-        if not found:
+        found = {}
+        if first is not None:
+            found = {
+                slot: quantizer
+                for slot, (product, side) in _ATTENTION_SLOTS.items()
+                if (quantizer := self.quantizers.get(f"matmul_{first + product}_{side}")) is not None
+            }
+        if not found or first is None:
             return function(*args, **kwargs)  # type: ignore[no-any-return]
-        if _WORK:
+        if _RUNNING.work:
             given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
             query, key, value = given["query"], given["key"], given["value"]
             scores = float(query.numel() // query.shape[-1] * key.shape[-2])
@@ -113,46 +175,105 @@ class _Frame:
         )
 
 
+def rounded_in_place(quantizer: nn.Module, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The rounded result of a function that works in place, written where it would be.
+
+    Code that works in place need not assign the result: what it reads next is the tensor that was changed.
+
+    Args:
+        quantizer: rounds the result.
+        x: what the function changes.
+        function: changes what it is given. It may need its result in backward, so that it gets a copy of `x`.
+    """
+    with_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    result = function(x.clone() if with_graph else x)
+    rounded: Tensor = quantizer(result)
+    return x if rounded is x else x.copy_(rounded)
+
+
+def _works_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    name = function.__name__
+    by_name = name.startswith("__i") if name.startswith("__") else name.endswith("_")
+    return by_name or kwargs.get("inplace") is True or any(given is True for given in args[1:])
+
+
 class _Interception(TorchFunctionMode):
     """Hands the calls of the innermost running module to its frame."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        frame = _FRAMES[-1] if _FRAMES else None
+        frames = _RUNNING.frames
+        frame = frames[-1] if frames else None
         if frame is None or frame.below or not (name in FUNCTIONS or name in _OTHERS):
             return func(*args, **(kwargs or {}))
         return frame.run(func, name, args, kwargs or {})
 
 
+class _Running(threading.local):
+    """What runs in this thread: frames, innermost last, and who counts their work."""
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+        self.work: list[dict[tuple[int, str], float]] = []
+
+
 _OTHERS = {*RESULTS, ATTENTION, MULTI_HEAD}
-_FRAMES: list[_Frame] = []
-_WORK: list[dict[tuple[int, str], float]] = []
+_RUNNING = _Running()
 _MODE = _Interception()
 
 
 def quantized_forward(module: nn.Module, original: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with call quantizers; `original` is one that was set on the module itself."""
     forward = partial(type(module).forward, module) if original is None else original
-    outermost = not _FRAMES
-    _FRAMES.append(_Frame(module))
+    frames = _RUNNING.frames
+    outermost = not frames
+    frame = _Frame(module)
+    frames.append(frame)
     try:
-        if not outermost:
-            return forward(*args, **kwargs)
-        with _MODE:
-            return forward(*args, **kwargs)
+        if outermost:
+            with _MODE:
+                result = forward(*args, **kwargs)
+        else:
+            result = forward(*args, **kwargs)
+        frame.finish()
+        return result
     finally:
-        _FRAMES.pop()
+        frames.pop()
+
+
+@carried_into_recomputation
+def _in_these_frames(function: Callable[..., Any], recomputes: bool) -> Callable[..., Any]:
+    """`function`, which runs in the frames of now when it is computed again."""
+    if not _RUNNING.frames:
+        return function
+    place = place_in_code(_RUNNING.frames[-1].prefix)
+    frames = [frame.again(place) for frame in _RUNNING.frames]
+    first = not recomputes
+
+    def recomputed_part(*args: Any, **kwargs: Any) -> Any:
+        nonlocal first
+        if first:
+            first = False
+            return function(*args, **kwargs)
+        outside, _RUNNING.frames = _RUNNING.frames, [frame.again(frame.prefix) for frame in frames]
+        try:
+            with _MODE:
+                return function(*args, **kwargs)
+        finally:
+            _RUNNING.frames = outside
+
+    return recomputed_part
 
 
 @contextmanager
 def counted_calls(model: nn.Module) -> Iterator[dict[str, float]]:
     """Multiply-accumulates of the calls that have quantizers, by module and call; filled when the context ends."""
     macs: dict[str, float] = {}
-    _WORK.append({})
+    _RUNNING.work.append({})
     try:
         yield macs
     finally:
-        counted = _WORK.pop()
+        counted = _RUNNING.work.pop()
         names = {id(m._modules[CALLS]._modules): n for n, m in model.named_modules() if call_quantizers(m)}
         for (key, call), count in counted.items():
             if key in names:
@@ -173,6 +294,7 @@ def add_call_quantizer(module: nn.Module, slot: str, quantizer: nn.Module) -> No
         own = module.__dict__.get("forward")
         module.forward = partial(quantized_forward, module, own)
         module.forward.__signature__ = inspect.signature(own or partial(type(module).forward, module))  # type: ignore[attr-defined]
+        module._replicate_for_data_parallel = partial(_replica, module)  # type: ignore[method-assign]
         for part in below:
             if not isinstance(part, (torch.jit.ScriptModule, CallQuantizers)) and _enter not in _hooked(part):
                 part.register_forward_pre_hook(_enter, prepend=True)  # before and after the part's own quantizers
@@ -185,6 +307,7 @@ def remove_call_quantizers(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module._modules.get(CALLS), CallQuantizers):
             delattr(module, CALLS)
+            del module._replicate_for_data_parallel
             original = module.__dict__.pop("forward").args[1]
             if original is not None:
                 module.forward = original
@@ -194,18 +317,25 @@ def remove_call_quantizers(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
+def _replica(module: nn.Module) -> nn.Module:
+    """A copy for another device, as `nn.DataParallel` makes them: it runs its own forward, with its own quantizers."""
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)
+    replica.forward = partial(quantized_forward, replica, module.forward.args[1])  # type: ignore[attr-defined]
+    return replica
+
+
 def _hooked(module: nn.Module) -> list[Any]:
     return list(module._forward_pre_hooks.values())
 
 
 def _enter(module: nn.Module, args: Any) -> None:
-    if _FRAMES:
-        _FRAMES[-1].below += 1
+    if _RUNNING.frames:
+        _RUNNING.frames[-1].below += 1
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    if _FRAMES:
-        _FRAMES[-1].below -= 1
+    if _RUNNING.frames:
+        _RUNNING.frames[-1].below -= 1
 
 
 class SharedQuantizer(nn.Module):
@@ -227,8 +357,13 @@ class SharedQuantizer(nn.Module):
         return self._owner[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize `x` as the owner does."""
-        return self.owner.forward(x)
+        """Quantize `x` as the owner does, on the device of `x`: replicas of a model have the owner of the original."""
+        owner = self.owner
+        if owner.log2_step.device != x.device:
+            owner = copy.copy(owner)
+            owner.__dict__.update({part: getattr(self.owner, part).to(x.device) for part in PARTS})
+            owner._parameters, owner._buffers = {}, {}
+        return owner.forward(x)
 
     def get_extra_state(self) -> Tensor:
         """The path, in a form that every checkpoint format can hold."""

@@ -7,7 +7,8 @@ State, of shape () per tensor or (C,) per channel, enough to run without knowing
 - ``zero_point``, ``bits``: floats, because averages over integers (EMA callbacks) would truncate them, and because
   both can be learned. Learned widths are real numbers until `settle` makes them integers.
 
-The range that calibration finds becomes step and zero point (`Levels.fit`); an estimator says what training moves.
+The range that calibration finds becomes step and zero point (`Levels.fit`); an estimator says what training moves: that
+is a Parameter. All else is a buffer, so that no code which trains, decays, clips or unfreezes parameters moves a grid.
 """
 
 import math
@@ -21,10 +22,14 @@ from torch import Tensor, nn
 from lq.channels import ChannelLayout
 from lq.errors import SpecError, StateError
 from lq.estimators import STE, Estimator, estimator
-from lq.functional import Bound, fake_quantize, round_to_grid, step_size
+from lq.functional import Bound, fake_quantize, round_to_grid, step_size, transforms_active
 from lq.histogram import Histogram, raise_if_not_finite
+from lq.kept_weight import KeptWeight, WrittenWeight, read_outside_of_forwards
 from lq.ranges import Levels, Samples, range_rule
 from lq.spec import QuantSpec, check_bits
+
+#: The parts of a grid, by the names that they have in a state dict.
+PARTS = ("log2_step", "zero_point", "bits")
 
 # Zero points that differ by less are the same.
 _SAME = 1e-3
@@ -45,9 +50,9 @@ class Quantizer(nn.Module):
         SpecError: if the widths do not fit the number of channels.
     """
 
-    log2_step: nn.Parameter
-    zero_point: nn.Parameter
-    bits: nn.Parameter
+    log2_step: Tensor
+    zero_point: Tensor
+    bits: Tensor
 
     #: Whether it rounds a weight. Grids of weights of which only the state is known count as symmetric.
     is_weight = True
@@ -61,9 +66,9 @@ class Quantizer(nn.Module):
         self.macs: float | None = None  # multiply-accumulates per sample of the layer, once a batch was run
         #: Sees the tensor instead of it being rounded, and returns what flows on; None: round.
         self.tap: Callable[[Tensor], Tensor] | None = None
-        self.log2_step = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
-        self.zero_point = nn.Parameter(torch.zeros(shape), requires_grad=False)
-        self.bits = nn.Parameter(_widths(spec.bits, shape, name), requires_grad=False)
+        self.register_buffer("log2_step", torch.full(shape, torch.nan, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.float32))
+        self.register_buffer("bits", _widths(spec.bits, shape, name))
         self.refresh()
 
     @property
@@ -86,9 +91,23 @@ class Quantizer(nn.Module):
         if chosen.learns and self.spec is not None and self.spec.power_of_two:
             raise SpecError(f"{self.name}: power-of-two steps cannot be learned; use estimator='ste'")
         self.estimator = chosen
-        self.log2_step.requires_grad_("log2_step" in chosen.learns)
-        self.zero_point.requires_grad_("zero_point" in chosen.learns and not self._spec_is_symmetric)
-        self.bits.requires_grad_("bits" in chosen.learns)
+        for part in PARTS:
+            self._make_learned(part, part in chosen.learns and not (part == "zero_point" and self._spec_is_symmetric))
+
+    def _make_learned(self, part: str, learned: bool) -> None:
+        """Have a part of the grid be a Parameter or a buffer; one that is so already stays the same tensor."""
+        if (part in self._parameters) == learned:
+            if learned:
+                getattr(self, part).requires_grad_(True)
+            return
+        old = getattr(self, part)
+        value = old.detach().clone()  # an optimizer may hold the old one
+        delattr(self, part)
+        if learned:
+            self.register_parameter(part, nn.Parameter(value))
+        else:
+            old.requires_grad_(False)
+            self.register_buffer(part, value)
 
     def set_bits(self, bits: int | tuple[int, ...]) -> None:
         """Change the width(s) and keep the range: the step grows as levels get fewer.
@@ -207,7 +226,9 @@ class Quantizer(nn.Module):
 
     def _check_finite(self, x: Tensor) -> None:
         """Raise if `x` has NaN or Inf. A sum finds it at a fraction of a rounding's cost; on the CPU only: no syncs."""
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(x.detach().sum().item()):
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or transforms_active():
+            return
+        if not math.isfinite(x.detach().sum().item()):
             raise_if_not_finite(x, self.name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Quantizer":
@@ -228,7 +249,8 @@ class Quantizer(nn.Module):
 class WeightQuantizer(Quantizer):
     """Rounds a weight; used as a parametrization of it.
 
-    In eval mode without gradients the result is kept until the weight, the grid or the mode changes.
+    In eval mode without gradients the result is kept until the weight, the grid or the mode changes (`lq.kept_weight`).
+    Code that writes into ``layer.weight`` in place changes the float weight behind it.
 
     Args:
         spec: widths, granularity, range rule.
@@ -241,7 +263,8 @@ class WeightQuantizer(Quantizer):
             raise SpecError(f"{name}: {len(spec.bits)} widths were given for {layout.channels} channels")
         super().__init__(spec, layout.channels if spec.per_channel else None, name)
         self.layout = layout
-        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+        self._kept: KeptWeight | None = None
+        self._written: WrittenWeight | None = None
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor) -> None:
@@ -275,12 +298,31 @@ class WeightQuantizer(Quantizer):
         """Return `weight` rounded to the grid; same shape and dtype."""
         if self.tap is not None:
             return self.tap(weight)
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._quantize(weight)
-        key = _fingerprint(weight, self.log2_step, self.zero_point, self.bits)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, self._quantize(weight))
-        return self._kept[1]
+        self.take_over_writes()
+        keeps = not (self.training or torch.is_grad_enabled() or transforms_active())
+        kept = self._kept if keeps else None
+        if kept is None or not kept.is_of(weight, self):
+            rounded = self._quantize(weight)
+            self._kept = KeptWeight(weight, self, rounded) if keeps else None
+        else:
+            rounded = kept.rounded
+        if not transforms_active() and read_outside_of_forwards():
+            rounded = rounded.clone() if keeps else rounded
+            self._written = WrittenWeight(weight, rounded)
+        return rounded
+
+    def take_over_writes(self) -> None:
+        """Change the float weight as code outside of a forward has changed ``layer.weight`` in place."""
+        written, self._written = self._written, None
+        if written is None:
+            return
+        split = self.layout.split(written.weight.detach())
+        half_step = self.layout.spread(self.step.detach() / 2, written.weight).expand_as(split)
+        if written.take_over(self.layout.join(half_step)):
+            self._kept = None
+            self.calibrate(written.weight)
 
     def at_call(self, weight: Tensor, layout: ChannelLayout) -> Tensor:
         """Return the rounded weight of a functional call, which may be computed anew for each; find its range first."""
@@ -298,13 +340,14 @@ class WeightQuantizer(Quantizer):
         self.refresh()
 
     def train(self, mode: bool = True) -> "WeightQuantizer":
-        """Set the mode and forget the kept weight: weights that are swapped unseen by autograd are so between modes."""
+        """Set the mode, and let go of the kept weight."""
+        self.take_over_writes()
         self._kept = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies recompute the kept weight."""
-        return {**super().__getstate__(), "_kept": None}
+        return {**super().__getstate__(), "_kept": None, "_written": None}
 
     def _quantize(self, weight: Tensor) -> Tensor:
         self._check_finite(weight)
@@ -429,14 +472,7 @@ def middle(bits: Tensor) -> Tensor:
 def _widths(bits: int | tuple[int, ...], shape: tuple[int, ...], name: str) -> Tensor:
     """`bits` checked, as a float tensor of `shape`."""
     if not isinstance(bits, tuple):
-        return torch.full(shape, float(check_bits(bits)))
+        return torch.full(shape, float(check_bits(bits)), dtype=torch.float32)
     if (len(bits),) != shape:
         raise SpecError(f"{name}: {len(bits)} widths were given for {shape[0] if shape else 1} channels")
-    return torch.tensor([float(check_bits(b)) for b in bits])
-
-
-def _fingerprint(*tensors: Tensor) -> tuple[Any, ...]:
-    """Changes whenever one of the tensors does; tensors made in inference mode have no version and never match."""
-    return tuple(
-        object() if t.is_inference() else (t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors
-    )
+    return torch.tensor([float(check_bits(b)) for b in bits], dtype=torch.float32)

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from lq.errors import StateError
 from lq.interception import SharedQuantizer, call_quantizers
+from lq.places import call_of
 from lq.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 
 #: Attributes of a module that hold the quantizers of its input and of its output.
@@ -68,11 +69,7 @@ class Site:
         >>> Site("attn", "matmul_0_left", "activation").layer
         'attn.matmul_0'
         """
-        if not self.at_call:
-            return self.module
-        words = self.place.split("_")
-        index = next(i for i, word in enumerate(words) if word.isdigit())
-        return f"{self.module}.{'_'.join(words[: index + 1])}".lstrip(".")
+        return f"{self.module}.{call_of(self.place)}".lstrip(".") if self.at_call else self.module
 
 
 #: Prefix, within a layer's state dict, of the state of its weight's quantizer.
@@ -85,7 +82,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, (Quantizer, parametrize.ParametrizationList, SharedQuantizer)):
             continue
         weight = float_weight(module)
-        if weight is not None and weight.ndim >= 2:
+        if weight is not None and weight.ndim >= 2 and weight.is_floating_point():
             yield name, module
 
 
@@ -94,9 +91,11 @@ def float_weight(module: nn.Module) -> nn.Parameter | None:
 
     None if it has none, or if a parametrization that is not lq's (weight norm, say) makes it.
     """
-    if weight_quantizer(module) is not None:
-        return module.parametrizations["weight"].original  # type: ignore[index, union-attr, no-any-return]
-    return module._parameters.get("weight")
+    quantizer = weight_quantizer(module)
+    if quantizer is None:
+        return module._parameters.get("weight")
+    quantizer.take_over_writes()
+    return module.parametrizations["weight"].original  # type: ignore[index, union-attr, no-any-return]
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -5,10 +5,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lq.errors import DataError
+from lq.places import Places
 from lq.sites import Site
 from lq.tables import Table, amount
 
@@ -54,6 +55,7 @@ class Structure:
         floats: parameters that stay in float.
         first: names of the layers that read the network's input.
         last: names of the layers that make the network's output.
+        places: where in the code the calls of each module stand; not in JSON, since code changes.
     """
 
     sites: tuple[Site, ...]
@@ -61,6 +63,7 @@ class Structure:
     floats: tuple[FloatTensor, ...]
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
+    places: Mapping[str, Places] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def macs(self) -> float:
@@ -93,11 +96,14 @@ class Structure:
         operations = (replace(o, name=inside(o.name), sites=tuple(map(inside, o.sites))) for o in self.operations)
         floats = (replace(tensor, name=inside(tensor.name)) for tensor in self.floats)
         first, last = (tuple(map(inside, names)) for names in (self.first, self.last))
-        return Structure(tuple(sites), tuple(operations), tuple(floats), first, last)
+        places = {inside(name): found for name, found in self.places.items()}
+        return Structure(tuple(sites), tuple(operations), tuple(floats), first, last, places)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return asdict(self)
+        values = asdict(replace(self, places={}))
+        del values["places"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Structure":

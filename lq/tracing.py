@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lq.calls import ATTENTION, FUNCTIONS, MULTI_HEAD, RESULTS, Call, multi_head_attention
 from lq.channels import ChannelLayout
+from lq.places import FUSED, place_in_code
 
 #: Functions whose result holds all numbers of their first argument, and no others.
 _SAME = {
@@ -54,6 +55,7 @@ class Value:
         parameter: name of the parameter or buffer, if they are one's.
         within: the value that they are a selection of.
         parts: the values they are a concatenation of.
+        is_complex: they are complex numbers.
     """
 
     index: int
@@ -62,6 +64,7 @@ class Value:
     parameter: str | None = None
     within: "Value | None" = None
     parts: tuple["Value", ...] = ()
+    is_complex: bool = False
     readers: list[str] = field(default_factory=list)
     made_by: "CallEvent | None" = None
     output_of: list[str] = field(default_factory=list)
@@ -85,6 +88,8 @@ class CallEvent:
     layouts: dict[str, ChannelLayout]
     result: Value
     macs: float
+    place: str = ""  # in the code of the module (`lq.places`)
+    run: int = 0  # of the module, as it may be called several times
 
     @property
     def name(self) -> str:
@@ -130,6 +135,7 @@ class _Recorder(TorchFunctionMode):
         self.trace = Trace()
         self.values: Any = WeakIdKeyDictionary()
         self.running: list[tuple[str, Counter[str]]] = []
+        self.runs: list[Counter[str]] = []
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.values[tensor] = self._new(tensor, "parameter", parameter=name)
         for tensor in tree_leaves(example):
@@ -149,7 +155,8 @@ class _Recorder(TorchFunctionMode):
             given = args[0] if args else kwargs.get("input")
             if isinstance(given, Tensor):
                 self.trace.inputs.setdefault(name, []).append(self.value(given))
-            self.running.append((name, Counter()))
+            self.runs.append(Counter())
+            self.running.append((name, self.runs[-1]))
 
         return hook
 
@@ -263,7 +270,8 @@ class _Recorder(TorchFunctionMode):
 
     def _add_event(self, kind: str, function: str, operands: dict[Any, Value], made: Value, macs: float) -> CallEvent:
         module, counts = self.running[-1] if self.running else (None, Counter[str]())
-        event = CallEvent(module, kind, counts[kind], function, operands, {}, {}, made, macs)
+        place = place_in_code() + (FUSED if function == ATTENTION else "")
+        event = CallEvent(module, kind, counts[kind], function, operands, {}, {}, made, macs, place, id(counts))
         counts[kind] += 1
         if made.made_by is None:
             made.made_by = event
@@ -271,7 +279,7 @@ class _Recorder(TorchFunctionMode):
         return event
 
     def _new(self, tensor: Tensor, origin: Origin, **more: Any) -> Value:
-        return self._value(tuple(tensor.shape), origin, **more)
+        return self._value(tuple(tensor.shape), origin, is_complex=tensor.is_complex(), **more)
 
     def _value(self, shape: tuple[int, ...], origin: Origin, **more: Any) -> Value:
         self.trace.values.append(Value(len(self.trace.values) + 1, shape, origin, **more))

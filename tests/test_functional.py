@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import lq.functional
+from lq.errors import StateError
+from lq.estimators import EWGS
 from lq.functional import STEP_LIMIT, fake_quantize, round_to_grid, step_size
+from lq.sites import float_weight, weight_quantizer
 
 
 def reference(x, step, low, high, offset=0.0):
@@ -180,3 +184,83 @@ def test_the_mask_is_open_at_both_bounds(kind, learned):
     x = torch.tensor([[-2.125, -2.0, -1.875, 0.0, 0.875, 1.0, 1.125]] * 2, requires_grad=True)
     fake_quantize(x, log2_step.clone().requires_grad_(learned), low, high).sum().backward()
     assert x.grad.tolist() == [[0, 0, 1, 1, 1, 0, 0]] * 2
+
+
+# --- second derivatives, transforms of torch.func ---------------------------------------------------------------------
+
+
+def prepared(case, seed=2):
+    shape, step_shape, low, high, offset = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    log2_step = torch.randint(-3, 2, step_shape, generator=generator).float()
+    x = values(shape, torch.exp2(log2_step), offset, generator)
+    return x, log2_step, (low, high, offset), torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_that_will_be_differentiated_are_the_same(case, kept):
+    x, log2_step, bounds, grad = prepared(case)
+    mask = (torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.5).float() if kept else None
+    found = []
+    for create_graph in (False, True):
+        leaves = x.clone().requires_grad_(), log2_step.clone().requires_grad_()
+        y = fake_quantize(*leaves, *bounds, gradient_scale=0.3, kept=mask)
+        found.append(torch.autograd.grad(y, leaves, grad, create_graph=create_graph))
+    for plain, differentiable in zip(*found, strict=True):
+        torch.testing.assert_close(differentiable.detach(), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_second_derivatives(case):
+    """The gradient to the values is ``grad`` inside the grid: its derivative to ``grad`` is 1 there, to the rest 0."""
+    x, log2_step, bounds, grad = prepared(case)
+    x.requires_grad_(), log2_step.requires_grad_(), grad.requires_grad_()
+    y = fake_quantize(x, log2_step, *bounds)
+    (first,) = torch.autograd.grad(y, x, grad, create_graph=True)
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    second = torch.autograd.grad((first * weights).sum(), [grad, x, log2_step], allow_unused=True)
+    grids = [torch.as_tensor(bound) for bound in bounds]
+    step = torch.exp2(log2_step.detach())
+    inside = torch.tensor([reference_gradients(*now)[0] for now in elements(x.detach(), step, *grids)]).view(x.shape)
+    torch.testing.assert_close(second[0], weights * inside.to(weights))
+    assert all(part is None or not part.any() for part in second[1:])
+
+
+@pytest.mark.parametrize("case", ["tensor", "channels"])
+def test_transforms_of_torch_func(case):
+    x, log2_step, bounds, grad = prepared(case)
+    leaves = x.clone().requires_grad_(), log2_step.clone().requires_grad_()
+    y = fake_quantize(*leaves, *bounds, gradient_scale=0.3)
+    expected = torch.autograd.grad(y, leaves, grad)
+    loss = lambda a, b: (fake_quantize(a, b, *bounds, gradient_scale=0.3) * grad).sum()  # noqa: E731
+    for found, other in zip(torch.func.grad(loss, (0, 1))(x, log2_step), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4)
+    rows = torch.func.vmap(lambda a: fake_quantize(a, log2_step, *bounds))(torch.stack([x, x + 1]))
+    assert torch.equal(rows[0], y.detach())
+
+
+def test_estimators_without_second_derivatives_say_so():
+    x = torch.randn(4, 3, requires_grad=True)
+    y = fake_quantize(x, torch.tensor(-1.0), -2, 1, backward=EWGS())
+    with pytest.raises(StateError, match="gradients of EWGS have no derivatives, as gradient penalties"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_sparse_gradients_of_embeddings():
+    """Rows that were looked up, as without quantization; the same values as with dense gradients."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(20, 4, sparse=sparse), nn.Linear(4, 2))
+        lq.attach(net, 4, None, first_last=None, estimator="lsq")
+        net(torch.tensor([1, 1, 7])).square().sum().backward()
+        weight, quantizer = float_weight(net[0]), weight_quantizer(net[0])
+        assert weight.grad.is_sparse == sparse
+        found.append((weight.grad.to_dense(), quantizer.log2_step.grad))
+        if sparse:
+            before = weight.detach().clone()
+            torch.optim.SparseAdam([weight], lr=0.1).step()
+            assert (weight != before).any(1).nonzero().flatten().tolist() == [1, 7]
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])

@@ -1,10 +1,15 @@
 """Quantizers inside a forward: what multiplications get; export, ONNX and compilation; errors on the way."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lq
+from lq.interception import SharedQuantizer
 from lq.sites import quantizers
 from tests.models import (
     EXAMPLES,
@@ -104,3 +109,127 @@ def test_an_error_inside_a_forward_leaves_nothing_behind():
         model(torch.randn(2, 5, 3))
     assert torch.equal(model(x), expected)
     assert torch.overrides._get_current_function_mode_stack() == []
+
+
+# --- several threads, several devices, code that works in place -------------------------------------------------------
+
+
+@every_model
+def test_threads_run_a_model_each_by_itself(kind):
+    model, x = example(kind)
+    lq.calibrate(lq.attach(model, 4, 3, structure=lq.inspect(model, x), first_last=None), [x])
+    inputs = [x, x.flip(0), x[:1]] * 8
+    with torch.no_grad():
+        expected = [model(given) for given in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(in_no_grad(model), inputs))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
+def in_no_grad(model):
+    def run(x):
+        with torch.no_grad():
+            return model(x)
+
+    return run
+
+
+def test_two_models_at_once():
+    """One is calibrated while the other runs, and counts no work of it."""
+    (one, x), (other, _) = example("block"), example("block")
+    structure = lq.inspect(one, x)
+    lq.calibrate(lq.attach(one, 4, 3, structure=structure), [x])
+    expected = one(x)
+    alone = lq.calibrate(lq.attach(copy.deepcopy(other), 4, 3, structure=structure), [x] * 10)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(one, x) for _ in range(20)]
+        lq.calibrate(lq.attach(other, 4, 3, structure=structure), [x] * 10)
+        assert all(torch.allclose(run.result(), expected, atol=1e-6) for run in runs)
+    assert str(lq.summary(other)) == str(lq.summary(alone))
+
+
+def replica(model):
+    """A copy of a model as `nn.DataParallel` makes one for each device, here for the same."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module._modules.items():
+            setattr(copied, name, copies[child])
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter * 1)
+        for name, buffer in module._buffers.items():
+            copied._buffers[name] = None if buffer is None else buffer * 1
+    return copies[model]
+
+
+@pytest.mark.parametrize("kind", ["block", "unfused block", "residual", "encoder"])
+def test_replicas_of_data_parallel_use_their_own_quantizers(kind):
+    model, x = example(kind)
+    lq.calibrate(lq.attach(model, 4, 3, structure=lq.inspect(model, x), first_last=None, estimator="lsq"), [x])
+    copied = replica(model.train(kind == "block"))
+    torch.testing.assert_close(copied(x), model(x))
+    for part in (part for part in copied.modules() if isinstance(part, (lq.quantizer.ActivationQuantizer))):
+        part.tap = torch.zeros_like  # not those of the original
+    assert not torch.equal(copied(x), model(x))
+    model.zero_grad()
+    replica(model)(x).sum().backward()
+    steps = [q.log2_step for q in quantizers(model)]
+    assert all(step.grad is not None for step in steps)
+
+
+def test_a_shared_quantizer_works_on_another_device():
+    model, x = example("block")
+    lq.calibrate(lq.attach(nn.Sequential(model), 4, 3, structure=lq.inspect(nn.Sequential(model), x)), [x])
+    shared = [part for part in model.modules() if isinstance(part, SharedQuantizer)]
+    for part in shared:
+        assert part(torch.zeros(2, 8, device="meta")).device.type == "meta"
+        assert part.owner.log2_step.device.type == "cpu"
+
+
+class Statements(nn.Module):
+    """A residual block that adds and rectifies in place, by functions or modules, with or without assigning results."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.c, self.head = (nn.Conv2d(4, n, 3, padding=1) for n in (4, 4, 4, 2))
+        self.relu = nn.ReLU(inplace=how == "module")
+        self.how = how
+
+    def forward(self, x):
+        x = self.a(x)
+        y = self.b(x)
+        if self.how == "module assigned":
+            y = self.relu(y + x)
+        elif self.how == "function assigned":
+            y = torch.relu(y + x)
+        elif self.how == "methods":
+            y.add_(x)
+            y.relu_()
+        elif self.how == "operator":
+            y += x
+            torch.relu_(y)
+        elif self.how == "function":
+            z = y
+            y += x
+            nn.functional.relu(z, inplace=True)
+        else:
+            y.add_(x)
+            self.relu(y)
+        return self.head(self.c(y) + y)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip": True}, {"integer": True}], ids=str)
+@pytest.mark.parametrize("how", ["methods", "operator", "function", "module"])
+def test_results_that_nobody_assigns(how, options):
+    outputs, gradients = [], []
+    for now in ("module assigned" if how == "module" else "function assigned", how):
+        torch.manual_seed(0)
+        model, x = Statements(now).eval(), torch.randn(3, 4, 6, 6)
+        lq.attach(model, 8, 3, structure=lq.inspect(model, x), first_last=None, estimator="lsq", **options)
+        lq.calibrate(model, [x])
+        with torch.no_grad():
+            outputs.append(model(x))
+        model.train()(x).square().sum().backward()
+        gradients.append([p.grad for n, p in sorted(model.named_parameters()) if "quantizer" not in n])
+    assert torch.equal(*outputs)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)

@@ -2,12 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import lq
 from lq.quantizer import WeightQuantizer
-from lq.sites import weight_quantizer
+from lq.sites import float_weight, weight_quantizer
 from tests.test_attach import images, quantized, small
 
 
@@ -32,7 +35,20 @@ CHANGES = {
     "checkpoint": lambda m: m.load_state_dict(quantized_from(5).state_dict()),
     "mode": lambda m: m.train().eval(),
     "swap": lambda m: swap(m[2].parametrizations.weight.original),
+    "data": lambda m: m[2].parametrizations.weight.original.data.mul_(2),
+    "one value": lambda m: one_value(m[2].parametrizations.weight.original.data),
+    "another order": lambda m: m[2].parametrizations.weight.original.data.copy_(float_weight(m[2]).flip(-1)),
+    "numpy": lambda m: np.multiply(original(m[2]), 2, out=original(m[2])),
+    "step's data": lambda m: weight_quantizer(m[2]).log2_step.data.add_(1),
 }
+
+
+def original(layer):
+    return layer.parametrizations.weight.original.detach().numpy()
+
+
+def one_value(data):
+    data[2, 1, 1, 1] = -10.0
 
 
 def quantized_from(seed):
@@ -58,6 +74,123 @@ def test_kept_weights_follow_changes(change, calls):
     assert torch.equal(after, before) == (change == "mode")
     fresh = lq.load(copy.deepcopy(model.state_dict()), small()).eval()
     assert torch.equal(fresh(x), after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["data", "one value", "another order"])
+def test_kept_weights_in_other_orders_of_memory(change, calls):
+    model, x = quantized().to(memory_format=torch.channels_last), images()
+    model(x)
+    calls.clear()
+    before = model(x)
+    assert not calls
+    CHANGES[change](model)
+    fresh = copy.deepcopy(model)
+    assert torch.equal(model(x), fresh(x))
+    assert not torch.equal(model(x), before)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_of_half_precision(calls):
+    """A sum of bfloat16 values would not change with each of them."""
+    model, x = quantized().bfloat16(), images().bfloat16()
+    model(x)
+    calls.clear()
+    model(x)
+    assert len(calls) == 4
+
+
+# --- writes into the quantized weight ---------------------------------------------------------------------------------
+
+
+class Lora(nn.Linear):
+    """A layer that merges an adapter into its own weight in eval mode, and takes it out in training."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs) / 2), nn.Parameter(torch.randn(outputs, 2) / 2)
+        self.weight.requires_grad_(False)
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_adapters_are_merged_and_taken_out(bits):
+    torch.manual_seed(0)
+    layer = Lora(6, 4).train()
+    before = layer.weight.detach().clone()
+    merged = before + layer.up.detach() @ layer.down.detach()
+    net = nn.Sequential(layer)
+    lq.attach(net, bits, None, first_last=None)
+    for _ in range(5):
+        net.eval()
+        torch.testing.assert_close(float_weight(layer).detach(), merged, atol=1e-5, rtol=0)
+        reference = lq.attach(nn.Sequential(nn.Linear(6, 4)), bits, None, first_last=None)
+        reference.load_state_dict({"0.weight": merged, "0.bias": layer.bias})
+        torch.testing.assert_close(layer.weight, reference[0].weight)  # the range is that of the merged weight
+        net.train()
+        torch.testing.assert_close(float_weight(layer).detach(), before, atol=1e-5, rtol=0)
+
+
+WRITES = {
+    "copy_": lambda layer, new: layer.weight.data.copy_(new),
+    "data": lambda layer, new: setattr(layer.weight, "data", new),
+    "no_grad": lambda layer, new: layer.weight.copy_(new),
+    "one row": lambda layer, new: layer.weight.data[1].copy_(new[1]),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_what_is_written_is_taken_over(write, training):
+    torch.manual_seed(0)
+    net = lq.attach(nn.Sequential(nn.Linear(6, 4)).train(training), 8, None, first_last=None)
+    before, new = float_weight(net[0]).detach().clone(), torch.randn(4, 6)
+    half_step = weight_quantizer(net[0]).step.view(-1, 1) / 2
+    WRITES[write](net[0], new)
+    saved = net.state_dict()["0.parametrizations.weight.original"]
+    written = torch.arange(4) == 1 if write == "one row" else torch.ones(4, dtype=torch.bool)
+    assert ((saved - new).abs() <= 1.001 * half_step)[written].all()
+    assert torch.equal(saved[~written], before[~written])
+    expected = lq.attach(nn.Sequential(nn.Linear(6, 4)), 8, None, first_last=None)
+    expected.load_state_dict({"0.weight": saved, "0.bias": net[0].bias})
+    x = torch.randn(3, 6)
+    assert torch.equal(net(x), expected(x))
+
+
+@torch.no_grad()
+def test_zeros_that_are_written_are_zeros():
+    torch.manual_seed(0)
+    net = lq.attach(nn.Sequential(nn.Linear(6, 4)), 4, None, first_last=None)
+    mask = torch.rand(4, 6) < 0.5
+    net[0].weight.data.masked_fill_(mask, 0.0)
+    assert (float_weight(net[0]) == 0)[mask].all()
+    assert (net[0].weight == 0)[mask].all() and net[0].weight.any()
+    nn.init.zeros_(net[0].weight)
+    assert not net[0].weight.any()
+
+
+@torch.no_grad()
+def test_reading_changes_nothing():
+    net, x = quantized(), images()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    read = [net[i].weight for i in (0, 2, 5, 6)]
+    expected = net(x)
+    for weight in read:
+        weight.zero_()  # after its next use it is a tensor like any other
+    assert torch.equal(net(x), expected)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
 def test_kept_weights_are_not_used_with_gradients(calls):

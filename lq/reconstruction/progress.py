@@ -101,7 +101,7 @@ class Progress:
         if self.path is None or self.model is None or not self.writes:
             return
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        parts = [*(weight for _, weight in quantizers.weights), *quantizers.biases]
+        parts: list[Tensor] = [*(weight for _, weight in quantizers.weights), *quantizers.biases]
         parts += [state for part in quantizers.learned for state in (part.log2_step, part.zero_point)]
         tensors = {names[id(part)]: part.detach().cpu().clone() for part in parts}
         self._units.append({"report": asdict(report), "tensors": tensors})
