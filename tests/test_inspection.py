@@ -278,3 +278,43 @@ def test_compiled_parts_are_looked_into():
     whole = nn.Sequential(torch.compile(model, backend="eager"))
     found = [operation.name.replace("0._orig_mod.", "") for operation in lq.inspect(whole, x).operations]
     assert found == [operation.name for operation in lq.inspect(model, x).operations]
+
+
+class Spectral(nn.Module):
+    """A product of complex numbers between two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.modes = nn.Parameter(torch.randn(8, 8, 6, 6, dtype=torch.cfloat) / 5)
+        self.mixing = nn.Parameter(torch.randn(6, 6, dtype=torch.cfloat) / 3)
+
+    def forward(self, x):
+        found = torch.fft.rfft2(self.stem(x))
+        mixed = torch.einsum("bixy,ioxy->boxy", found[:, :, :6, :6], self.modes) @ self.mixing
+        out = torch.zeros_like(found)
+        out[:, :, :6, :6] = mixed
+        return self.head(torch.fft.irfft2(out, s=x.shape[-2:]))
+
+
+@pytest.mark.parametrize("estimator", ["ste", "lsq"])
+def test_complex_numbers_stay_as_they_are(estimator):
+    torch.manual_seed(0)
+    model, x = Spectral().eval(), torch.randn(4, 3, 16, 16)
+    expected = model(x)
+    structure = lq.inspect(model, x)
+    assert {site.layer for site in structure.sites} == {"stem", "head"}
+    reasons = {o.name: o.reason for o in structure.operations if o.reason}
+    assert list(reasons) == ["einsum_0", "matmul_0"]
+    assert all("holds complex numbers" in reason for reason in reasons.values())
+    lq.calibrate(lq.attach(model, 8, 8, structure=structure, estimator=estimator), [x])
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_layers_with_complex_weights_are_left_by_class_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.randn(4, 4, dtype=torch.cfloat))
+    lq.attach(model, 4, None, first_last=None)
+    assert [q.name for q in quantizers(model)] == ["0.weight"]

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import lq
 from lq.channels import ChannelLayout
 from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Histogram
 from lq.quantizer import ActivationQuantizer, WeightQuantizer
+from lq.sites import quantizers
 from lq.spec import WIDTHS, QuantSpec
 from tests.test_functional import reference, reference_gradients
 
@@ -263,3 +265,58 @@ def test_values_that_are_not_finite_are_named(bad):
 def test_a_sum_that_overflows_is_no_error():
     x = torch.full((2, 8), 3e38)
     assert torch.isfinite(activation_quantizer(x, 8)(x)).all()
+
+
+@pytest.mark.parametrize("name", ["ste", "lsq", "lsq_plus", "noise_scale"])
+def test_only_what_is_learned_is_a_parameter(name):
+    weight = weight_quantizer(torch.randn(3, 5), 4)
+    activation = activation_quantizer(torch.randn(20), 4, symmetric=False)
+    keys = list(weight.state_dict()), list(activation.state_dict())
+    before = [{key: value.clone() for key, value in q.state_dict().items()} for q in (weight, activation)]
+    learned = {
+        "ste": (set(), set()),
+        "lsq": ({"log2_step"}, {"log2_step"}),
+        "lsq_plus": ({"log2_step"}, {"log2_step", "zero_point"}),
+        "noise_scale": ({"log2_step"}, {"log2_step", "zero_point"}),
+    }[name]
+    for quantizer, parts, names, state in zip((weight, activation), learned, keys, before, strict=True):
+        quantizer.set_estimator(name)
+        assert {key for key, _ in quantizer.named_parameters()} == parts
+        assert {key for key, _ in quantizer.named_buffers()} == {"log2_step", "zero_point", "bits"} - parts
+        assert all(parameter.requires_grad for parameter in quantizer.parameters())
+        assert sorted(quantizer.state_dict()) == sorted(names)
+        assert all(torch.equal(value, state[key]) for key, value in quantizer.state_dict().items())
+
+
+def test_an_estimator_that_is_set_again_keeps_its_parameters():
+    quantizer = weight_quantizer(torch.randn(3, 5), 4)
+    quantizer.set_estimator("lsq")
+    step = quantizer.log2_step
+    quantizer.log2_step.requires_grad_(False)
+    quantizer.set_estimator("noise_scale")
+    assert quantizer.log2_step is step and step.requires_grad
+
+
+def test_an_optimizer_that_holds_what_was_learned_moves_nothing_later():
+    quantizer = weight_quantizer(torch.randn(3, 5), 4)
+    quantizer.set_estimator("lsq")
+    old = quantizer.log2_step
+    old.grad = torch.ones_like(old)
+    quantizer.set_estimator("ste")
+    before = quantizer.log2_step.clone()
+    torch.optim.SGD([old], lr=1.0).step()
+    assert torch.equal(quantizer.log2_step, before) and not old.requires_grad
+
+
+def test_grids_are_float32_whatever_the_default_type():
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = nn.Sequential(nn.Linear(4, 3))
+        x = torch.randn(8, 4)
+        lq.calibrate(lq.attach(layer, 4, 8, first_last=None, estimator="lsq"), [x])
+        y = layer(x)
+        y.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.dtype == torch.float64
+    assert all(t.dtype == torch.float32 for q in quantizers(layer) for t in q.state_dict().values())
