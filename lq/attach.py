@@ -161,7 +161,7 @@ def attach_sites(
         places: where in the code the calls of each module stand; found out in the first run if it is not known.
 
     Raises:
-        StateError: if the model lacks a module of the plan.
+        StateError: if the model lacks a module of the plan, or is on the meta device.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = next((p.site.module for p in plan.values() if p.site.module not in modules), None)
@@ -169,6 +169,12 @@ def attach_sites(
         raise StateError(
             f"the structure has a module {missing!r} that {type(model).__name__} does not have; "
             "inspect this model, or build the one that was inspected"
+        )
+    unmade = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if unmade is not None:
+        raise StateError(
+            f"{unmade} is on the meta device and has no values to find ranges of; give the model its weights first "
+            "(model.to_empty(device=...) and load_state_dict)"
         )
     reference = next(iter([*model.parameters(), *model.buffers()]), None)
     device = torch.device("cpu") if reference is None else reference.device

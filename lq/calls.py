@@ -215,11 +215,12 @@ def attention(
     scores = query @ key.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        probabilities = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1)
-        probabilities = probabilities.masked_fill(~attn_mask.any(-1, keepdim=True), 0.0)  # as torch: nothing seen, zero
+    if attn_mask is not None:
+        hidden = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        unseeing = (hidden == -torch.inf).all(-1, keepdim=True)  # a row that may attend to nothing: zeros, as in torch
+        probabilities = hidden.masked_fill(unseeing, 0.0).softmax(-1).masked_fill(unseeing, 0.0)
     else:
-        probabilities = (scores if attn_mask is None else scores + attn_mask).softmax(-1)
+        probabilities = scores.softmax(-1)
     probabilities = F.dropout(probabilities, dropout_p) if dropout_p > 0 else probabilities
     return rounded("probabilities", probabilities.to(value.dtype)) @ value
 

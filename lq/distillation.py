@@ -9,7 +9,6 @@ The loss enters training as a gradient added to the student's tensors during the
 is not touched, no graph is kept and nothing is run backward twice.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lq.attach import detach
+from lq.copies import copy_model
 from lq.errors import PatternError, SpecError, StateError
 from lq.sites import is_attached
 
@@ -26,7 +26,7 @@ Loss = Literal["kl", "symmetric_kl", "features"]
 
 def float_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` without quantizers, in eval mode, without gradients."""
-    teacher = copy.deepcopy(model)
+    teacher = copy_model(model)
     if is_attached(teacher):
         detach(teacher)
     return teacher.eval().requires_grad_(False)
@@ -151,7 +151,7 @@ class Distiller:
 
     def _compare(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            target = self._targets.pop(name, None)
+            target = self._targets.get(name)
             if target is None:
                 return
             if not isinstance(output, Tensor):
@@ -160,7 +160,8 @@ class Distiller:
                     f"{type(module).__name__} gives a {type(output).__name__}; "
                     "name the module that gives logits with distill_from="
                 )
-            if output.requires_grad:
+            if output.requires_grad:  # else it may be computed again, with gradients, in backward
+                del self._targets[name]
                 self._add_gradient(output, target)
 
         return hook

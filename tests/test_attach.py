@@ -375,3 +375,11 @@ def test_not_finite_in_the_forward_names_the_layer():
         model[5].parametrizations.weight.original[0, 0] = torch.inf
     with pytest.raises(DataError, match="^5.weight has 1 NaN or Inf of 128 values"):
         model(images())
+
+
+def test_models_without_values_are_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(StateError, match="0.weight is on the meta device and has no values.*to_empty"):
+        lq.attach(model, 4)
+    assert type(model[0]) is nn.Linear

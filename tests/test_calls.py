@@ -6,10 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from tests.models import (
-    Attention,
-    tokens,
-)
+from tests.models import Attention, tokens
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"norm": True}])
@@ -62,3 +59,32 @@ def test_grouped_queries():
     expected = model(q)
     lq.calibrate(lq.attach(model, 8, 16, structure=lq.inspect(model, q)), [q])
     torch.testing.assert_close(model(q), expected, atol=5e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_rows_that_may_attend_to_nothing(kind):
+    """Zeros, and gradients that are numbers, as torch has them."""
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(4, 6, 8)
+    visible = torch.rand(4, 6, 6) > 0.3
+    visible[1] = False
+    visible[2, 3] = False
+    mask = visible if kind == "bool" else torch.zeros(4, 6, 6).masked_fill(~visible, -torch.inf)
+    run = lambda model, batch: model(*batch)  # noqa: E731
+    expected = model(x, mask)
+    structure = lq.inspect(model, (x, mask), forward=run)
+    lq.calibrate(lq.attach(model, 8, 8, structure=structure), [(x, mask)], forward=run)
+    found = model.train()(x, mask)
+    found.square().sum().backward()
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))

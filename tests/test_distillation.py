@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lq
 from lq.distillation import Distiller, float_copy, kl_divergence, stages, symmetric_kl_divergence
@@ -144,6 +145,30 @@ def test_gradient_of_features_is_that_of_the_sum_of_losses(features, scale):
     ((x.square().mean() + 0.7 * loss) * scale).backward()
     torch.testing.assert_close(grads(student), grads(plain))
     torch.testing.assert_close(distiller.loss, loss.detach())
+
+
+class Checkpointed(nn.Sequential):
+    """Runs its parts with activation checkpointing in training."""
+
+    reentrant = None
+
+    def forward(self, x):
+        for part in self:
+            x = part(x) if self.reentrant is None else checkpoint(part, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_features_of_parts_that_are_computed_again_in_backward(reentrant):
+    found = []
+    for kind in (None, reentrant):
+        student = Checkpointed(*deep(0))
+        distiller = Distiller(student, deep(1), weight=0.7, loss="features")
+        student.reentrant = kind
+        student(batch().requires_grad_()).square().mean().backward()
+        found.append((grads(student), distiller.loss))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def test_stages_are_the_parts_with_layers_of_their_own():
