@@ -167,7 +167,9 @@ class Distiller:
         return hook
 
     def _add_gradient(self, output: Tensor, target: Tensor) -> None:
-        with torch.enable_grad(), torch.autocast(output.device.type, enabled=False):
+        # Of its own tensors, not of those that activation checkpointing counts.
+        own = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        with torch.enable_grad(), torch.autocast(output.device.type, enabled=False), own:
             student = output.detach().float().requires_grad_()
             if self.kind == "features":
                 loss = feature_distance(student, target)
@@ -179,3 +181,7 @@ class Distiller:
         gradient = (gradient * self.gradient_scale()).to(output.dtype)
         task = self.task
         output.register_hook(lambda grad: (grad if task == 1 else grad * task) + gradient)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
