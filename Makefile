@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-oldest test-slow lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The fast tests with the oldest versions that pyproject.toml declares, in an environment of its own.
+test-oldest: .venv-oldest/stamp
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile -p no:anyio
 
 test-slow: .venv/dev.stamp
 	$(BIN)/pytest -m slow
@@ -23,7 +27,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -36,3 +40,9 @@ clean:
 .venv/dev.stamp: .venv/bin/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@ .venv/demo.stamp
+
+.venv-oldest/stamp: pyproject.toml constraints/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/pip install --quiet --constraint constraints/oldest.txt --editable ".[dev]"
+	touch $@
