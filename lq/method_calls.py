@@ -1,0 +1,147 @@
+"""Which children the methods of a module call, read from their source: nothing is run.
+
+Methods that `forward` does not use (``features``, ``training_step``) are ways through a network that neither tracing
+nor an example shows.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+from types import FunctionType
+from typing import NamedTuple
+
+from torch import nn
+
+_FRAMEWORKS = ("torch", "lightning", "pytorch_lightning")
+
+
+class _Calls(NamedTuple):
+    """Paths of the children that a method calls ("net.0"; "net.:1" is a slice), and names of its other methods."""
+
+    children: frozenset[str]
+    methods: frozenset[str]
+
+
+_NOTHING = _Calls(frozenset(), frozenset())
+
+
+def outside_calls(module: nn.Module, first: str, second: str, *, forward: bool) -> str:
+    """Name of a method that calls one of two children and not the other; empty if there is none.
+
+    Args:
+        module: the module whose methods are read; those of torch's and Lightning's own classes are not.
+        first: name of a child, or of a module further inside.
+        second: another, which is called right after it.
+        forward: also read `forward` and the methods that it uses.
+    """
+    methods = _methods(type(module))
+    used, new = set[str](), {"forward"}
+    while new:
+        used |= new
+        new = {name for known in new if known in methods for name in methods[known].methods} - used
+    for name, calls in methods.items():
+        if (name not in used or (forward and name == "forward")) and _divides(module, calls, first, second):
+            return name
+        for path in calls.children:  # another module's method that is not its forward, as in self.net.features(x)
+            owner, _, method = path.rpartition(".")
+            inner = _submodule(module, owner) if owner else None
+            inside = [child[len(owner) + 1 :] for child in (first, second) if child.startswith(f"{owner}.")]
+            if inner is not None and len(inside) == 2 and method != "forward":
+                called = _methods(type(inner)).get(method)
+                if called is not None and _divides(inner, called, *inside):
+                    return f"{name} by {method}"
+    return ""
+
+
+def _divides(module: nn.Module, calls: _Calls, first: str, second: str) -> bool:
+    """Whether a method calls one of two children and not the other."""
+    both = [any(_is_called(module, path, child) for path in calls.children) for child in (first, second)]
+    return both[0] != both[1]
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _is_called(module: nn.Module, path: str, child: str) -> bool:
+    """Whether a call of `path` runs `child`: it is that child, or a module or a slice around it."""
+    owner, _, part = path.rpartition(".")
+    if ":" not in part:
+        return path == child or (bool(path) and child.startswith(f"{path}."))
+    if not child.startswith(f"{owner}."):
+        return False
+    index = child[len(owner) + 1 :].partition(".")[0]
+    held = _submodule(module, owner)
+    start, stop = (int(text) if text else None for text in part.split(":"))
+    return held is not None and index in list(held._modules)[start:stop]
+
+
+@lru_cache(maxsize=256)
+def _methods(kind: type) -> dict[str, _Calls]:
+    """What the methods of a class call, by name; of inherited ones too."""
+    found: dict[str, _Calls] = {}
+    for cls in reversed(kind.__mro__):
+        if cls.__module__.partition(".")[0] in _FRAMEWORKS:
+            continue
+        for name, function in vars(cls).items():
+            if isinstance(function, FunctionType) and name != "__init__":
+                found[name] = _calls_of(function)
+    return found
+
+
+def _calls_of(method: FunctionType) -> _Calls:
+    """What a method calls on its first argument; nothing if there is no source to read."""
+    try:
+        function = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
+    except (OSError, TypeError, SyntaxError, ValueError, RecursionError):
+        return _NOTHING
+    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+        return _NOTHING
+    me = function.args.args[0].arg
+    called = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    paths = {path for func in called if (path := ".".join(_path(func, me)))}
+    return _Calls(frozenset(paths), frozenset(_own_methods(function, me)))
+
+
+def _own_methods(function: ast.FunctionDef, me: str) -> Iterator[str]:
+    """Names of what is read of the module itself, or of its bases by ``super()``."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute):
+            owner = node.value.func if isinstance(node.value, ast.Call) else node.value
+            if isinstance(owner, ast.Name) and owner.id in (me, "super"):
+                yield node.attr
+
+
+def _path(node: ast.expr, me: str) -> Iterator[str]:
+    """The names from a module to what an expression such as ``self.net[0].conv`` means; none if it is another."""
+    parts: list[str] = []
+    while not isinstance(node, ast.Name):
+        if isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        elif isinstance(node, ast.Subscript) and (part := _index(node.slice)):
+            parts.append(part)
+            node = node.value
+        else:
+            return
+    if node.id == me:
+        yield from reversed(parts)
+
+
+def _index(node: ast.expr) -> str:
+    """A constant index, a constant name, or a slice with constant ends."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, str)) and not isinstance(node.value, bool):
+        return str(node.value)
+    if isinstance(node, ast.Slice) and node.step is None:
+        try:
+            ends = [None if end is None else ast.literal_eval(end) for end in (node.lower, node.upper)]
+        except ValueError:
+            return ""
+        if all(end is None or isinstance(end, int) for end in ends):
+            return ":".join("" if end is None else str(end) for end in ends)
+    return ""
