@@ -240,9 +240,9 @@ class _Module:
             self.error = f"{type(module).__name__}.forward cannot be followed in {_mode(training)} mode: {error}"
             return
         for node in path.graph.nodes:
-            args = node.args if node.op == "call_module" else ()
-            if len(args) == 1 and isinstance(args[0], fx.Node) and args[0].op == "call_module":
-                self._propose(str(args[0].target), str(node.target), path)
+            read = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
+            if isinstance(read, fx.Node) and read.op == "call_module":
+                self._propose(str(read.target), str(node.target), path)
         if self.pairs:
             for name in defaults:
                 self._vary(name, defaults)

@@ -24,7 +24,6 @@ from lq.calibration import Forward
 from lq.channels import ChannelLayout
 from lq.errors import NoEffectWarning, StateError
 from lq.foldable import CONVOLUTIONS, FoldablePair, UnfoldedNorm, has_act, search
-
 from lq.folding_check import outputs, reads_alone, same_outputs
 from lq.sites import is_attached
 
@@ -221,17 +220,16 @@ def _fold(model: nn.Module, pair: FoldablePair) -> Callable[[], None] | None:
     return undo
 
 
-def unfold_for(model: nn.Module, state_dict: Mapping[str, Any]) -> list[FoldablePair]:
-    """Put back the folded BatchNorms that a checkpoint has, with neutral statistics: it is to be loaded next."""
+def unfold_for(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Put back the folded BatchNorms that a checkpoint has, which is to be loaded next: weights stay folded."""
     back = [
-        FoldablePair(*(_join(prefix, name) for name in (pair.conv, pair.norm)), pair.norm_first)
+        FoldablePair(_join(prefix, pair.conv), _join(prefix, pair.norm), pair.norm_first)
         for prefix, parent in model.named_modules()
         for pair in parent.__dict__.get("_folded_norms", {})
-        if f"{_join(prefix, pair.norm)}.running_var" in state_dict
+        if f"{_join(prefix, pair.norm)}.running_mean" in state_dict
     ]
     for pair in back:
         _unfold(model, pair)
-    return back
 
 
 def _unfold(model: nn.Module, pair: FoldablePair) -> None:

@@ -8,9 +8,9 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from functools import lru_cache
 from types import FunctionType
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -25,6 +25,8 @@ class _Calls(NamedTuple):
 
 
 _NOTHING = _Calls(frozenset(), frozenset())
+#: What was read of classes.
+_KNOWN: WeakKeyDictionary[type, dict[str, _Calls]] = WeakKeyDictionary()
 
 
 def outside_calls(module: nn.Module, first: str, second: str, *, forward: bool) -> str:
@@ -81,9 +83,10 @@ def _is_called(module: nn.Module, path: str, child: str) -> bool:
     return held is not None and index in list(held._modules)[start:stop]
 
 
-@lru_cache(maxsize=256)
 def _methods(kind: type) -> dict[str, _Calls]:
     """What the methods of a class call, by name; of inherited ones too."""
+    if kind in _KNOWN:
+        return _KNOWN[kind]
     found: dict[str, _Calls] = {}
     for cls in reversed(kind.__mro__):
         if cls.__module__.partition(".")[0] in _FRAMEWORKS:
@@ -91,6 +94,7 @@ def _methods(kind: type) -> dict[str, _Calls]:
         for name, function in vars(cls).items():
             if isinstance(function, FunctionType) and name != "__init__":
                 found[name] = _calls_of(function)
+    _KNOWN[kind] = found
     return found
 
 
