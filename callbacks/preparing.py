@@ -11,12 +11,19 @@ from torch.nn.parameter import is_lazy
 from lq.calibration import Forward, eval_mode, run
 from lq.checkpoint import folds_otherwise, planned_by, rebuild
 from lq.errors import DataError, StateError
+from lq.sites import is_attached
 
 
 def require_values(module: nn.Module) -> None:
     """Raise if parameters are on the meta device: ranges are found from values."""
     names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if names:
+
+        def stay() -> nn.Module:
+            del module.__dict__["cpu"]
+            return module
+
+        module.__dict__["cpu"] = stay  # a Trainer moves the module there after an error, and fails: that hides this one
         raise StateError(
             f"{type(module).__name__} has {len(names)} parameters without values, on the meta device, such as "
             f"{names[0]}; Quantize finds ranges from values: give them before fit (module.to_empty(device='cpu') and "
@@ -55,27 +62,35 @@ def initialise_lazy_layers(module: nn.Module, example: tuple[Any, Forward] | Non
         )
 
 
-def rebuild_from_checkpoint(module: pl.LightningModule, check: Callable[[pl.LightningModule], None]) -> None:
+def rebuild_from_checkpoint(module: pl.LightningModule, check: Callable[[pl.LightningModule, bool], None]) -> None:
     """Have the module build what a quantized checkpoint has and it has not, when it is restored.
 
     Those are quantizers, if it has none, and BatchNorms that are folded or not.
 
     Args:
         module: the module that will be restored.
-        check: called before quantizers or BatchNorms that are there are exchanged.
+        check: called before a quantized checkpoint is restored, with whether it has other BatchNorms folded.
     """
-    if getattr(module.on_load_checkpoint, "rebuilds", False):
+    if hasattr(module.on_load_checkpoint, "rebuilds"):
         return
     restore = module.on_load_checkpoint
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         state_dict = checkpoint.get("state_dict", {})
-        otherwise = folds_otherwise(module, state_dict)
-        if planned_by(state_dict) and (otherwise or not planned_by(module.state_dict())):
-            if otherwise:
-                check(module)
-            rebuild(module, state_dict)
+        if planned_by(state_dict):
+            otherwise = folds_otherwise(module, state_dict)
+            check(module, otherwise)
+            if otherwise or not is_attached(module):
+                rebuild(module, state_dict)
         restore(checkpoint)
 
-    on_load_checkpoint.rebuilds = True  # type: ignore[attr-defined]
+    on_load_checkpoint.rebuilds = vars(module).get("on_load_checkpoint")  # type: ignore[attr-defined]
     module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+
+
+def leave_checkpoints_alone(module: pl.LightningModule) -> None:
+    """Undo `rebuild_from_checkpoint`."""
+    if hasattr(module.on_load_checkpoint, "rebuilds"):
+        before = module.__dict__.pop("on_load_checkpoint").rebuilds
+        if before is not None:
+            module.on_load_checkpoint = before  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ ranges from the checkpoint and skips it.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,13 @@ from typing_extensions import override
 from lq.attach import attach, attached_plan, detach
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of
-from lq.callbacks.preparing import initialise_lazy_layers, is_uninitialised, rebuild_from_checkpoint, require_values
+from lq.callbacks.preparing import (
+    initialise_lazy_layers,
+    is_uninitialised,
+    leave_checkpoints_alone,
+    rebuild_from_checkpoint,
+    require_values,
+)
 from lq.errors import DataError, NoEffectWarning, SpecError, StateError
 from lq.folding import fold, folded_norms
 from lq.inspection import inspect
@@ -102,7 +108,7 @@ class Quantize(pl.Callback):
         self.symmetric = symmetric
         self._found: Structure | None = None
         self._example: tuple[Any, Forward] | None = None  # what the module was looked at with, and how it is run
-        self._evaluated: Callable[[], torch.nn.Module | None] = lambda: None  # attached to for an evaluation, weakly
+        self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
         self._choice: dict[str, Any] = {
             "symmetric": symmetric,
             "first_last": first_last,
@@ -119,17 +125,18 @@ class Quantize(pl.Callback):
         """Fold and attach, once."""
         _check_strategy(trainer)
         _put_running_last(trainer)
-        rebuild_from_checkpoint(pl_module, self._check_copies)
-        if stage == "fit" and self._evaluated() is pl_module and is_attached(pl_module):
-            detach(pl_module)  # what is folded and looked at for a fit is decided now
+        rebuild_from_checkpoint(pl_module, self._before_restoring)
+        evaluated = None if self._evaluated is None else self._evaluated()
+        if evaluated is pl_module and self._folds(trainer, stage) and is_attached(pl_module):
+            detach(pl_module)  # an evaluation has folded nothing
         if is_attached(pl_module):
             self._check_same(pl_module)
             return
         self._check_order(trainer)
         if is_overridden("configure_model", pl_module) or not (is_uninitialised(pl_module) or any(layers(pl_module))):
-            self._attach_after_configuring(trainer, pl_module)
+            self._attach_after_configuring(trainer, pl_module, stage)
         else:
-            self._attach(trainer, pl_module)
+            self._attach(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -178,19 +185,19 @@ class Quantize(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the example."""
-        self._example = None
+        """Leave the module's own hook."""
+        leave_checkpoints_alone(pl_module)
 
-    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         require_values(module)
         if is_uninitialised(module):
             initialise_lazy_layers(module, self._look(trainer, module))
         self._found = self._structure(trainer, module)
-        if self._folds(trainer) and self._fold(module) and self._example is not None and self.structure is None:
+        if self._folds(trainer, stage) and self._fold(module) and self._example is not None and self.structure is None:
             self._found = self._structure(trainer, module)  # tensors flow from other modules now
         attach(module, self.weights, self.activations, structure=self._found, **self._flow_of_tensors, **self._choice)
         self._example = None
-        if trainer.state.fn != "fit":
+        if stage != "fit":
             self._evaluated = weakref.ref(module)
 
     @property
@@ -198,12 +205,12 @@ class Quantize(pl.Callback):
         """The arguments that need a structure, if there is one."""
         return self._flow if self._found is not None else {}
 
-    def _folds(self, trainer: pl.Trainer) -> bool:
+    def _folds(self, trainer: pl.Trainer, stage: str) -> bool:
         """Whether BatchNorms are folded: as asked, or if the Trainer fits and nothing is trained."""
         if self.fold_bn != "auto":
             return self.fold_bn
         still = trainer.max_epochs == 0 or trainer.max_steps == 0 or trainer.limit_train_batches == 0
-        return trainer.state.fn == "fit" and still
+        return stage == "fit" and still
 
     def _fold(self, module: pl.LightningModule) -> bool:
         """Fold the BatchNorms of layers that get quantizers; whether there were any."""
@@ -228,18 +235,19 @@ class Quantize(pl.Callback):
             rank_zero_info(f"Quantize left BatchNorms unfolded: {'; '.join(map(str, folding.left))}")
         return bool(folding.pairs)
 
-    def _check_copies(self, module: pl.LightningModule) -> None:
-        """Raise if another callback has copied the module, whose BatchNorms a checkpoint has otherwise."""
+    def _before_restoring(self, module: pl.LightningModule, otherwise: bool) -> None:
+        """Raise if another callback has copied the module, and a checkpoint has its BatchNorms folded otherwise."""
+        self._evaluated = None  # what it has now comes from a checkpoint
         callbacks: list[pl.Callback] = module.trainer.callbacks if module._trainer is not None else []  # type: ignore[attr-defined]
         copying = [type(callback).__name__ for callback in callbacks if type(callback).__name__ in _COPYING]
-        if copying and module.trainer.state.fn == "fit":
+        if otherwise and copying and module.trainer.state.fn == "fit":
             raise StateError(
                 f"the checkpoint has BatchNorms folded otherwise than Quantize(fold_bn={self.fold_bn!r}) does here, "
                 f"and {copying[0]} has copied the module already; give Quantize the fold_bn (True or False) of the "
                 "run that wrote it"
             )
 
-    def _attach_after_configuring(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _attach_after_configuring(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Attach when ``configure_model``, which may build the layers, has run."""
         configure = module.configure_model
 
@@ -247,7 +255,7 @@ class Quantize(pl.Callback):
             del module.__dict__["configure_model"]
             configure()
             if not is_attached(module):
-                self._attach(trainer, module)
+                self._attach(trainer, module, stage)
 
         module.configure_model = configure_model  # type: ignore[method-assign]
 

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lq.forward_paths import KEPT, ForwardPath, follow
-from lq.method_calls import outside_calls
+from lq.method_calls import outside_calls, read_by_forward, replaces_parameters
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -299,15 +299,25 @@ class _Module:
             reason = path.against(first, second)
             if reason and not path.argument:
                 return f"in {kind}.forward {reason}", False
-            if reason:
-                return f"in {kind}.forward, {path.argument} decides: with another value {reason}", True
+            if reason:  # the code around a module says what it is called with, that around the model may be any
+                return f"in {kind}.forward, {path.argument} decides: with another value {reason}", bool(self.name)
         if pair in self.pairs and self.error:
             return self.error, True
         if pair in self.pairs and self.unknown:
-            return f"in {kind}.forward, {next(iter(self.unknown))} decides what is run", True
-        followed = bool(self.paths) and all(path.complete for path in self.paths if not path.argument)
-        called = outside_calls(self.module, first, second, forward=not followed and bool(self.paths))
-        return (f"{kind}.{called} calls only one of the two", False) if called else None
+            return f"in {kind}.forward, {next(iter(self.unknown))} decides what is run", bool(self.name)
+        return self._by_source(first, second)
+
+    def _by_source(self, first: str, second: str) -> tuple[str, bool] | None:
+        """What the source of the module's methods says against a pair."""
+        kind = type(self.module).__name__
+        cut = bool(self.paths) and not all(path.complete for path in self.paths if not path.argument)
+        if cut and any(read_by_forward(self.module, name) for name in (first, second)):
+            return f"{kind}.forward reads a parameter of the two", False
+        if called := outside_calls(self.module, first, second, forward=cut):
+            return f"{kind}.{called} calls only one of the two", False
+        if called := replaces_parameters(self.module):
+            return f"{kind}.{called} calls modules with other parameters than their own", True
+        return None
 
     def others(self) -> Iterator[UnfoldedNorm]:
         """Norms behind a convolution that cannot be folded into it, or of which the forward does not tell."""

@@ -7,7 +7,7 @@ nor an example shows.
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,13 +18,23 @@ _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning")
 
 
 class _Calls(NamedTuple):
-    """Paths of the children that a method calls ("net.0"; "net.:1" is a slice), and names of its other methods."""
+    """What a method does with the parts of its module.
 
-    children: frozenset[str]
-    methods: frozenset[str]
+    Args:
+        children: paths of the modules that it calls ("net.0"; "net.:1" is a slice).
+        methods: names of what it reads of the module itself, methods among them.
+        parameters: paths of parameters that it reads ("net.0.weight").
+        functional: whether it calls modules with other parameters than their own.
+    """
+
+    children: frozenset[str] = frozenset()
+    methods: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
+    functional: bool = False
 
 
-_NOTHING = _Calls(frozenset(), frozenset())
+_NOTHING = _Calls()
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 #: What was read of classes.
 _KNOWN: WeakKeyDictionary[type, dict[str, _Calls]] = WeakKeyDictionary()
 
@@ -39,10 +49,7 @@ def outside_calls(module: nn.Module, first: str, second: str, *, forward: bool) 
         forward: also read `forward` and the methods that it uses.
     """
     methods = _methods(type(module))
-    used, new = set[str](), {"forward"}
-    while new:
-        used |= new
-        new = {name for known in new if known in methods for name in methods[known].methods} - used
+    used = _used(methods)
     for name, calls in methods.items():
         if (name not in used or (forward and name == "forward")) and _divides(module, calls, first, second):
             return name
@@ -58,9 +65,30 @@ def outside_calls(module: nn.Module, first: str, second: str, *, forward: bool) 
 
 
 def _divides(module: nn.Module, calls: _Calls, first: str, second: str) -> bool:
-    """Whether a method calls one of two children and not the other."""
-    both = [any(_is_called(module, path, child) for path in calls.children) for child in (first, second)]
-    return both[0] != both[1]
+    """Whether a method calls one of two children by itself, and not the other."""
+    covered = [[_is_called(module, path, child) for child in (first, second)] for path in calls.children]
+    return ([True, False] in covered) != ([False, True] in covered)
+
+
+def replaces_parameters(module: nn.Module) -> str:
+    """Name of a method that calls modules with other parameters than their own; empty if there is none."""
+    return next((name for name, calls in _methods(type(module)).items() if calls.functional), "")
+
+
+def read_by_forward(module: nn.Module, name: str) -> bool:
+    """Whether `forward`, or a method that it uses, reads a parameter of the module `name` inside, by its source."""
+    methods = _methods(type(module))
+    used = _used(methods)
+    return any(path.rpartition(".")[0] == name for key in used & methods.keys() for path in methods[key].parameters)
+
+
+def _used(methods: Mapping[str, _Calls]) -> set[str]:
+    """Names of `forward` and of what it uses, directly or not."""
+    used, new = set[str](), {"forward"}
+    while new:
+        used |= new
+        new = {name for known in new if known in methods for name in methods[known].methods} - used
+    return used
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:
@@ -108,8 +136,12 @@ def _calls_of(method: FunctionType) -> _Calls:
         return _NOTHING
     me = function.args.args[0].arg
     called = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
-    paths = {path for func in called if (path := ".".join(_path(func, me)))}
-    return _Calls(frozenset(paths), frozenset(_own_methods(function, me)))
+    read = [n for n in ast.walk(function) if isinstance(n, ast.Attribute) and n.attr in _PARAMETERS]
+    children, parameters = (
+        frozenset(path for node in nodes if (path := ".".join(_path(node, me)))) for nodes in (called, read)
+    )
+    functional = "functional_call" in {getattr(func, "attr", getattr(func, "id", "")) for func in called}
+    return _Calls(children, frozenset(_own_methods(function, me)), parameters, functional)
 
 
 def _own_methods(function: ast.FunctionDef, me: str) -> Iterator[str]:

@@ -61,8 +61,8 @@ class Quantizer(nn.Module):
         self.macs: float | None = None  # multiply-accumulates per sample of the layer, once a batch was run
         #: Sees the tensor instead of it being rounded, and returns what flows on; None: round.
         self.tap: Callable[[Tensor], Tensor] | None = None
-        self.log2_step = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
-        self.zero_point = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.log2_step = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32), requires_grad=False)
+        self.zero_point = nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
         self.bits = nn.Parameter(_widths(spec.bits, shape, name), requires_grad=False)
         self.refresh()
 
@@ -429,10 +429,10 @@ def middle(bits: Tensor) -> Tensor:
 def _widths(bits: int | tuple[int, ...], shape: tuple[int, ...], name: str) -> Tensor:
     """`bits` checked, as a float tensor of `shape`."""
     if not isinstance(bits, tuple):
-        return torch.full(shape, float(check_bits(bits)))
+        return torch.full(shape, float(check_bits(bits)), dtype=torch.float32)
     if (len(bits),) != shape:
         raise SpecError(f"{name}: {len(bits)} widths were given for {shape[0] if shape else 1} channels")
-    return torch.tensor([float(check_bits(b)) for b in bits])
+    return torch.tensor([float(check_bits(b)) for b in bits], dtype=torch.float32)
 
 
 def _fingerprint(*tensors: Tensor) -> tuple[Any, ...]:
