@@ -277,7 +277,7 @@ class _Module:
                 return
             code = getattr(type(self.module).forward, "__code__", None)
             constants = [c for c in getattr(code, "co_consts", ()) if type(c) is type(default) and c != default]
-            values: list[Any] = [True, False] if default is None else constants[:_TRIED]
+            values = [*constants[:_TRIED], *_others(default)]
             tried = [{**others, name: value} for value in values]
         complete = False
         for concrete in tried:
@@ -326,6 +326,15 @@ class _Module:
         for (conv, before), (norm, after) in pairwise(children):
             if isinstance(before, CONVOLUTIONS) and is_norm(after):
                 yield UnfoldedNorm(_join(self.name, norm), _join(self.name, conv), self.error)
+
+
+def _others(default: Any) -> list[Any]:
+    """Other values of an argument that has this default."""
+    if default is None:
+        return [True, False]
+    if isinstance(default, (int, float)):
+        return [default + 1, default - 1, type(default)(0)]
+    return [""] if isinstance(default, str) else []
 
 
 def _mode(training: bool) -> str:
