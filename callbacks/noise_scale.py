@@ -218,7 +218,7 @@ class LearnNoiseScale(FineTune):
         for learner in self._learners:
             for quantizer, size in zip(learner.members, learner.sizes, strict=True):
                 counts += [costs.tensors[quantizer.name].numel / size] * size
-        self._values = torch.tensor(counts, device=start.device)
+        self._values = torch.tensor(counts, dtype=torch.float32, device=start.device)
         kinds = {"weight_bits": self._values * is_weight, "activation_bits": (~is_weight).float()}
         self._shares = {name: counted / counted.sum() for name, counted in kinds.items() if bool(counted.any())}
         if self.budget is None:

@@ -8,9 +8,10 @@ its own ``setup`` or in ``configure_model`` come later, but before all that: the
 ranges from the checkpoint and skips it.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,21 +19,27 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from lq.attach import attach, attached_plan
+from lq.attach import attach, attached_plan, detach
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of
-from lq.checkpoint import planned_by, rebuild
-from lq.errors import DataError, SpecError, StateError
-from lq.folding import fold_batchnorm
+from lq.callbacks.preparing import (
+    initialise_lazy_layers,
+    is_uninitialised,
+    leave_checkpoints_alone,
+    rebuild_from_checkpoint,
+    require_values,
+)
+from lq.errors import DataError, NoEffectWarning, SpecError, StateError
+from lq.folding import fold, folded_norms
 from lq.inspection import inspect
 from lq.report import summary
 from lq.scheme import Override, Skip, plan_sites
-from lq.sites import common_module, input_quantizer, is_attached, layers
+from lq.sites import activation_quantizers, common_module, input_quantizer, is_attached, layers, quantizers
 from lq.spec import QuantSpec
 from lq.structure import Structure
 
 _COPYING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
-_FINDERS = {"LearningRateFinder", "BatchSizeFinder"}
+_RUNNING = {"LearningRateFinder", "BatchSizeFinder", "ModelSummary"}
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
 
@@ -40,6 +47,8 @@ class Quantize(pl.Callback):
     """Quantize the layers of a LightningModule: fold BatchNorms, attach quantizers, calibrate on training data.
 
     With ``Trainer(max_epochs=0)`` this is post-training quantization; with epochs, the start of fine-tuning.
+
+    ``Trainer.validate``, ``test`` and ``predict`` before any fit, without a quantized checkpoint, run the float module.
 
     Args:
         weights: width in bits (0..8, 16), a `QuantSpec`, or None to leave weights in float.
@@ -50,8 +59,9 @@ class Quantize(pl.Callback):
         share_concats: one range for all parts of a concatenation.
         integer: also quantize, to 8 bits, what engines need that compute in integers (see `lq.attach`).
         symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own.
-        fold_bn: fold BatchNorms into the convolutions before them. Post-training work wants this; training from
-            few bits is more stable with BatchNorms kept.
+        fold_bn: fold BatchNorms into the convolutions that are quantized. "auto" folds them if the Trainer fits without
+            training (``max_epochs=0``), as post-training work wants it, and keeps them otherwise: training at few bits
+            loses points without them, and exports fold those that are left. A checkpoint decides for itself.
         first_last: least width of the first and last layers; None: no exception.
         include: name patterns of the only layers to quantize.
         exclude: name patterns of layers to leave in float.
@@ -75,7 +85,7 @@ class Quantize(pl.Callback):
         share_concats: bool = False,
         integer: bool = False,
         symmetric: bool = True,
-        fold_bn: bool = True,
+        fold_bn: bool | Literal["auto"] = "auto",
         first_last: int | None = 8,
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
@@ -86,6 +96,8 @@ class Quantize(pl.Callback):
         super().__init__()
         if calibration_samples < 1:
             raise SpecError(f"calibration_samples={calibration_samples}; calibration needs at least 1")
+        if fold_bn not in (True, False, "auto"):
+            raise SpecError(f"fold_bn={fold_bn!r} is unknown; use True, False or 'auto'")
         self.weights = weights
         self.activations = activations
         self.fold_bn = fold_bn
@@ -95,6 +107,8 @@ class Quantize(pl.Callback):
         self.skip = skip
         self.symmetric = symmetric
         self._found: Structure | None = None
+        self._example: tuple[Any, Forward] | None = None  # what the module was looked at with, and how it is run
+        self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
         self._choice: dict[str, Any] = {
             "symmetric": symmetric,
             "first_last": first_last,
@@ -110,15 +124,19 @@ class Quantize(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fold and attach, once."""
         _check_strategy(trainer)
-        _put_finders_last(trainer)
+        _put_running_last(trainer)
+        rebuild_from_checkpoint(pl_module, self._before_restoring)
+        evaluated = None if self._evaluated is None else self._evaluated()
+        if evaluated is pl_module and self._folds(trainer, stage) and is_attached(pl_module):
+            detach(pl_module)  # an evaluation has folded nothing
         if is_attached(pl_module):
             self._check_same(pl_module)
             return
         self._check_order(trainer)
-        if is_overridden("configure_model", pl_module) or not any(layers(pl_module)):
-            self._attach_after_configuring(trainer, pl_module)
+        if is_overridden("configure_model", pl_module) or not (is_uninitialised(pl_module) or any(layers(pl_module))):
+            self._attach_after_configuring(trainer, pl_module, stage)
         else:
-            self._attach(trainer, pl_module)
+            self._attach(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -128,14 +146,108 @@ class Quantize(pl.Callback):
         calibrate_on_training_data(trainer, pl_module, self.calibration_samples, self.forward)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
 
-    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.fold_bn:
-            fold_batchnorm(module)
-        self._found = self._structure(trainer, module)
-        flow: dict[str, Any] = self._flow if self._found is not None else {}
-        attach(module, self.weights, self.activations, structure=self._found, **flow, **self._choice)
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn if BatchNorms that training at few bits needs are folded."""
+        folded = folded_norms(pl_module)
+        fewest = min((float(q.bits.detach().min()) for q in quantizers(pl_module)), default=8.0) if folded else 8.0
+        if fewest < 8 or (folded and any("bits" in q.estimator.learns for q in quantizers(pl_module))):
+            rank_zero_warn(
+                f"{len(folded)} BatchNorms of {type(pl_module).__name__} were folded, and it is trained at fewer than "
+                "8 bits: without their normalization such training is unstable and ends several points lower. Start "
+                "from the float module with Quantize(fold_bn='auto') or False, which keep them; exports fold them"
+            )
 
-    def _attach_after_configuring(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before any fit, evaluate the float module."""
+        self._run_float(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before any fit, evaluate the float module."""
+        self._run_float(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before any fit, predict with the float module."""
+        self._run_float(trainer, pl_module)
+
+    def _run_float(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take the quantizers off if no activation has a range: neither fit nor a checkpoint brought any."""
+        found = activation_quantizers(module).values()
+        if trainer.state.fn != "fit" and found and not any(quantizer.calibrated for quantizer in found):
+            detach(module)
+            rank_zero_info(
+                f"Quantize: {type(module).__name__} runs in float, its quantizers get their ranges when fit starts; "
+                "to run a quantized one, call fit first (Trainer(max_epochs=0) only calibrates) or pass ckpt_path="
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module's own hook."""
+        leave_checkpoints_alone(pl_module)
+
+    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        require_values(module)
+        if is_uninitialised(module):
+            initialise_lazy_layers(module, self._look(trainer, module))
+        self._found = self._structure(trainer, module)
+        if self._folds(trainer, stage) and self._fold(module) and self._example is not None and self.structure is None:
+            self._found = self._structure(trainer, module)  # tensors flow from other modules now
+        attach(module, self.weights, self.activations, structure=self._found, **self._flow_of_tensors, **self._choice)
+        self._example = None
+        if stage != "fit":
+            self._evaluated = weakref.ref(module)
+
+    @property
+    def _flow_of_tensors(self) -> dict[str, Any]:
+        """The arguments that need a structure, if there is one."""
+        return self._flow if self._found is not None else {}
+
+    def _folds(self, trainer: pl.Trainer, stage: str) -> bool:
+        """Whether BatchNorms are folded: as asked, or if the Trainer fits and nothing is trained."""
+        if self.fold_bn != "auto":
+            return self.fold_bn
+        still = trainer.max_epochs == 0 or trainer.max_steps == 0 or trainer.limit_train_batches == 0
+        return stage == "fit" and still
+
+    def _fold(self, module: pl.LightningModule) -> bool:
+        """Fold the BatchNorms of layers that get quantizers; whether there were any."""
+        plan = plan_sites(
+            module,
+            self.weights,
+            self.activations,
+            structure=self._found,
+            **self._flow_of_tensors,
+            **self._choice,
+        )
+        convs = {planned.site.module for planned in plan.values()}
+        if self._found is not None:
+            convs &= {
+                operation.name for operation in self._found.operations
+            }  # networks that did not run stay as they are
+        example, forward = (None, None) if self._example is None else self._example
+        folding = fold(module, example, forward, convs=convs)
+        if text := folding.warning():
+            rank_zero_warn(text, category=NoEffectWarning)
+        elif folding.left:
+            rank_zero_info(f"Quantize left BatchNorms unfolded: {'; '.join(map(str, folding.left))}")
+        return bool(folding.pairs)
+
+    def _before_restoring(self, module: pl.LightningModule, otherwise: bool) -> None:
+        """Raise if another callback has copied the module, and a checkpoint has its BatchNorms folded otherwise."""
+        self._evaluated = None  # what it has now comes from a checkpoint
+        callbacks: list[pl.Callback] = module.trainer.callbacks if module._trainer is not None else []  # type: ignore[attr-defined]
+        copying = [type(callback).__name__ for callback in callbacks if type(callback).__name__ in _COPYING]
+        if otherwise and copying and module.trainer.state.fn == "fit":
+            raise StateError(
+                f"the checkpoint has BatchNorms folded otherwise than Quantize(fold_bn={self.fold_bn!r}) does here, "
+                f"and {copying[0]} has copied the module already; give Quantize the fold_bn (True or False) of the "
+                "run that wrote it"
+            )
+
+    def _attach_after_configuring(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Attach when ``configure_model``, which may build the layers, has run."""
         configure = module.configure_model
 
@@ -143,7 +255,7 @@ class Quantize(pl.Callback):
             del module.__dict__["configure_model"]
             configure()
             if not is_attached(module):
-                self._attach(trainer, module)
+                self._attach(trainer, module, stage)
 
         module.configure_model = configure_model  # type: ignore[method-assign]
 
@@ -154,20 +266,18 @@ class Quantize(pl.Callback):
             found = given if isinstance(given, Structure) else Structure.from_json(Path(given).read_text())
             missing = {site.module for site in found.sites} - dict(module.named_modules()).keys()
             return found.under(common_module(module)[0]) if missing else found
-        example = module.example_input_array
         try:
-            if example is not None:
-                return inspect(module, example, forward=_call_with)
-            batch = first_batch(trainer, module)
-            if batch is None and not any(self._flow.values()):
-                _rebuild_from_checkpoint(module)
+            self._example = self._look(trainer, module)
+            if self._example is None and not any(self._flow.values()):
                 rank_zero_info(
                     f"Quantize: neither example_input_array nor data to look at {type(module).__name__} with; its "
                     "layers are quantized by their class, or as the checkpoint has it"
                 )
                 return None
-            return inspect(module, batch, forward=forward_of(trainer, module, self.forward))
+            example, forward = self._example or (None, forward_of(trainer, module, self.forward))
+            return inspect(module, example, forward=forward)
         except DataError as error:
+            self._example = None
             if any(self._flow.values()):
                 raise
             rank_zero_warn(
@@ -175,16 +285,28 @@ class Quantize(pl.Callback):
                 "attention and other functional calls stay float. Set example_input_array, or pass forward= or "
                 "structure= to Quantize"
             )
-            _rebuild_from_checkpoint(module)
             return None
+
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Any, Forward] | None:
+        """An example to run the module on, and how; None if there is none."""
+        if module.example_input_array is not None:
+            return module.example_input_array, _call_with
+        batch = first_batch(trainer, module)
+        return None if batch is None else (batch, forward_of(trainer, module, self.forward))
 
     def _check_same(self, module: pl.LightningModule) -> None:
         """Raise if the module was quantized otherwise than this callback says."""
         present = attached_plan(module)
         if present is None:
             return  # quantizers built from a checkpoint
-        flow: dict[str, Any] = self._flow if self._found is not None else {}
-        planned = plan_sites(module, self.weights, self.activations, structure=self._found, **flow, **self._choice)
+        planned = plan_sites(
+            module,
+            self.weights,
+            self.activations,
+            structure=self._found,
+            **self._flow_of_tensors,
+            **self._choice,
+        )
         wanted = {name: found.spec for name, found in planned.items() if found.owner is None}
         if self._found is None:  # attached by another: what is not told by the layers' classes cannot be compared
             layered = {name: spec for name, spec in present.items() if name.endswith((".weight", ".input"))}
@@ -219,18 +341,18 @@ def _check_strategy(trainer: pl.Trainer) -> None:
         )
 
 
-def _put_finders_last(trainer: pl.Trainer) -> None:
-    """Have the searches for a learning rate or a batch size run after lq's callbacks have calibrated.
+def _put_running_last(trainer: pl.Trainer) -> None:
+    """Have callbacks that run the module in ``on_fit_start`` do so after lq's callbacks have calibrated.
 
-    They train in ``on_fit_start``, and Lightning (its Tuner too) puts them first. The list is replaced, not changed:
-    the Trainer is iterating over it.
+    Searches for a learning rate or a batch size train there, and Lightning (its Tuner too) puts them first; summaries
+    run the example. The list is replaced, not changed: the Trainer is iterating over it.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     end = 1 + max((i for i, callback in enumerate(callbacks) if _is_ours(callback)), default=-1)
-    finders = [callback for callback in callbacks[:end] if _FINDERS & _class_names(callback)]
-    if finders:
-        others = [callback for callback in callbacks[:end] if callback not in finders]
-        trainer.callbacks = [*others, *finders, *callbacks[end:]]  # type: ignore[attr-defined]
+    running = [callback for callback in callbacks[:end] if _RUNNING & _class_names(callback)]
+    if running:
+        others = [callback for callback in callbacks[:end] if callback not in running]
+        trainer.callbacks = [*others, *running, *callbacks[end:]]  # type: ignore[attr-defined]
 
 
 def _is_ours(callback: pl.Callback) -> bool:
@@ -257,15 +379,3 @@ def _shares(module: torch.nn.Module, site: str) -> bool:
     layer, _, place = site.rpartition(".")
     found = input_quantizer(module.get_submodule(layer))
     return place == "input" and found is not None and found.name != site
-
-
-def _rebuild_from_checkpoint(module: pl.LightningModule) -> None:
-    """Have the module build the quantizers that a checkpoint has and it has not, when it is restored."""
-    restore = module.on_load_checkpoint
-
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        if planned_by(checkpoint["state_dict"]):
-            rebuild(module, checkpoint["state_dict"])
-        restore(checkpoint)
-
-    module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lq.attach import attach_sites, detach, set_estimator
 from lq.errors import DataError
-from lq.folding import fold_pair, foldable_pairs
+from lq.foldable import foldable_pairs, is_norm
+from lq.folding import fold_pair, folded_norms, unfold_for
 from lq.interception import CALLS, is_weight_key
 from lq.scheme import PlannedSite
 from lq.sites import INPUT, OUTPUT, WEIGHT_STATE, Role, Site, is_attached, quantizers
@@ -86,9 +87,13 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
                 f"the checkpoint quantizes a layer {planned.site.module!r} that {type(model).__name__} does not have; "
                 "build the model the checkpoint was saved from"
             )
-    if not is_attached(model):
+    old = {quantizer.name: quantizer for quantizer in quantizers(model)}
+    if folds_otherwise(model, state_dict):
+        if is_attached(model):
+            detach(model)
+        unfold_for(model, state_dict)
         for pair in foldable_pairs(model):
-            if not any(key.startswith(f"{pair.norm}.running_") for key in state_dict):
+            if not _has_statistics(state_dict, pair.norm):
                 fold_pair(model, pair)
     modules = dict(model.named_modules(remove_duplicate=False))
     plan = _once(plan, modules)
@@ -96,15 +101,26 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     kinds = [{name: (p.owner, p.spec.per_channel) for name, p in sites.items()} for sites in (present, plan)]
     if kinds[0] == kinds[1]:
         return
-    old = {quantizer.name: quantizer for quantizer in quantizers(model)}
-    if old:
+    if is_attached(model):
         detach(model)
     attach_sites(model, plan, calibrate=False)
+    if old:
+        set_estimator(model, next(iter(old.values())).estimator)
     for quantizer in quantizers(model):
         before = old.get(quantizer.name)
         quantizer.spec = before.spec if before else None  # how it was made is not in the checkpoint
-    if old:
-        set_estimator(model, next(iter(old.values())).estimator)
+        if before:
+            quantizer.set_estimator(before.estimator)
+
+
+def folds_otherwise(model: nn.Module, state_dict: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has folded BatchNorms that `model` has, or has some that `model` has folded."""
+    lacks = any(is_norm(m) and not _has_statistics(state_dict, name) for name, m in model.named_modules())
+    return lacks or any(_has_statistics(state_dict, name) for name in folded_norms(model))
+
+
+def _has_statistics(state_dict: Mapping[str, Any], norm: str) -> bool:
+    return f"{norm}.running_mean" in state_dict
 
 
 def _once(plan: dict[str, PlannedSite], modules: Mapping[str, nn.Module]) -> dict[str, PlannedSite]:

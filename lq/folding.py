@@ -5,40 +5,52 @@ becomes ``w' = w * g``, ``b' = b * g + t``; one after it ``w' = w * g`` along it
 ``b' = b + sum(w * t)``, which is exact only without zero padding (the padding would not be shifted). Other norms
 (EvoNorm, GroupNorm, LayerNorm) depend on the input and stay.
 
-Pairs are found by tracing each module that holds a BatchNorm, its children taken as they are (torch.fx with every child
-a leaf). This needs no example input and no traceable model: only the few lines between a convolution and its norm must
-be free of control flow on tensors. A pair is folded if the norm is the only reader of the convolution's output and both
-are called once. Convolutions that are not torch's own class (padding variants, weight standardization) are folded only
-if a random input comes out the same.
+Which pairs there are, and which of them are sure, says `lq.foldable`; with an example, pairs are checked by running it
+too. Convolutions that are not torch's own class (padding variants, weight standardization) are folded only if a random
+input comes out the same.
 """
 
-import inspect
 import os
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from lq.calibration import Forward
 from lq.channels import ChannelLayout
-from lq.errors import StateError
+from lq.errors import NoEffectWarning, StateError
+from lq.foldable import CONVOLUTIONS, FoldablePair, UnfoldedNorm, has_act, search
+from lq.folding_check import outputs, reads_alone, same_outputs
 from lq.sites import is_attached
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
+#: At most so many norms are named in a warning.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
-class FoldablePair:
-    """Names of a convolution and of the BatchNorm that alone reads its output, or that it alone reads."""
+class Folding:
+    """What was folded, and which BatchNorms beside a convolution were left and why."""
 
-    conv: str
-    norm: str
-    norm_first: bool = field(default=False, repr=False)
+    pairs: list[FoldablePair]
+    left: list[UnfoldedNorm]
+
+    def warning(self) -> str:
+        """What to tell somebody who can do something about it; empty if there is nothing to do."""
+        return _sentence([norm for norm in self.left if norm.advice])
+
+
+@dataclass
+class _Folded:
+    """What a module remembers of a norm that was folded inside of it."""
+
+    eps: float
+    norm: nn.Module
+    had_bias: bool
 
 
 class FoldedNorm(nn.Module):
@@ -54,76 +66,187 @@ class FoldedNorm(nn.Module):
         return self.act(self.drop(x))  # type: ignore[no-any-return]
 
 
-def fold_batchnorm(model: nn.Module) -> list[FoldablePair]:
+def fold_batchnorm(model: nn.Module, example: Any = None, forward: Forward | None = None) -> list[FoldablePair]:
     """Fold every BatchNorm next to a convolution into it, in place; the norm's running statistics are used.
 
-    Norms after a convolution are folded, and norms before one that does not pad; frozen and synchronized ones too.
+    Norms after a convolution are folded, and norms before one that does not pad; frozen and synchronized ones too. Only
+    pairs are folded that are sure whatever path through the code is run (see `lq.foldable`). What is left beside a
+    convolution and why says `left_unfolded`.
 
     A float checkpoint of the unfolded model still loads: its BatchNorms are folded on the way in.
+
+    Args:
+        model: a model without quantizers.
+        example: a batch to check by running, in eval mode: pairs that depend on arguments are folded if the example
+            has them, and a pair whose folding would change the outputs is left.
+        forward: how to run the model on it, as in `lq.calibrate`.
 
     Returns:
         The folded pairs; BatchNorms that are in no pair stay as they are.
 
     Raises:
         StateError: if the model has quantizers already, whose ranges would not fit the folded weights.
+        DataError: if the model does not take the example.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
     >>> fold_batchnorm(model)
     [FoldablePair(conv='0', norm='1')]
     """
+    folding = fold(model, example, forward)
+    if text := folding.warning():
+        warnings.warn(text, NoEffectWarning, stacklevel=2)
+    return folding.pairs
+
+
+def fold(
+    model: nn.Module, example: Any = None, forward: Forward | None = None, *, convs: Collection[str] | None = None
+) -> Folding:
+    """As `fold_batchnorm`, of these convolutions only, and without a warning."""
+    _require_float(model)
+    folded = []
+    sure, left = _sure(model, example, forward, convs)
+    for pair in _unchanged(model, sure, example, forward):
+        if example is not None or _fold(model, pair):
+            folded.append(pair)
+    known = {pair.norm for pair in folded}
+    computed = "folding it would change what the two compute"
+    left += [UnfoldedNorm(pair.norm, pair.conv, computed) for pair in sure if pair.norm not in known]
+    return Folding(folded, left)
+
+
+def left_unfolded(model: nn.Module, example: Any = None, forward: Forward | None = None) -> list[UnfoldedNorm]:
+    """BatchNorms beside a convolution that `fold_batchnorm` leaves, or has left, and why; nothing is changed.
+
+    Norms that follow no convolution are not among them.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> handle = model[0].register_forward_hook(print)
+    >>> print(left_unfolded(model)[0])
+    1 behind 0: 0 has a hook, which folding would take the values from (remove the hook first)
+    """
+    _require_float(model)
+    return _sure(model, example, forward, None)[1]
+
+
+def _require_float(model: nn.Module) -> None:
     if is_attached(model):
         raise StateError(
             "BatchNorm cannot be folded into weights that have quantizers: lq.detach(model), lq.fold_batchnorm(model), "
             "then lq.attach(model, ...) again"
         )
-    return [pair for pair in foldable_pairs(model) if fold_pair(model, pair)]
 
 
-def foldable_pairs(model: nn.Module) -> list[FoldablePair]:
-    """All pairs of a convolution and a BatchNorm to fold into it, found by tracing."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    pairs = []
-    for prefix, parent in model.named_modules():
-        if any(_is_norm(parent.get_submodule(_end_of(parent, name, 0))) for name, _ in parent.named_children()):
-            for pair in _pairs_inside(parent):
-                modules = parent.get_submodule(pair.conv), parent.get_submodule(pair.norm)
-                alone = all(len(names[id(module)]) == 1 for module in modules)  # shared modules have other readers
-                if alone and _owns_its_parameters(modules[0], owners):
-                    pairs.append(FoldablePair(_join(prefix, pair.conv), _join(prefix, pair.norm), pair.norm_first))
-    folded: dict[str, FoldablePair] = {}
-    for pair in sorted(dict.fromkeys(pairs), key=lambda pair: pair.norm_first):  # after a convolution before before one
-        folded.setdefault(pair.norm, pair)
-    return [pair for pair in dict.fromkeys(pairs) if folded[pair.norm] == pair]
+def _sentence(left: list[UnfoldedNorm]) -> str:
+    if not left:
+        return ""
+    few = "; ".join(map(str, left[:_NAMED])) + ("; ..." if len(left) > _NAMED else "")
+    return f"{len(left)} BatchNorm{'s' if len(left) > 1 else ''} stayed unfolded: {few}"
 
 
-def _owns_its_parameters(conv: nn.Module, owners: Counter[int]) -> bool:
-    """Whether the weight is a plain Parameter (not computed, as by weight norm or pruning) and shared with no other."""
-    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
-    computed = weight is None or len(conv._forward_pre_hooks) > 0
-    return not computed and all(p is None or owners[id(p)] == 1 for p in (weight, bias))
+def _sure(
+    model: nn.Module, example: Any, forward: Forward | None, convs: Collection[str] | None
+) -> tuple[list[FoldablePair], list[UnfoldedNorm]]:
+    """The pairs that are sure, of the code and of an example; and the norms that are not, and why."""
+    found = search(model)
+    pairs = [pair for pair in found.pairs if convs is None or pair.conv in convs]
+    left = [norm for norm in found.others if convs is None or norm.conv in convs]
+    asked = [pair for pair in pairs if pair not in found.doubts or pair in found.unrun]
+    run = {} if example is None or not asked else reads_alone(model, asked, example, forward)
+    sure = []
+    for pair in pairs:
+        doubt = found.doubts.get(pair)
+        if pair in run:
+            doubt = UnfoldedNorm(pair.norm, pair.conv, run[pair]) if run[pair] else None
+        if doubt is None:
+            sure.append(pair)
+        else:
+            left.append(doubt)
+    return sure, left
+
+
+def _unchanged(
+    model: nn.Module, pairs: list[FoldablePair], example: Any, forward: Forward | None
+) -> list[FoldablePair]:
+    """Fold pairs and undo those that change what the model makes of the example; without one, all, and not folded."""
+    if example is None or not pairs:
+        return pairs
+    before = outputs(model, example, forward)
+
+    def kept(some: list[FoldablePair]) -> list[FoldablePair]:
+        undo = {pair: done for pair in some if (done := _fold(model, pair))}
+        if same_outputs(before, outputs(model, example, forward)):
+            return list(undo)
+        for pair in reversed(undo):
+            undo[pair]()
+        if len(undo) <= 1:
+            return []
+        middle = len(undo) // 2
+        return [*kept(list(undo)[:middle]), *kept(list(undo)[middle:])]
+
+    return kept(pairs)
 
 
 def fold_pair(model: nn.Module, pair: FoldablePair) -> bool:
     """Fold one pair; False, and nothing changed, if the convolution computes something else than its class says."""
+    return _fold(model, pair) is not None
+
+
+def _fold(model: nn.Module, pair: FoldablePair) -> Callable[[], None] | None:
+    """Fold one pair and return what undoes it; None, and nothing changed, if that is not exact."""
     conv: Any = model.get_submodule(pair.conv)
     norm: Any = model.get_submodule(pair.norm)
     with torch.no_grad():
         folded = _folded(conv.weight, conv.bias, norm, conv, pair.norm_first)
-        if type(conv) not in _CONVS and not _same(conv, norm, *folded):
-            return False
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in folded)  # half precision may overflow
+        if not finite or (type(conv) not in CONVOLUTIONS and not _same(conv, norm, *folded)):
+            return None
+        old = conv.weight.clone(), None if conv.bias is None else conv.bias.clone()
         conv.weight.copy_(folded[0])
         if conv.bias is None:
             conv.bias = nn.Parameter(folded[1].to(conv.weight))
         else:
             conv.bias.copy_(folded[1])
-    left = FoldedNorm(norm.drop, norm.act) if _has_act(norm) else nn.Identity()
-    parent, _, child = pair.norm.rpartition(".")
-    setattr(model.get_submodule(parent), child, left.train(norm.training))
-    _remember(model, pair, float(norm.eps))
-    return True
+    left = FoldedNorm(norm.drop, norm.act) if has_act(norm) else nn.Identity()
+    _put(model, pair.norm, left.train(norm.training))
+    _remember(model, pair, _Folded(float(norm.eps), norm, old[1] is not None))
+
+    @torch.no_grad()
+    def undo() -> None:
+        _unfold(model, pair)
+        conv.weight.copy_(old[0])
+        if old[1] is not None:
+            conv.bias.copy_(old[1])
+
+    return undo
+
+
+def unfold_for(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Put back the folded BatchNorms that a checkpoint has, which is to be loaded next: weights stay folded."""
+    back = [
+        FoldablePair(_join(prefix, pair.conv), _join(prefix, pair.norm), pair.norm_first)
+        for prefix, parent in model.named_modules()
+        for pair in parent.__dict__.get("_folded_norms", {})
+        if f"{_join(prefix, pair.norm)}.running_mean" in state_dict
+    ]
+    for pair in back:
+        _unfold(model, pair)
+
+
+def _unfold(model: nn.Module, pair: FoldablePair) -> None:
+    """Put the norm of a pair back; the convolution's values are not restored."""
+    parent, local = _around(model, pair)
+    folds: dict[FoldablePair, _Folded] = parent.__dict__["_folded_norms"]
+    folded = folds.pop(local)
+    conv: Any = model.get_submodule(pair.conv)
+    training = model.get_submodule(pair.norm).training
+    if not folded.had_bias:
+        conv.bias = None
+    _put(model, pair.norm, folded.norm.to(conv.weight.device).train(training))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _folded(weight: Tensor, bias: Tensor | None, norm: Any, conv: Any, norm_first: bool) -> tuple[Tensor, Tensor]:
@@ -169,95 +292,41 @@ def _same(conv: Any, norm: Any, weight: Tensor, bias: Tensor) -> bool:
         norm.train(training)
 
 
-# --- tracing ----------------------------------------------------------------------------------------------------
-
-
-class _ChildrenAreLeaves(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _pairs_inside(parent: nn.Module) -> Iterator[FoldablePair]:
-    """Names, below `parent`, of convolutions and norms that follow each other in its forward."""
-    attributes = dict(parent.__dict__)
-    parameters = inspect.signature(parent.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    try:
-        graph = _ChildrenAreLeaves().trace(parent, concrete_args=defaults)
-    except Exception:  # noqa: BLE001 - whatever a forward raises on proxies, it cannot be traced: nothing to fold here
-        return
-    finally:
-        parent.__dict__.update(attributes)  # a forward may have stored proxies on the module
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    for node in graph.nodes:
-        if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
-            continue
-        before = node.args[0]
-        if before.op != "call_module" or len(before.users) != 1:
-            continue
-        once = calls[before.target] == calls[node.target] == 1
-        earlier, later = _end_of(parent, str(before.target), -1), _end_of(parent, str(node.target), 0)
-        if not once or {earlier, later} & read:
-            continue
-        first, second = parent.get_submodule(earlier), parent.get_submodule(later)
-        if isinstance(first, _CONVS) and _is_norm(second):
-            yield FoldablePair(earlier, later)
-        elif _is_norm(first) and not _has_act(first) and _does_not_pad(second):
-            yield FoldablePair(later, earlier, norm_first=True)
-
-
-def _end_of(parent: nn.Module, name: str, index: int) -> str:
-    """The first (0) or last (-1) module of a Sequential, and of Sequentials in it; any other module is its own end."""
-    module = parent.get_submodule(name)
-    while type(module) is nn.Sequential and len(module):
-        child = list(module._modules)[index]
-        name, module = f"{name}.{child}", module[index]
-    return name
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """A BatchNorm with running statistics: torch's own, a frozen one, or timm's with an activation behind."""
-    frozen = type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
-    if not (frozen or isinstance(module, _NORMS)) or module.running_mean is None or module.running_var is None:
-        return False
-    return frozen or type(module) in _NORMS or _has_act(module)
-
-
-def _has_act(norm: nn.Module) -> bool:
-    names = {cls.__name__ for cls in type(norm).__mro__}
-    known = {"BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"}
-    return bool(names & known) and hasattr(norm, "drop") and hasattr(norm, "act")
-
-
-def _does_not_pad(module: nn.Module) -> bool:
-    """A plain convolution that adds no zeros around what it reads."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module) not in _CONVS:
-        return False
-    return module.padding == "valid" or (module.padding != "same" and not any(map(int, module.padding)))
-
-
 # --- float checkpoints of the unfolded model ----------------------------------------------------------------------
 
 
-def _remember(model: nn.Module, pair: FoldablePair, eps: float) -> None:
-    """Have the module around the pair fold it in any unfolded checkpoint that it loads."""
+def _around(model: nn.Module, pair: FoldablePair) -> tuple[nn.Module, FoldablePair]:
+    """The module around a pair, and the pair as it is named there."""
     inside = os.path.commonprefix([pair.conv.split("."), pair.norm.split(".")])
-    parent = model.get_submodule(".".join(inside))
     conv, norm = (".".join(name.split(".")[len(inside) :]) for name in (pair.conv, pair.norm))
-    folds: dict[FoldablePair, float] = parent.__dict__.setdefault("_folded_norms", {})
-    if not folds:
+    return model.get_submodule(".".join(inside)), FoldablePair(conv, norm, pair.norm_first)
+
+
+def _remember(model: nn.Module, pair: FoldablePair, folded: _Folded) -> None:
+    """Have the module around the pair fold it in any unfolded checkpoint that it loads."""
+    parent, local = _around(model, pair)
+    if "_folded_norms" not in parent.__dict__:
+        parent.__dict__["_folded_norms"] = {}
         parent.register_load_state_dict_pre_hook(_fold_checkpoint)
-    folds[FoldablePair(conv, norm, pair.norm_first)] = eps
+    parent.__dict__["_folded_norms"][local] = folded
+
+
+def folded_norms(model: nn.Module) -> list[str]:
+    """Names of the BatchNorms that were folded."""
+    return [
+        _join(prefix, pair.norm)
+        for prefix, parent in model.named_modules()
+        for pair in parent.__dict__.get("_folded_norms", {})
+    ]
 
 
 def _fold_checkpoint(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load-state-dict hook: fold the BatchNorms that a checkpoint still has and `parent` has folded."""
-    for pair, eps in parent.__dict__.get("_folded_norms", {}).items():
+    for pair, folded in parent.__dict__.get("_folded_norms", {}).items():
         conv, norm = f"{prefix}{pair.conv}.", f"{prefix}{pair.norm}."
         if f"{norm}running_var" not in state_dict or f"{conv}weight" not in state_dict:
             continue
-        stored = SimpleNamespace(eps=eps, **{part: state_dict.pop(norm + part, None) for part in _NORM_STATE})
+        stored = SimpleNamespace(eps=folded.eps, **{part: state_dict.pop(norm + part, None) for part in _NORM_STATE})
         state_dict.pop(f"{norm}num_batches_tracked", None)
         weight, bias = state_dict[f"{conv}weight"], state_dict.get(f"{conv}bias")
         module = parent.get_submodule(pair.conv)

@@ -25,7 +25,7 @@ from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
 from lq.files import whole_file
-from lq.folding import foldable_pairs
+from lq.foldable import foldable_pairs
 from lq.functional import step_size
 from lq.quantizer import Quantizer, WeightQuantizer, middle
 from lq.sites import is_attached, require_attached

@@ -205,7 +205,7 @@ class _Fitting:
             parts = flat.split([grad.numel() for grad in found])
             found = [part.view_as(grad) for part, grad in zip(parts, found, strict=True)]
         for moved, grad in zip(self.moved, found, strict=True):
-            moved.grad = grad
+            moved.grad = grad.to(moved.dtype)
         first = 1 if self.rounding.parameters else 0  # the rounding's own rate is constant
         for group, peak in zip(self.optimizer.param_groups[first:], self._peaks[first:], strict=True):
             group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2

@@ -97,6 +97,7 @@ def test_a_resumed_run_measures_nothing(tmp_path):
     assert widths(loaded) == widths(first)
 
 
+@pytest.mark.filterwarnings("ignore:.*BatchNorms of Tiny were folded")  # by the first of two fits
 def test_the_callback_allocates_for_each_module_once():
     callback = AllocateBits("8x")
     first, second = tiny(), tiny(seed=3)

@@ -125,10 +125,10 @@ def test_evaluates_before_and_after_fit(cls):
 
 
 @every
-def test_evaluating_without_ranges_names_the_fix(cls):
-    made = trainer(chain(cls))
-    with pytest.raises(lq.StateError, match="has no range yet: run lq.calibrate"):
-        made.validate(tiny(), loader(), verbose=False)
+def test_evaluation_before_fit_is_that_of_the_float_module(cls):
+    made, module = trainer(chain(cls)), tiny()
+    assert made.validate(module, loader(), verbose=False) == trainer().validate(tiny(), loader(), verbose=False)
+    assert_same(dict(module.state_dict()), dict(tiny().state_dict()))
 
 
 @every
@@ -166,7 +166,7 @@ VARIANTS += [(FineTune, {"distill": 1.0}), (FineTune, {"lr": 0.01, "schedule": "
 def test_no_trace_after_fit(cls, kwargs):
     module, reference = tiny(), tiny()
     made = fit(module, chain(cls, **kwargs))
-    lq.attach(lq.fold_batchnorm(reference) and reference, 8, 8)
+    lq.attach(reference, 8, 8)
     assert hooks(module) == hooks(reference)
     assert [n for n, _ in module.named_modules()] == [n for n, _ in reference.named_modules()]
     assert list(module.state_dict()) == list(reference.state_dict())

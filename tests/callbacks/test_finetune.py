@@ -277,7 +277,7 @@ def test_last_validation_sees_reestimated_statistics():
 @pytest.mark.parametrize("kwargs", [{"freeze_bn_epoch": 0}, {"reestimate_bn": 8}])
 def test_nothing_to_freeze_is_a_warning(kwargs):
     with pytest.warns(lq.NoEffectWarning, match=r"use Quantize\(fold_bn=False\) to keep them"):
-        fit(tiny(), [Quantize(), FineTune(**kwargs)])
+        fit(tiny(), [Quantize(8, 8, fold_bn=True), FineTune(**kwargs)])
 
 
 # --- distillation ---------------------------------------------------------------------------------------------------
@@ -408,6 +408,7 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
+@pytest.mark.filterwarnings("ignore:.*BatchNorms of Tiny were folded")
 @pytest.mark.parametrize(("case", "fold"), [*((case, False) for case in RESUMES), ("lsq", True), ("teacher", True)])
 def test_resumed_run_equals_a_straight_one(tmp_path, case, fold):
     ours, theirs = RESUMES[case][1], RESUMES[case][0]

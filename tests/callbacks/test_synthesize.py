@@ -53,6 +53,7 @@ def synthetic(**options):
     return SynthesizeData(SHAPE, **{**FEW, **options})
 
 
+@pytest.mark.filterwarnings("ignore:.*BatchNorms of Tiny were folded")  # by the first of two fits
 @pytest.mark.parametrize("given", [(), ([],), (Untouchable(),)], ids=["no data", "empty", "any loader"])
 def test_quantizes_without_touching_a_loader(given):
     module, made = trained(), trainer([synthetic(), Quantize(4, 4)], max_epochs=0)
