@@ -122,7 +122,9 @@ class AllocateBits(pl.Callback):
             )
         given = self.allocation
         if given is None:
-            if self.activations is not None and any(q.seen is None for q in activation_quantizers(pl_module).values()):
+            if self.activations is not None and any(
+                q.seen is None and q.calibrated for q in activation_quantizers(pl_module).values()
+            ):
                 self._calibrate(trainer, pl_module)  # their ranges came from a checkpoint, without the values behind
             with isolate_rng():
                 found = self._allocate(trainer, pl_module)

@@ -26,10 +26,11 @@ from lq.errors import DataError, SpecError, StateError
 from lq.folding import fold_batchnorm
 from lq.inspection import inspect
 from lq.report import summary
-from lq.scheme import Override, Skip, plan_sites
-from lq.sites import common_module, input_quantizer, is_attached, layers
+from lq.scheme import KINDS, Override, Skip, plan_sites
+from lq.sites import common_module, input_quantizer, is_attached, layers, weight_quantizer
 from lq.spec import QuantSpec
 from lq.structure import Structure
+from lq.unseen import unseen_layers
 
 _COPYING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
 _FINDERS = {"LearningRateFinder", "BatchSizeFinder"}
@@ -134,6 +135,13 @@ class Quantize(pl.Callback):
         self._found = self._structure(trainer, module)
         flow: dict[str, Any] = self._flow if self._found is not None else {}
         attach(module, self.weights, self.activations, structure=self._found, **flow, **self._choice)
+        if self._found is not None:
+            unseen = [
+                n for n in unseen_layers(module, self._found, KINDS)[0] if weight_quantizer(module.get_submodule(n))
+            ]
+            if unseen:
+                few = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+                rank_zero_info(f"Quantize: layers that the example did not reach are quantized by their class: {few}")
 
     def _attach_after_configuring(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Attach when ``configure_model``, which may build the layers, has run."""

@@ -19,7 +19,7 @@ from lq.cost import batch_size
 from lq.errors import StateError
 from lq.interception import activation_key, weight_key
 from lq.sites import Site, is_attached
-from lq.structure import CONSTANT, FloatTensor, Operation, Structure
+from lq.structure import CONSTANT, NOT_USED, FloatTensor, Operation, Structure
 from lq.tracing import CallEvent, Trace, Value, trace
 
 
@@ -82,7 +82,10 @@ class _Builder:
         self._skips()
         self._results()
         self._relations()
-        return Structure(tuple(self.sites.values()), tuple(self.operations.values()), self._floats(), *self._edges())
+        ran = tuple(self.trace.outputs)
+        return Structure(
+            tuple(self.sites.values()), tuple(self.operations.values()), self._floats(), *self._edges(), ran
+        )
 
     # --- operations ---------------------------------------------------------------------------------------------
 
@@ -301,7 +304,7 @@ class _Builder:
                 return reason
         if uses:
             return f"used by {', '.join(sorted(uses))}"
-        return "not used by the example"
+        return NOT_USED
 
 
 _KEEPING_ROWS = {

@@ -362,11 +362,12 @@ def _restore(ranges: _State) -> None:
 
 def _check_calibrated(model: nn.Module) -> None:
     """Raise if a range, or the values behind the range of an activation, are not known."""
-    without = [q.name for q in quantizers(model) if not q.calibrated]
+    without = [q.name for q in quantizers(model) if not (q.calibrated or q.unreached)]
     if without:
         raise StateError(
             f"lq.optimize_ranges needs calibrated quantizers, {len(without)} have no range ({', '.join(without[:3])}); "
             "call lq.calibrate(model, batches) first, and exclude layers that the forward never uses from lq.attach"
         )
     for site in activation_quantizers(model).values():
-        site.samples()
+        if site.calibrated:
+            site.samples()

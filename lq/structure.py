@@ -12,6 +12,9 @@ from lq.errors import DataError
 from lq.sites import Site
 from lq.tables import Table, amount
 
+#: Why a parameter stays in float that nothing read while the model ran.
+NOT_USED = "not used by the example"
+
 #: Reason of an operation that does not depend on the input: its result is a constant, to be computed once.
 CONSTANT = "of parameters alone"
 
@@ -54,6 +57,7 @@ class Structure:
         floats: parameters that stay in float.
         first: names of the layers that read the network's input.
         last: names of the layers that make the network's output.
+        ran: names of the modules whose forward ran; none are known of structures that an older lq has saved.
     """
 
     sites: tuple[Site, ...]
@@ -61,6 +65,7 @@ class Structure:
     floats: tuple[FloatTensor, ...]
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
+    ran: tuple[str, ...] = ()
 
     @property
     def macs(self) -> float:
@@ -92,8 +97,8 @@ class Structure:
         )
         operations = (replace(o, name=inside(o.name), sites=tuple(map(inside, o.sites))) for o in self.operations)
         floats = (replace(tensor, name=inside(tensor.name)) for tensor in self.floats)
-        first, last = (tuple(map(inside, names)) for names in (self.first, self.last))
-        return Structure(tuple(sites), tuple(operations), tuple(floats), first, last)
+        first, last, ran = (tuple(map(inside, names)) for names in (self.first, self.last, self.ran))
+        return Structure(tuple(sites), tuple(operations), tuple(floats), first, last, ran)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -109,6 +114,7 @@ class Structure:
                 tuple(FloatTensor(**_tupled(tensor)) for tensor in values["floats"]),
                 tuple(values["first"]),
                 tuple(values["last"]),
+                tuple(values.get("ran", ())),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"not a saved structure: {error}; save one with json.dumps(structure.to_dict())") from error
