@@ -16,11 +16,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lq.attach import attach, attached_plan
 from lq.calibration import Forward, needs_calibration
-from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of
+from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of, run_example
 from lq.checkpoint import planned_by, rebuild
 from lq.errors import DataError, SpecError, StateError
 from lq.folding import fold_batchnorm
@@ -58,8 +59,10 @@ class Quantize(pl.Callback):
         exclude: name patterns of layers to leave in float.
         overrides: other widths by name pattern, such as ``{"model.layer4": {"weights": 2}}``.
         calibration_samples: training samples to calibrate on, over all ranks.
-        forward: called with the module and a batch to calibrate with; by default the module's
-            ``calibration_step(batch)`` if it has one, else its forward on the batch (or the first part of it).
+        forward: called with the module and a batch to calibrate with. By default the module's
+            ``calibration_step(batch)`` if it has one; else its forward on the batch, on the first part of it or, of a
+            dict, on the parts that its parameters are named like; else, where that fails, what its ``training_step``
+            calls (in eval mode, without gradients, nothing is logged).
 
     Example::
 
@@ -165,7 +168,7 @@ class Quantize(pl.Callback):
         example = module.example_input_array
         try:
             if example is not None:
-                return inspect(module, example, forward=_call_with)
+                return inspect(module, example, forward=run_example)
             batch = first_batch(trainer, module)
             if batch is None and not any(self._flow.values()):
                 _rebuild_from_checkpoint(module)
@@ -174,7 +177,8 @@ class Quantize(pl.Callback):
                     "layers are quantized by their class, or as the checkpoint has it"
                 )
                 return None
-            return inspect(module, batch, forward=forward_of(trainer, module, self.forward))
+            with isolate_rng():
+                return inspect(module, batch, forward=forward_of(trainer, module, self.forward))
         except DataError as error:
             if any(self._flow.values()):
                 raise
@@ -249,15 +253,6 @@ def _is_ours(callback: pl.Callback) -> bool:
 def _class_names(thing: object) -> set[str]:
     """Names of its class and bases: the same in both packages that Lightning comes as."""
     return {base.__name__ for base in type(thing).__mro__}
-
-
-def _call_with(model: torch.nn.Module, example: Any) -> Any:
-    """Run a module on its ``example_input_array``, as Lightning does."""
-    if type(model).forward is pl.LightningModule.forward:
-        model = common_module(model)[1]
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
 
 
 def _shares(module: torch.nn.Module, site: str) -> bool:
