@@ -69,16 +69,16 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
 def _chosen(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
-    named = _named_parts(batch)
+    named = named_parts(batch)
     if named is not None:
         by_name = _by_name(model, named)
         if by_name is not None:
             return (), by_name
     if isinstance(batch, (tuple, list)) and batch:
         first = batch[0]
-        if isinstance(first, (list, tuple)) and _named_parts(first) is None:
+        if isinstance(first, (list, tuple)) and named_parts(first) is None:
             return _several(model, first), {}
-        if isinstance(first, Tensor) or _named_parts(first) is not None:
+        if isinstance(first, Tensor) or named_parts(first) is not None:
             return _chosen(model, first)
     elif named is not None and len(_required(model)) == 1:
         return (batch,), {}
@@ -110,7 +110,7 @@ def _by_name(model: nn.Module, parts: Mapping[str, Any]) -> dict[str, Any] | Non
     return None
 
 
-def _named_parts(batch: Any) -> Mapping[str, Any] | None:
+def named_parts(batch: Any) -> Mapping[str, Any] | None:
     """The parts of a batch by name; None if they have none."""
     if isinstance(batch, Mapping):
         return batch if all(isinstance(key, str) for key in batch) else {}
@@ -161,7 +161,7 @@ def describe(batch: Any) -> str:
     """
     if isinstance(batch, Tensor):
         return f"Tensor{tuple(batch.shape)}"
-    named = _named_parts(batch) or (batch if isinstance(batch, Mapping) else None)
+    named = named_parts(batch) or (batch if isinstance(batch, Mapping) else None)
     if named is not None:
         return f"{type(batch).__name__}({', '.join(f'{key}: {describe(value)}' for key, value in named.items())})"
     if isinstance(batch, (tuple, list)):

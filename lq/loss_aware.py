@@ -129,8 +129,7 @@ def optimize_ranges(
         powers: exponents of the error that are tried.
         candidates: number of shrinks of the min-max range that each fit tries.
         evaluations: how often Powell's method may measure the loss, besides once for each exponent; 0: no search.
-        forward: called with the model and a batch, returns the output; by default ``model(batch)``, or
-            ``model(batch[0])`` for tuples and lists.
+        forward: called with the model and a batch, returns the output; by default as in `lq.calibrate`.
         reduce: combines a tensor over ranks: called with it and "sum"; all ranks find the same ranges.
 
     Returns:
