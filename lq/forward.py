@@ -153,6 +153,16 @@ def _failure(model: nn.Module, batch: Any, forward: Forward | None, error: Excep
     )
 
 
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """All tensors in a batch."""
+    named = named_parts(batch) or (batch if isinstance(batch, Mapping) else None)
+    if isinstance(batch, Tensor):
+        yield batch
+    elif named is not None or isinstance(batch, (tuple, list)):
+        for part in batch if named is None else named.values():
+            yield from tensors_of(part)
+
+
 def describe(batch: Any) -> str:
     """The shape of a batch in words.
 

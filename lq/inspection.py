@@ -17,6 +17,7 @@ from lq.calibration import Forward, eval_mode, run
 from lq.calls import ACTIVATIONS, FUNCTIONS
 from lq.cost import batch_size
 from lq.errors import StateError
+from lq.forward import tensors_of
 from lq.interception import activation_key, weight_key
 from lq.sites import Site, is_attached
 from lq.structure import CONSTANT, NOT_USED, FloatTensor, Operation, Structure
@@ -53,7 +54,7 @@ def inspect(model: nn.Module, example: Any, *, forward: Forward | None = None) -
         )
     # Compiled parts run as they are written: inside a compiled program there is nothing to see.
     with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        seen = trace(model, lambda: run(model, example, forward), example)
+        seen = trace(model, lambda: run(model, example, forward), list(tensors_of(example)))
     return _Builder(model, seen, batch_size(example)).structure()
 
 
