@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lq.calibration import Forward, calibrate, run
 from lq.callbacks.averages import give_to_averages
-from lq.callbacks.steps import called, run_forward, run_step, way_of
+from lq.callbacks.steps import Way, called, run_forward, run_step, way_of
 from lq.callbacks.streams import combined, make_returnable, mode_of, reading, small_batch
 from lq.cost import batch_size
 from lq.errors import DataError
@@ -118,7 +118,7 @@ def forward_of(
     if forward is None and not callable(getattr(module, "calibration_step", None)):
         way = way_of(module, lambda: first_batch(trainer, module))
     else:
-        way = "forward"
+        way = Way()
 
     def call(model: nn.Module, batch: Any) -> Any:
         with trainer.precision_plugin.forward_context() if autocast else nullcontext():
@@ -127,7 +127,7 @@ def forward_of(
             own = getattr(model, "calibration_step", None)
             if callable(own):
                 return called("calibration_step", model, batch, lambda _, batch: own(batch))
-            return run_step(model, batch, trainer) if way == "step" else run_forward(model, batch)
+            return run_step(model, batch, trainer, way.teachers) if way.by_step else run_forward(model, batch)
 
     return call
 

@@ -22,6 +22,7 @@ from typing_extensions import override
 from lq.attach import attach, attached_plan
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of, run_example
+from lq.callbacks.steps import teachers_of
 from lq.checkpoint import planned_by, rebuild
 from lq.errors import DataError, SpecError, StateError
 from lq.folding import fold_batchnorm
@@ -178,7 +179,8 @@ class Quantize(pl.Callback):
                 )
                 return None
             with isolate_rng():
-                return inspect(module, batch, forward=forward_of(trainer, module, self.forward))
+                found = inspect(module, batch, forward=forward_of(trainer, module, self.forward))
+            return found.without(teachers_of(module))
         except DataError as error:
             if any(self._flow.values()):
                 raise

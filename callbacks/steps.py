@@ -7,9 +7,10 @@ the last module with weights that it calls itself. Steps that optimize by hand a
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
@@ -23,8 +24,19 @@ from lq.errors import DataError
 from lq.forward import FAILURES, describe, eval_mode, run
 from lq.sites import activation_quantizers, common_module
 
-#: "forward": the module's own, or that of the part of it that is the network; "step": its ``training_step``.
-Way = Literal["forward", "step"]
+
+@dataclass(frozen=True)
+class Way:
+    """How a module is run on a batch.
+
+    Args:
+        by_step: by its ``training_step``, instead of by its forward or that of the part of it that is the network.
+        teachers: children that the step may call too, and that are not trained: no parameter of theirs is.
+    """
+
+    by_step: bool = False
+    teachers: frozenset[str] = frozenset()
+
 
 _HINT = "give the module a calibration_step(batch), or pass forward=, called with the module and the batch"
 _WAYS: "WeakKeyDictionary[nn.Module, Way]" = WeakKeyDictionary()
@@ -41,12 +53,20 @@ def way_of(module: pl.LightningModule, first_batch: Callable[[], Any]) -> Way:
     return _WAYS[module]
 
 
+def teachers_of(module: pl.LightningModule) -> Collection[str]:
+    """Children that the way that was found runs besides the network."""
+    return _WAYS.get(module, Way()).teachers
+
+
 def _find_way(module: pl.LightningModule, first_batch: Callable[[], Any]) -> Way:
     if not is_overridden("training_step", module) or not module.automatic_optimization:
-        return "forward"
+        return Way()
     batch = first_batch()
     if batch is None:
-        return "forward"
+        return Way()
+    trained = {name for name, child in module.named_children() if any(p.requires_grad for p in child.parameters())}
+    held = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
+    by_step = Way(True, frozenset(held - trained if trained else ()))
     with ExitStack() as stack:
         stack.enter_context(eval_mode(module))
         stack.enter_context(torch.no_grad())
@@ -56,12 +76,12 @@ def _find_way(module: pl.LightningModule, first_batch: Callable[[], Any]) -> Way
             quantizer.tap = _pass
         try:
             run_forward(module, batch)
-            return "forward"
+            return Way()
         except DataError as error:
             failed = error
         try:
-            run_step(module, batch)
-            return "step"
+            run_step(module, batch, teachers=by_step.teachers)
+            return by_step
         except DataError as error:
             raise DataError(f"{failed}. Its training_step was tried too, without success: {error}") from error
 
@@ -72,8 +92,8 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
     return run(model if own else common_module(model)[1], batch)
 
 
-def run_step(model: nn.Module, batch: Any, trainer: pl.Trainer | None = None) -> Any:
-    """Run ``training_step`` and return the output of the last module with weights that it calls itself.
+def run_step(model: nn.Module, batch: Any, trainer: pl.Trainer | None = None, teachers: Collection[str] = ()) -> Any:
+    """Run ``training_step`` and return the output of the last module with weights that it calls itself, no teacher's.
 
     Raises:
         DataError: if it fails, or calls none.
@@ -88,8 +108,10 @@ def run_step(model: nn.Module, batch: Any, trainer: pl.Trainer | None = None) ->
     def left(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal depth
         depth -= 1
-        if not depth and any(p.ndim > 1 for p in module.parameters()):
+        if not depth and module not in others and any(p.ndim > 1 for p in module.parameters()):
             outputs.append(output)
+
+    others = {part for name in teachers for part in model.get_submodule(name).modules()}
 
     with ExitStack() as stack:
         stack.enter_context(quiet(model, trainer))

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -99,6 +99,21 @@ class Structure:
         floats = (replace(tensor, name=inside(tensor.name)) for tensor in self.floats)
         first, last, ran = (tuple(map(inside, names)) for names in (self.first, self.last, self.ran))
         return Structure(tuple(sites), tuple(operations), tuple(floats), first, last, ran)
+
+    def without(self, parts: Collection[str]) -> "Structure":
+        """The structure but for what is in these submodules, which stays in float: they ran, but are no part of it."""
+
+        def kept(name: str) -> bool:
+            return not any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+        return replace(
+            self,
+            sites=tuple(site for site in self.sites if kept(site.module)),
+            operations=tuple(operation for operation in self.operations if kept(operation.name)),
+            floats=tuple(tensor for tensor in self.floats if kept(tensor.name)),
+            first=tuple(filter(kept, self.first)),
+            last=tuple(filter(kept, self.last)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

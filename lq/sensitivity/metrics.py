@@ -6,7 +6,7 @@ tensor, with the terms of its channels added before the square (MPQCO), and of e
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -176,7 +176,9 @@ def require_output(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    parts = dict(enumerate(output)) if isinstance(output, (tuple, list)) else named_parts(output) or {}
+    parts: Mapping[Any, Any] = named_parts(output) or {}
+    if not parts and isinstance(output, (tuple, list)):
+        parts = dict(enumerate(output))
     for part in (parts.get("logits"), getattr(output, "logits", None), *parts.values()):
         if isinstance(part, Tensor) and part.ndim:  # a number is a loss
             return part

@@ -138,6 +138,24 @@ def test_a_step_leaves_no_trace():
     assert_same(*states)
 
 
+def test_a_teacher_that_the_step_calls_stays_as_it_is():
+    class Distilled(NoForward):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Conv2d(1, 2, 3, padding=1).requires_grad_(False)
+
+        def training_step(self, batch):
+            x = batch["image"]
+            found = self.decoder(self.encoder(x))
+            return F.mse_loss(found, self.teacher(x).mean(1, keepdim=True))
+
+    module = made(Distilled)
+    table = AllocateBits(6.0, samples=16, sensitivity="output_distortion")
+    fit(module, [Quantize(4, 8), table], collated(dict), max_epochs=0)
+    assert {q.name.partition(".")[0] for q in quantizers(module)} == {"encoder", "decoder"}
+    assert table.sensitivity_table["decoder.weight"].loss[1] > 0
+
+
 def test_steps_that_cannot_be_run():
     class ByHand(ByStep):
         def __init__(self):
