@@ -50,6 +50,7 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     Raises:
         TypeError: if batch and signature do not tell.
 
+    >>> import torch
     >>> arguments(nn.Linear(2, 1), (torch.zeros(3, 2), "label"))[0][0].shape
     torch.Size([3, 2])
     >>> arguments(nn.Bilinear(2, 2, 1), {"input2": 1, "input1": 0, "label": 2})
@@ -166,6 +167,7 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
 def describe(batch: Any) -> str:
     """The shape of a batch in words.
 
+    >>> import torch
     >>> describe([torch.zeros(2, 3), {"y": 1}])
     'list(Tensor(2, 3), dict(y: int))'
     """
