@@ -145,7 +145,9 @@ def _shown(model: nn.Module) -> str:
 
 
 def _failure(model: nn.Module, batch: Any, forward: Forward | None, error: Exception) -> str:
-    said = f"{error}" if type(error) in (TypeError, RuntimeError, ValueError) else f"{type(error).__name__}: {error}"
+    said = next(iter(str(error).splitlines()), "")  # the rest of it is in the traceback
+    if type(error) not in (TypeError, RuntimeError, ValueError):
+        said = f"{type(error).__name__}: {said}"
     if forward is not None:
         return f"forward= failed on {type(model).__name__} and a batch of {describe(batch)}: {said}"
     return (

@@ -140,14 +140,11 @@ def test_a_batch_the_module_does_not_take():
 
 def test_training_step_tells_how_to_run_such_a_batch():
     module = tiny_of(OnDicts)
-    logged = []
-    module.log = lambda *args, **kwargs: logged.append(args)
-    del module.log
     quantize = Quantize(first_last=None, calibration_samples=16)
     fit(module, [quantize], DataLoader(Images(), batch_size=8), max_epochs=0)
     expected = tiny_of(OnDicts)
-    structure_of = lq.inspect(lq.fold_batchnorm(expected), dataset(2).tensors[0])
-    lq.attach(expected, 8, 8, first_last=None, structure=structure_of)
+    lq.fold_batchnorm(expected)
+    lq.attach(expected, 8, 8, first_last=None, structure=lq.inspect(expected, dataset(2).tensors[0]))
     lq.calibrate(expected, [dataset(16).tensors[0][:8], dataset(16).tensors[0][8:]])
     assert_same(steps(module), steps(expected))
 
