@@ -6,7 +6,6 @@ it is all that happens. What was allocated is in the callback's state, so that a
 
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lq.budget import Latency, parse_budget
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
 from lq.callbacks.reports import report_path, write_text
+from lq.callbacks.steps import call_step, quiet
 from lq.errors import SpecError, StateError
 from lq.report import summary
 from lq.sensitivity import Fisher, HawqV2, Sensitivity, measure_sensitivity, metric_of
@@ -122,7 +122,9 @@ class AllocateBits(pl.Callback):
             )
         given = self.allocation
         if given is None:
-            if self.activations is not None and any(q.seen is None for q in activation_quantizers(pl_module).values()):
+            if self.activations is not None and any(
+                q.seen is None and q.calibrated for q in activation_quantizers(pl_module).values()
+            ):
                 self._calibrate(trainer, pl_module)  # their ranges came from a checkpoint, without the values behind
             with isolate_rng():
                 found = self._allocate(trainer, pl_module)
@@ -207,20 +209,8 @@ def _loss_of(module: pl.LightningModule, batch: Any) -> Any:
         return None
 
     def loss(model: nn.Module, batch: Any) -> Any:
-        with _silent(module):
-            found = module.training_step(batch, 0)
+        with quiet(module):
+            found = call_step(module, batch)
         return found["loss"] if isinstance(found, Mapping) else found
 
     return loss
-
-
-@contextmanager
-def _silent(module: pl.LightningModule) -> Any:
-    """Ignore what ``training_step`` logs: there is no loop to log to yet."""
-    for name in ("log", "log_dict"):
-        setattr(module, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        for name in ("log", "log_dict"):
-            delattr(module, name)

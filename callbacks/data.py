@@ -1,13 +1,12 @@
 """Batches for data-dependent stages, from the Trainer's own loader, strategy and device.
 
-Reading them leaves no trace: random states are restored, so that a run sees the same batches with and without the
-stage.
+Reading them leaves no trace (`lq.callbacks.streams`): a run sees the same batches with and without the stage.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
@@ -15,10 +14,11 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lq.calibration import Forward, calibrate, run
 from lq.callbacks.averages import give_to_averages
+from lq.callbacks.steps import Way, called, run_forward, run_step, way_of
+from lq.callbacks.streams import combined, make_returnable, mode_of, reading, small_batch
 from lq.cost import batch_size
 from lq.errors import DataError
 from lq.sites import common_module
@@ -52,21 +52,32 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
     if given is not None:
         yield from given.source_batches(trainer, samples)
         return
+    make_returnable(trainer.fit_loop)
     trainer.fit_loop.setup_data()
     source = trainer.train_dataloader
     if source is None:
-        raise DataError(f"{title} got no batches: the Trainer has no training data; pass a train dataloader to fit")
-    loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, "max_size_cycle")
+        raise DataError(
+            f"{title} got no batches: the Trainer has no training data; pass a train dataloader to fit, and leave "
+            "limit_train_batches above 0"
+        )
+    loader = CombinedLoader(source, mode_of(getattr(trainer.fit_loop, "_combined_loader", None)))
     module = trainer.lightning_module
-    share, seen = math.ceil(samples / trainer.world_size), 0
-    with isolate_rng(), _same_generators(loader.flattened):
+    share, seen, read = math.ceil(samples / trainer.world_size), 0, 0
+    with isolate_rng(), reading(loader, title):
         limit = None if math.isinf(trainer.num_training_batches) else int(trainer.num_training_batches)
-        for loaded, _, _ in itertools.islice(progress_bar(trainer, iter(loader), title), limit):
-            batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(loaded), dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        for loaded, _, index in itertools.islice(progress_bar(trainer, iter(loader), title), limit):
+            converted = trainer.precision_plugin.convert_input(loaded)
+            batch = module._on_before_batch_transfer(converted, dataloader_idx=index)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+            read += 1
             seen += batch_size(loaded)
             if seen >= share:
                 break
+    if not read:
+        raise DataError(
+            f"{title} got no batches: the Trainer's training data are empty; pass a train dataloader that gives at "
+            "least one batch"
+        )
 
 
 def first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
@@ -81,22 +92,15 @@ def first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
     defined = getattr(loop, "_data_source", None)
     if defined is None or not defined.is_defined():
         return None
+    make_returnable(loop)
     with isolate_rng():
         source = defined.dataloader()
-        if (
-            isinstance(source, DataLoader)
-            and hasattr(source.dataset, "__getitem__")
-            and source.batch_sampler is not None
-        ):
-            samples: Any = source.dataset
-            batch = source.collate_fn([samples[i] for i in range(min(2, len(samples)))]) if len(samples) else None
-        elif isinstance(source, Iterator):
-            return None  # reading from it would take the batch away
-        else:
-            loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, "max_size_cycle")
-            with _same_generators(loader.flattened):
-                batch = next(iter(loader), (None, 0, 0))[0]
-        return None if batch is None else module._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
+        default: Any = "max_size_cycle" if trainer.state.fn == "fit" else "sequential"
+        loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, default)
+        parts = [small_batch(part) for part in loader.flattened]
+        if not parts or any(part is None for part in parts):
+            return None
+        return module._apply_batch_transfer_handler(combined(parts, loader), device=torch.device("cpu"))
 
 
 def forward_of(
@@ -104,9 +108,17 @@ def forward_of(
 ) -> Forward:
     """How to run a batch through `module`, at the Trainer's precision or without its autocast.
 
-    In this order: `forward`; the module's own ``calibration_step(batch)``; its ``forward`` on the batch, or on the
-    batch's first part; the same on the part of it that holds all quantized layers, for modules without a ``forward``.
+    In this order: `forward`; the module's own ``calibration_step(batch)``; its ``forward``, if it takes the batch, its
+    first part or, of a dict, the parts of its parameters' names (`lq.forward`); the same of the part that holds all
+    quantized layers, for modules without a ``forward``; its ``training_step``, listened to (`lq.callbacks.steps`).
+
+    Raises:
+        DataError: if all of them were tried on a batch of the Trainer's data and failed.
     """
+    if forward is None and not callable(getattr(module, "calibration_step", None)):
+        way = way_of(module, lambda: first_batch(trainer, module))
+    else:
+        way = Way()
 
     def call(model: nn.Module, batch: Any) -> Any:
         with trainer.precision_plugin.forward_context() if autocast else nullcontext():
@@ -114,12 +126,19 @@ def forward_of(
                 return run(model, batch, forward)
             own = getattr(model, "calibration_step", None)
             if callable(own):
-                return run(model, batch, lambda _, batch: own(batch))
-            if type(model).forward is pl.LightningModule.forward:
-                return run(common_module(model)[1], batch)
-            return run(model, batch)
+                return called("calibration_step", model, batch, lambda _, batch: own(batch))
+            return run_step(model, batch, trainer, way.teachers) if way.by_step else run_forward(model, batch)
 
     return call
+
+
+def run_example(module: nn.Module, example: Any) -> Any:
+    """Run a module on its ``example_input_array``, as Lightning does."""
+    if type(module).forward is pl.LightningModule.forward:
+        module = common_module(module)[1]
+    if isinstance(example, Mapping):
+        return module(**example)
+    return module(*example) if isinstance(example, tuple) else module(example)
 
 
 def calibrate_on_training_data(
@@ -143,19 +162,6 @@ def reduce_over(trainer: pl.Trainer) -> Callable[[Tensor, str], Tensor]:
 def _batch_source(trainer: pl.Trainer) -> BatchSource | None:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, BatchSource)), None)
-
-
-@contextmanager
-def _same_generators(loaders: Iterable[Any]) -> Iterator[None]:
-    """Restore the random generators that loaders and samplers carry."""
-    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
-    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def progress_bar(trainer: pl.Trainer, items: Iterable[T], title: str, unit: str = "batch") -> Iterable[T]:

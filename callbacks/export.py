@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from lq.calibration import eval_mode
-from lq.callbacks.data import forward_of, training_batches
+from lq.callbacks.data import forward_of, run_example, training_batches
 from lq.errors import DataError, SpecError
 from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
 from lq.export.program import Call, first_samples
@@ -91,8 +91,8 @@ class ExportModel(pl.Callback):
         """What the part is called with; every rank reads its loader."""
         if self.example is not None:
             return [self.example]
-        forward = forward_of(trainer, module, None, autocast=False)
         given = module.example_input_array
+        forward = forward_of(trainer, module, None, autocast=False) if given is None else run_example
         batches = training_batches(trainer, self.samples, "Reading samples") if given is None else [given]
         found: list[Example] = []
 

@@ -71,7 +71,7 @@ class OptimizeRanges(pl.Callback):
             raise StateError(
                 "OptimizeRanges needs calibrated quantizers; list Quantize before it in Trainer(callbacks=[...])"
             )
-        if any(q.seen is None for q in activation_quantizers(pl_module).values()):
+        if any(q.seen is None and q.calibrated for q in activation_quantizers(pl_module).values()):
             # their ranges came from a checkpoint, without the values behind
             calibrate_on_training_data(trainer, pl_module, self.samples, self.forward)
         with isolate_rng():

@@ -17,11 +17,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lq.attach import attach, attached_plan, detach
 from lq.calibration import Forward, needs_calibration
-from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of
+from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of, run_example
 from lq.callbacks.preparing import (
     initialise_lazy_layers,
     is_uninitialised,
@@ -29,14 +30,24 @@ from lq.callbacks.preparing import (
     rebuild_from_checkpoint,
     require_values,
 )
+from lq.callbacks.steps import teachers_of
 from lq.errors import DataError, NoEffectWarning, SpecError, StateError
 from lq.folding import fold, folded_norms
 from lq.inspection import inspect
 from lq.report import summary
-from lq.scheme import Override, Skip, plan_sites
-from lq.sites import activation_quantizers, common_module, input_quantizer, is_attached, layers, quantizers
+from lq.scheme import KINDS, Override, Skip, plan_sites
+from lq.sites import (
+    activation_quantizers,
+    common_module,
+    input_quantizer,
+    is_attached,
+    layers,
+    quantizers,
+    weight_quantizer,
+)
 from lq.spec import QuantSpec
 from lq.structure import Structure
+from lq.unseen import unseen_layers
 
 _COPYING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
 _RUNNING = {"LearningRateFinder", "BatchSizeFinder", "ModelSummary"}
@@ -67,8 +78,10 @@ class Quantize(pl.Callback):
         exclude: name patterns of layers to leave in float.
         overrides: other widths by name pattern, such as ``{"model.layer4": {"weights": 2}}``.
         calibration_samples: training samples to calibrate on, over all ranks.
-        forward: called with the module and a batch to calibrate with; by default the module's
-            ``calibration_step(batch)`` if it has one, else its forward on the batch (or the first part of it).
+        forward: called with the module and a batch to calibrate with. By default the module's
+            ``calibration_step(batch)`` if it has one; else its forward on the batch, on the first part of it or, of a
+            dict, on the parts that its parameters are named like; else, where that fails, what its ``training_step``
+            calls (in eval mode, without gradients, nothing is logged).
 
     Example::
 
@@ -196,9 +209,18 @@ class Quantize(pl.Callback):
         if self._folds(trainer, stage) and self._fold(module) and self._example is not None and self.structure is None:
             self._found = self._structure(trainer, module)  # tensors flow from other modules now
         attach(module, self.weights, self.activations, structure=self._found, **self._flow_of_tensors, **self._choice)
+        self._tell_unseen(module)
         self._example = None
         if stage != "fit":
             self._evaluated = weakref.ref(module)
+
+    def _tell_unseen(self, module: pl.LightningModule) -> None:
+        """Say which layers the example did not reach."""
+        names = [] if self._found is None else unseen_layers(module, self._found, KINDS)[0]
+        unseen = [name for name in names if weight_quantizer(module.get_submodule(name)) is not None]
+        if unseen:
+            few = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+            rank_zero_info(f"Quantize: layers that the example did not reach are quantized by their class: {few}")
 
     @property
     def _flow_of_tensors(self) -> dict[str, Any]:
@@ -275,7 +297,9 @@ class Quantize(pl.Callback):
                 )
                 return None
             example, forward = self._example or (None, forward_of(trainer, module, self.forward))
-            return inspect(module, example, forward=forward)
+            with isolate_rng():
+                found = inspect(module, example, forward=forward)
+            return found.without(teachers_of(module))
         except DataError as error:
             self._example = None
             if any(self._flow.values()):
@@ -290,7 +314,7 @@ class Quantize(pl.Callback):
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Any, Forward] | None:
         """An example to run the module on, and how; None if there is none."""
         if module.example_input_array is not None:
-            return module.example_input_array, _call_with
+            return module.example_input_array, run_example
         batch = first_batch(trainer, module)
         return None if batch is None else (batch, forward_of(trainer, module, self.forward))
 
@@ -363,15 +387,6 @@ def _is_ours(callback: pl.Callback) -> bool:
 def _class_names(thing: object) -> set[str]:
     """Names of its class and bases: the same in both packages that Lightning comes as."""
     return {base.__name__ for base in type(thing).__mro__}
-
-
-def _call_with(model: torch.nn.Module, example: Any) -> Any:
-    """Run a module on its ``example_input_array``, as Lightning does."""
-    if type(model).forward is pl.LightningModule.forward:
-        model = common_module(model)[1]
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
 
 
 def _shares(module: torch.nn.Module, site: str) -> bool:

@@ -32,7 +32,7 @@ from lq.interception import (
 from lq.patterns import select
 from lq.places import Places
 from lq.quantizer import ActivationQuantizer, WeightQuantizer
-from lq.scheme import Override, PlannedSite, Skip, Width, plan_sites
+from lq.scheme import Override, PlannedSite, Skip, Width, left_in_float, plan_sites
 from lq.sites import (
     INPUT,
     OUTPUT,
@@ -47,6 +47,7 @@ from lq.sites import (
 )
 from lq.spec import QuantSpec
 from lq.structure import Structure
+from lq.unseen import forget_left, watch_left
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,7 +82,9 @@ def attach(
         activations: the same for the input of each quantized layer and, given a structure, for the operands of products
             of activations: queries, keys, probabilities and values of attention.
         structure: what `lq.inspect` found, of this model or one like it: everything that multiplies is quantized,
-            layers or not, and a tensor that several read is quantized once.
+            layers or not, and a tensor that several read is quantized once. Layers that the example did not reach
+            (experts, heads that run in training only) are told by their class; not those of a part of the model that it
+            never entered, such as a teacher, unless include or overrides name them.
         skip: also quantize what residual sums read besides others, and their results (BRECQ, QDrop); needs a structure.
             "auto": but for those that a layer norm reads: the streams of pre-norm transformers have few massive values
             that leave little of a grid to the others (ViT-tiny, W4A8: 79.4 % without, 3.8 % with them quantized).
@@ -138,6 +141,8 @@ def attach(
     try:
         attach_sites(model, plan, places=None if structure is None else structure.places)
         set_estimator(model, estimator)
+        if structure is not None:
+            watch_left(model, left_in_float(model, structure, include, exclude, overrides))
     except Exception:
         if is_attached(model):
             detach(model)
@@ -300,6 +305,7 @@ def detach(model: M, bake: bool = False) -> M:
     if not bake:
         remove_call_quantizers(model)
     for module in model.modules():
+        forget_left(module)
         if not {INPUT, OUTPUT, CALLS} & module._modules.keys():
             _remove_hooks(module._load_state_dict_pre_hooks, accept_float_checkpoint)
             _remove_hooks(module._state_dict_pre_hooks, _take_over_writes)

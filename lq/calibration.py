@@ -6,16 +6,18 @@ that two ranks find the ranges one rank finds on the same images.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lq.cost import batch_size, count_macs
 from lq.errors import DataError, NoEffectWarning
-from lq.histogram import Reduce
+from lq.forward import Forward, describe, eval_mode, run
+from lq.histogram import Histogram, Reduce
+from lq.late import mark_unreached
+from lq.quantizer import ActivationQuantizer
 from lq.sites import (
     activation_quantizers,
     calls,
@@ -30,8 +32,7 @@ from lq.sites import (
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Runs the model on a batch; what it returns is ignored.
-Forward = Callable[[Any, Any], Any]
+__all__ = ["Forward", "calibrate", "calibrate_weights", "describe", "eval_mode", "needs_calibration", "run"]
 
 
 def calibrate(
@@ -46,8 +47,9 @@ def calibrate(
     Args:
         model: a model with quantizers; runs in eval mode, its own modes are restored.
         batches: any iterable of batches, read once. Labels are not used. Not needed if only weights are quantized.
-        forward: called with the model and a batch; by default ``model(batch)``, or ``model(batch[0])`` for tuples and
-            lists.
+        forward: called with the model and a batch. By default the model is called with the batch, or with the first
+            part of a tuple or list; of a mapping (or dataclass), with the parts that its forward has parameters of the
+            same name for, or with the mapping as its only argument (`lq.forward`).
         reduce: combines a tensor over ranks: called with it and "sum", "min" or "max".
 
     Returns:
@@ -66,7 +68,7 @@ def calibrate(
     require_attached(model, "lq.calibrate")
     calibrate_weights(model)
     sites = activation_quantizers(model)
-    if not sites and all(quantizer.calibrated for quantizer in quantizers(model)):
+    if not sites and not needs_calibration(model):
         return model
     with eval_mode(model), torch.no_grad():
         try:
@@ -83,23 +85,53 @@ def calibrate(
                 site.tap = None
     if not seen:
         raise DataError("calibration got no batches: the loader is empty; give lq.calibrate at least one batch")
-    unseen = []
+    _set_ranges(model, sites, observed, reduce)
+    return model
+
+
+def _set_ranges(
+    model: nn.Module,
+    sites: Mapping[str, ActivationQuantizer],
+    observed: Mapping[str, Histogram],
+    reduce: Reduce | None,
+) -> None:
+    """Give activations the ranges of what was observed; mark those where nothing was, and say so."""
+    unseen, kept = [], []
     for name, site in sites.items():
         histogram = observed[name]
         if reduce is not None:
             histogram.reduce(reduce, site.bits.device)
-        if histogram.counts is None:
-            unseen.append(name)
-        else:
+        if histogram.counts is not None:
             site.calibrate(histogram)
+        elif site.calibrated:
+            kept.append(name)
+        else:
+            unseen.append(name)
+            mark_unreached(site)
+    for at_call in weights_at_calls(model):
+        if not at_call.calibrated:
+            mark_unreached(at_call)  # its range is found at the first use
     if unseen:
+        later = "they stay float" if reduce is not None else "in training each takes the range of the first values"
         warnings.warn(
-            f"{len(unseen)} activations were never seen ({', '.join(unseen[:3])}, ...): the model uses weights without "
-            "calling their layers (pass structure=lq.inspect(model, example) to lq.attach), or took another path",
+            f"{len(unseen)} of {len(sites)} activations were never seen in calibration ({_few(unseen)}): no batch took "
+            f"the model there in eval mode. They are not quantized; {later}. Calibrate on more batches, or with a "
+            "forward= that goes there, or leave them out with exclude=. If the model uses weights without calling "
+            "their layers, it has to be looked at: structure=lq.inspect(model, example)",
             NoEffectWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model
+    if kept:
+        warnings.warn(
+            f"{len(kept)} of {len(sites)} activations were never seen in calibration ({_few(kept)}): they keep the "
+            "range that they had",
+            NoEffectWarning,
+            stacklevel=3,
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def calibrate_weights(model: nn.Module) -> None:
@@ -113,59 +145,8 @@ def calibrate_weights(model: nn.Module) -> None:
 
 
 def needs_calibration(model: nn.Module) -> bool:
-    """Whether a quantizer of `model` has no range yet."""
-    return any(not quantizer.calibrated for quantizer in quantizers(model))
-
-
-def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """Run `model` on a batch.
-
-    Raises:
-        DataError: if the batch is of an unknown kind, or the model fails on it.
-    """
-    try:
-        if forward is not None:
-            return forward(model, batch)
-        if isinstance(batch, (tuple, list)) and batch:
-            batch = batch[0]
-        if not isinstance(batch, Tensor):
-            raise TypeError("the default forward takes a tensor, or a tuple or list that starts with one")
-        parameter = next(model.parameters(), None)
-        return model(batch if parameter is None else batch.to(parameter.device))
-    except DataError:
-        raise
-    except (TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
-        raise DataError(
-            f"{type(model).__name__} did not take a batch of {describe(batch)}: {error}; "
-            "pass forward=, a callable that is given the model and the batch and runs the one on the other"
-        ) from error
-
-
-def describe(batch: Any) -> str:
-    """The shape of a batch in words.
-
-    >>> describe([torch.zeros(2, 3), {"y": 1}])
-    'list(Tensor(2, 3), dict(y: int))'
-    """
-    if isinstance(batch, Tensor):
-        return f"Tensor{tuple(batch.shape)}"
-    if isinstance(batch, Mapping):
-        return f"{type(batch).__name__}({', '.join(f'{key}: {describe(value)}' for key, value in batch.items())})"
-    if isinstance(batch, (tuple, list)):
-        return f"{type(batch).__name__}({', '.join(map(describe, batch))})"
-    return type(batch).__name__
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, and every module back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    """Whether a quantizer of `model` has no range yet, other than because calibration did not come there."""
+    return any(not (quantizer.calibrated or quantizer.unreached) for quantizer in quantizers(model))
 
 
 def _record_macs(model: nn.Module, batch: Any, forward: Forward | None) -> None:

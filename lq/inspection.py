@@ -17,10 +17,11 @@ from lq.calibration import Forward, eval_mode, run
 from lq.calls import ACTIVATIONS, FUNCTIONS
 from lq.cost import batch_size
 from lq.errors import StateError
+from lq.forward import tensors_of
 from lq.interception import activation_key, weight_key
 from lq.places import Places
 from lq.sites import Site, is_attached
-from lq.structure import CONSTANT, FloatTensor, Operation, Structure
+from lq.structure import CONSTANT, NOT_USED, FloatTensor, Operation, Structure
 from lq.tracing import CallEvent, Trace, Value, trace
 
 
@@ -54,7 +55,7 @@ def inspect(model: nn.Module, example: Any, *, forward: Forward | None = None) -
         )
     # Compiled parts run as they are written: inside a compiled program there is nothing to see.
     with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        seen = trace(model, lambda: run(model, example, forward), example)
+        seen = trace(model, lambda: run(model, example, forward), list(tensors_of(example)))
     return _Builder(model, seen, batch_size(example)).structure()
 
 
@@ -84,7 +85,8 @@ class _Builder:
         self._results()
         self._relations()
         sites, operations = tuple(self.sites.values()), tuple(self.operations.values())
-        return Structure(sites, operations, self._floats(), *self._edges(), self._places())
+        ran = tuple(self.trace.outputs)
+        return Structure(sites, operations, self._floats(), *self._edges(), ran, self._places())
 
     def _places(self) -> dict[str, Places]:
         """Where in the code the calls of each module stand."""
@@ -316,7 +318,7 @@ class _Builder:
                 return reason
         if uses:
             return f"used by {', '.join(sorted(uses))}"
-        return "not used by the example"
+        return NOT_USED
 
 
 _KEEPING_ROWS = {

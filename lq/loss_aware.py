@@ -129,8 +129,7 @@ def optimize_ranges(
         powers: exponents of the error that are tried.
         candidates: number of shrinks of the min-max range that each fit tries.
         evaluations: how often Powell's method may measure the loss, besides once for each exponent; 0: no search.
-        forward: called with the model and a batch, returns the output; by default ``model(batch)``, or
-            ``model(batch[0])`` for tuples and lists.
+        forward: called with the model and a batch, returns the output; by default as in `lq.calibrate`.
         reduce: combines a tensor over ranks: called with it and "sum"; all ranks find the same ranges.
 
     Returns:
@@ -362,11 +361,12 @@ def _restore(ranges: _State) -> None:
 
 def _check_calibrated(model: nn.Module) -> None:
     """Raise if a range, or the values behind the range of an activation, are not known."""
-    without = [q.name for q in quantizers(model) if not q.calibrated]
+    without = [q.name for q in quantizers(model) if not (q.calibrated or q.unreached)]
     if without:
         raise StateError(
             f"lq.optimize_ranges needs calibrated quantizers, {len(without)} have no range ({', '.join(without[:3])}); "
             "call lq.calibrate(model, batches) first, and exclude layers that the forward never uses from lq.attach"
         )
     for site in activation_quantizers(model).values():
-        site.samples()
+        if site.calibrated:
+            site.samples()

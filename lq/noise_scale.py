@@ -136,11 +136,12 @@ class WidthLearner:
         targets: widths to come down to, by name of quantizer, one or one for each step; others have none.
 
     Raises:
-        SpecError: if a quantizer has no range yet.
+        SpecError: if a quantizer has no range yet, other than because calibration did not come to it: such quantizers
+            keep their widths.
     """
 
     def __init__(self, members: Sequence[Quantizer], targets: Mapping[str, float | Tensor]) -> None:
-        self.members = list(members)
+        self.members = [quantizer for quantizer in members if not quantizer.unreached]
         for quantizer in self.members:
             if not quantizer.calibrated:
                 raise SpecError(f"{quantizer.name} has no range to start from; run lq.calibrate(model, batches)")

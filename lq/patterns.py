@@ -26,6 +26,17 @@ def matches(pattern: str, name: str) -> bool:
     return any(fnmatchcase(part, pattern) for part in ancestors(name))
 
 
+def only_matching(patterns: Iterable[str], names: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The names that patterns match which match none of `others`: patterns that were written for these names.
+
+    >>> only_matching(["teacher", "*"], ["teacher.fc"], ["net.fc"]), only_matching(["*"], ["teacher.fc"], ["net.fc"])
+    ({'teacher.fc'}, set())
+    """
+    others, names = list(others), list(names)
+    own = [pattern for pattern in patterns if not any(matches(pattern, name) for name in others)]
+    return {name for name in names if any(matches(pattern, name) for pattern in own)}
+
+
 def select(patterns: Sequence[str] | str, names: Iterable[str], *, argument: str) -> set[str]:
     """The names that any of the patterns matches.
 

@@ -3,7 +3,8 @@
 State, of shape () per tensor or (C,) per channel, enough to run without knowing how it was made:
 
 - ``log2_step``: the step as its logarithm. The step is positive whatever an optimizer does, and one learning rate
-  means one relative change for every tensor (published LSQ ports let the step cross zero). NaN: no range yet.
+  means one relative change for every tensor (published LSQ ports let the step cross zero). NaN: no range yet;
+  -inf: none because calibration did not come there.
 - ``zero_point``, ``bits``: floats, because averages over integers (EMA callbacks) would truncate them, and because
   both can be learned. Learned widths are real numbers until `settle` makes them integers.
 
@@ -25,6 +26,7 @@ from lq.estimators import STE, Estimator, estimator
 from lq.functional import Bound, fake_quantize, round_to_grid, step_size, transforms_active
 from lq.histogram import Histogram, raise_if_not_finite
 from lq.kept_weight import KeptWeight, WrittenWeight, read_outside_of_forwards
+from lq.late import find_range, passed
 from lq.ranges import Levels, Samples, range_rule
 from lq.spec import QuantSpec, check_bits
 
@@ -63,6 +65,7 @@ class Quantizer(nn.Module):
         self.spec: QuantSpec | None = spec
         self.name = name
         self.estimator: Estimator = STE()
+        self._unreached = False
         self.macs: float | None = None  # multiply-accumulates per sample of the layer, once a batch was run
         #: Sees the tensor instead of it being rounded, and returns what flows on; None: round.
         self.tap: Callable[[Tensor], Tensor] | None = None
@@ -75,6 +78,11 @@ class Quantizer(nn.Module):
     def calibrated(self) -> bool:
         """Whether the grid has a range."""
         return self._calibrated
+
+    @property
+    def unreached(self) -> bool:
+        """Whether it has no range because calibration did not come to it (`lq.late`)."""
+        return self._unreached and not self._calibrated
 
     @property
     def step(self) -> Tensor:
@@ -174,7 +182,8 @@ class Quantizer(nn.Module):
                 mended = without_rounding_error(part, unit)
                 if not torch.equal(mended, part):
                     part.copy_(mended)
-        self._calibrated = not bool(self.log2_step.isnan().any())
+        self._calibrated = bool(self.log2_step.isfinite().all())
+        self._unreached = self._unreached or bool(self.log2_step.isneginf().any())
         bits, zero_point = self.bits.detach(), self.zero_point.detach()
         self._symmetric = self._spec_is_symmetric and bool(((zero_point - middle(bits)).abs() < _SAME).all())
         self._unsigned = not self._symmetric and not bool(zero_point.any())
@@ -383,6 +392,7 @@ class ActivationQuantizer(Quantizer):
         self.result_may_change = False  # in place, by the code behind it, such as a sum
         #: What calibration saw, kept so that another width needs no second pass over the data; not in checkpoints.
         self.seen: Samples | None = None
+        self.told = False  # that it has no range (`lq.late`)
 
     def observe(self) -> Histogram:
         """Count values from now on, and let them pass, until ``tap`` is None again."""
@@ -422,18 +432,16 @@ class ActivationQuantizer(Quantizer):
         return self.seen, bool(self.seen.low < 0) if asked is None else asked
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` rounded to the grid; same shape and dtype.
+        """Return `x` rounded to the grid; same shape and dtype; without a range, see `lq.late`.
 
         Raises:
-            StateError: if it has no range yet.
+            StateError: if it has no range yet, and was not left out by calibration.
             DataError: if `x` has NaN or Inf.
         """
         if self.tap is not None:
             return self.tap(x)
-        if not self._calibrated:
-            raise StateError(
-                f"{self.name} has no range yet: run lq.calibrate(model, batches) or load a quantized checkpoint"
-            )
+        if not self._calibrated and not find_range(self, x):
+            return passed(self, x)  # type: ignore[no-any-return]
         self._check_finite(x)
         log2_step, low, high, offset = self._grid()
         values_of_a_sample = x.numel() / max(x.shape[0], 1) if x.ndim else 1.0

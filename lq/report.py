@@ -199,7 +199,7 @@ def _summarize(name: str, module: nn.Module, macs: float | None, stored_before: 
 def _summarize_call(name: str, operands: dict[str, Quantizer], macs: float | None) -> LayerSummary:
     """A call: its weight, if it has one, stays stored in float and counts with the rest of the model."""
     second = [q for operand, q in operands.items() if "weight" in operand or operand == "right"]
-    first = [q for operand, q in operands.items() if operand in ("input", "left")]
+    first = [q for operand, q in operands.items() if operand in ("input", "left") and not q.unreached]
     average = float(second[0].bits.detach().mean()) if second else float(FLOAT_BITS)
     input_bits = int(first[0].bits.detach()) if first and first[0].bits.ndim == 0 else None
     return LayerSummary(

@@ -3,20 +3,22 @@
 "First and last" follows BRECQ and QDrop: the first layer's weight, the last layer's weight and the last layer's input
 have at least 8 bits; the network's input is not quantized (an image has 256 levels already). A timm model says which
 layers these are; for others they are the first and last in the order of registration. Given a structure, the last
-layer's input is also the last tensor on the skip path, which is only pooled or normalized on its way there.
+layer's input is also the last tensor on the skip path, which is only pooled or normalized on its way there. Layers that
+the structure says nothing of, because the dry run did not reach them, are told by their class (`lq.unseen`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from torch import nn
 
 from lq.errors import SpecError, StateError
-from lq.patterns import select
+from lq.patterns import matches, only_matching, select
 from lq.sites import Site, layers
 from lq.spec import QuantSpec, activation_spec, check_bits, weight_spec
 from lq.structure import Structure
+from lq.unseen import unseen_layers
 
 #: Layer kinds whose weight is quantized without being named.
 KINDS: tuple[type[nn.Module], ...] = (
@@ -80,9 +82,7 @@ def plan_sites(
     if structure is None and (skip or share_concats or integer):
         given = f"skip={skip!r}" if skip else "share_concats=True" if share_concats else "integer=True"
         raise StateError(f"{given} needs to know how the tensors flow: pass structure=lq.inspect(model, example)")
-    sites, edges = (
-        layer_sites(model, include) if structure is None else (structure.sites, {*structure.first, *structure.last})
-    )
+    sites, edges = _sites(model, structure, include, overrides)
     last = set() if structure is None else set(structure.last)
     chosen = {site.layer for site in sites}
     known = dict.fromkeys(site.layer for site in sites)
@@ -134,13 +134,70 @@ def layer_sites(model: nn.Module, include: Sequence[str] | str | None) -> tuple[
     kinds = [name for name, module in named.items() if isinstance(module, KINDS)]
     chosen = set(kinds) if include is None else select(include, named, argument="include")
     first, last = first_and_last(model, kinds)
-    found = []
-    for name, module in named.items():
-        if name in chosen:
-            found.append(Site(name, "weight", "weight"))
-            if not isinstance(module, nn.Embedding):
-                found.append(Site(name, "input", "activation", network_input=name in first))
+    found = [site for name, module in named.items() if name in chosen for site in _sites_of(name, module, first)]
     return tuple(found), first | last
+
+
+def _sites(
+    model: nn.Module,
+    structure: Structure | None,
+    include: Sequence[str] | str | None,
+    overrides: Mapping[str, Override] | None,
+) -> tuple[tuple[Site, ...], set[str]]:
+    """All places for quantizers; and the names of the first and last layers."""
+    if structure is None:
+        return layer_sites(model, include)
+    unseen = _unseen_sites(model, structure, include, overrides)
+    return (*structure.sites, *unseen), {*structure.first, *structure.last}
+
+
+def _unseen_sites(
+    model: nn.Module,
+    structure: Structure,
+    include: Sequence[str] | str | None,
+    overrides: Mapping[str, Override] | None,
+) -> list[Site]:
+    """Sites, by class, of layers that the dry run did not reach; of parts that are not of the network if named."""
+    inside, named, _ = _unseen(model, structure, include, overrides)
+    return [site for name, module in layers(model) if name in inside | named for site in _sites_of(name, module)]
+
+
+def left_in_float(
+    model: nn.Module,
+    structure: Structure,
+    include: Sequence[str] | str | None,
+    exclude: Sequence[str] | str | None,
+    overrides: Mapping[str, Override] | None,
+) -> list[str]:
+    """Layers of `KINDS` in parts that the dry run did not enter, which neither include, exclude nor overrides name."""
+    _, _, left = _unseen(model, structure, include, overrides)
+    return [name for name in left if not any(matches(pattern, name) for pattern in _patterns(exclude))]
+
+
+def _unseen(
+    model: nn.Module,
+    structure: Structure,
+    include: Sequence[str] | str | None,
+    overrides: Mapping[str, Override] | None,
+) -> tuple[set[str], set[str], list[str]]:
+    """Layers that the dry run did not reach: of the network; of other parts, but named; and others still."""
+    inside, outside = unseen_layers(model, structure, KINDS)
+    seen = {site.layer for site in structure.sites} | {operation.name for operation in structure.operations}
+    named = only_matching([*_patterns(include), *(overrides or ())], outside, seen | set(inside))
+    left = [name for name in outside if name not in named] if include is None else []
+    return set(inside), named, left
+
+
+def _patterns(given: Sequence[str] | str | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
+
+
+def _sites_of(name: str, module: nn.Module, first: Collection[str] = ()) -> list[Site]:
+    """The sites of a layer told by its class."""
+    found = [Site(name, "weight", "weight")]
+    if not isinstance(module, nn.Embedding):
+        found.append(Site(name, "input", "activation", network_input=name in first))
+    return found
 
 
 def _apply_override(

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,9 @@ from lq.errors import DataError
 from lq.places import Places
 from lq.sites import Site
 from lq.tables import Table, amount
+
+#: Why a parameter stays in float that nothing read while the model ran.
+NOT_USED = "not used by the example"
 
 #: Reason of an operation that does not depend on the input: its result is a constant, to be computed once.
 CONSTANT = "of parameters alone"
@@ -55,6 +58,7 @@ class Structure:
         floats: parameters that stay in float.
         first: names of the layers that read the network's input.
         last: names of the layers that make the network's output.
+        ran: names of the modules whose forward ran; none are known of structures that an older lq has saved.
         places: where in the code the calls of each module stand; not in JSON, since code changes.
     """
 
@@ -63,6 +67,7 @@ class Structure:
     floats: tuple[FloatTensor, ...]
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
+    ran: tuple[str, ...] = ()
     places: Mapping[str, Places] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -95,9 +100,24 @@ class Structure:
         )
         operations = (replace(o, name=inside(o.name), sites=tuple(map(inside, o.sites))) for o in self.operations)
         floats = (replace(tensor, name=inside(tensor.name)) for tensor in self.floats)
-        first, last = (tuple(map(inside, names)) for names in (self.first, self.last))
+        first, last, ran = (tuple(map(inside, names)) for names in (self.first, self.last, self.ran))
         places = {inside(name): found for name, found in self.places.items()}
-        return Structure(tuple(sites), tuple(operations), tuple(floats), first, last, places)
+        return Structure(tuple(sites), tuple(operations), tuple(floats), first, last, ran, places)
+
+    def without(self, parts: Collection[str]) -> "Structure":
+        """The structure but for what is in these submodules, which stays in float: they ran, but are no part of it."""
+
+        def kept(name: str) -> bool:
+            return not any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+        return replace(
+            self,
+            sites=tuple(site for site in self.sites if kept(site.module)),
+            operations=tuple(operation for operation in self.operations if kept(operation.name)),
+            floats=tuple(tensor for tensor in self.floats if kept(tensor.name)),
+            first=tuple(filter(kept, self.first)),
+            last=tuple(filter(kept, self.last)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -115,6 +135,7 @@ class Structure:
                 tuple(FloatTensor(**_tupled(tensor)) for tensor in values["floats"]),
                 tuple(values["first"]),
                 tuple(values["last"]),
+                tuple(values.get("ran", ())),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"not a saved structure: {error}; save one with json.dumps(structure.to_dict())") from error

@@ -156,7 +156,13 @@ EXAMPLES = {
         tokens(),
     ),
 }
-every_model = pytest.mark.parametrize("kind", EXAMPLES)
+#: One of two paths runs, and calibration says that it does not see the other.
+_OTHER_PATH = pytest.mark.filterwarnings(
+    r"ignore:1 of \d+ activations were never seen in calibration .negative.input.:lq.errors.NoEffectWarning"
+)
+every_model = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=_OTHER_PATH) if kind == "control flow" else kind for kind in EXAMPLES]
+)
 
 
 def example(kind):

@@ -92,6 +92,21 @@ def test_other_batches_need_a_forward():
     assert_same_ranges(model, lq.calibrate(attached(), batches))
 
 
+def test_parts_of_a_batch_are_known_by_name():
+    batches = batches_of(8, 3)
+    model = lq.calibrate(attached(), [{"label": 1, "x": x} for x in batches])
+    assert_same_ranges(model, lq.calibrate(attached(), batches))
+
+
+def test_ranges_of_before_are_kept_where_nothing_comes():
+    model = lq.calibrate(attached(), batches_of(8, 3))
+    before = ranges(model)["second.input"]
+    with pytest.warns(NoEffectWarning, match=r"\(second.input\): they keep the range that they had"):
+        lq.calibrate(model, batches_of(5), forward=lambda m, x: m.first(x))
+    after = ranges(model)["second.input"]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_calibrating_again_starts_anew():
     model = lq.calibrate(attached(), [100 * x for x in batches_of(8, 3)])
     assert_same_ranges(lq.calibrate(model, batches_of(8, 3)), lq.calibrate(attached(), batches_of(8, 3)))
@@ -146,8 +161,9 @@ def test_eval_mode_restores_after_an_error():
 
 def test_inputs_that_are_never_seen_stay_float():
     model = attached()
-    with pytest.warns(NoEffectWarning, match=r"1 activations were never seen \(second.input, ...\)"):
+    with pytest.warns(NoEffectWarning, match=r"1 of 2 activations were never seen in calibration \(second.input\)"):
         lq.calibrate(model, batches_of(8), forward=lambda m, x: m.first(x))
+    assert not needs_calibration(model)
     assert input_quantizer(model.first).calibrated
     assert not input_quantizer(model.second).calibrated
 
@@ -157,7 +173,10 @@ def test_inputs_that_are_never_seen_stay_float():
     [
         ([], "calibration got no batches: the loader is empty; give lq.calibrate at least one batch"),
         ([torch.ones(2, 7)], r"Network did not take a batch of Tensor\(2, 7\): .*; pass forward=, a callable"),
-        ([{"x": torch.ones(2, 4), "n": 1}], r"batch of dict\(x: Tensor\(2, 4\), n: int\): the default forward takes"),
+        (
+            [{"z": torch.ones(2, 4), "n": 1}],
+            r"batch of dict\(z: Tensor\(2, 4\), n: int\): .*; pass forward=, a callable",
+        ),
         ([[]], r"Network did not take a batch of list\(\): the default forward takes a tensor"),
         ([torch.ones(2, 4), torch.full((2, 4), torch.nan)], "^first.input has 8 NaN or Inf of 8 values"),
         ([torch.tensor([[1.0, 2, 3, torch.inf]])], "^first.input has 1 NaN or Inf of 4 values"),

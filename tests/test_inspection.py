@@ -1,6 +1,7 @@
 """inspect: what would be quantized where, what stays in float and why; attach by its map."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -41,11 +42,13 @@ def test_attach_calibrate_train_save_load_detach(kind, skip):
     expected, before, left = model(x), state(model), traces(model)
     structure = lq.inspect(model, x)
     lq.attach(model, 8, 8, structure=structure, skip=skip, estimator="lsq")
-    lq.calibrate(model, [x])
+    other_path = ["negative.input"] if kind == "control flow" else []  # quantized by class, and not seen here
+    with pytest.warns(lq.NoEffectWarning, match=r"\(negative.input\)") if other_path else nullcontext():
+        lq.calibrate(model, [x])
     output = model(x)
     error = (output - expected).norm() / expected.norm()
     assert 1e-6 < error < 0.1
-    assert all(quantizer.calibrated for quantizer in quantizers(model))
+    assert [quantizer.name for quantizer in quantizers(model) if not quantizer.calibrated] == other_path
 
     loaded = lq.load(state(model), example(kind)[0])
     assert torch.equal(loaded(x), output)

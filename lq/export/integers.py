@@ -82,7 +82,7 @@ def settled_zero_point(quantizer: Quantizer) -> Tensor:
     Raises:
         StateError: if it has no range, or its width is still being learned.
     """
-    if not quantizer.calibrated:
+    if not (quantizer.calibrated or quantizer.unreached):
         raise StateError(f"{quantizer.name} has no range yet: run lq.calibrate(model, batches) first")
     bits = quantizer.bits.detach()
     if not torch.equal(bits, bits.round()):

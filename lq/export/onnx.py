@@ -169,7 +169,10 @@ def _taken_over(model: nn.Module, graph: Graph, notes: list[str]) -> Iterator[No
 def _notes(model: nn.Module) -> list[str]:
     """What a reader of the file has to know."""
     notes = []
-    widths = Counter(int(q.bits) for q in activation_quantizers(model).values())
+    sites = activation_quantizers(model)
+    widths = Counter(int(q.bits) for q in sites.values() if q.calibrated)
+    if unreached := [name for name, site in sites.items() if site.unreached]:
+        notes.append(f"{len(unreached)} activations that calibration did not reach stay float ({unreached[0]}, ...)")
     narrow = {bits: count for bits, count in sorted(widths.items()) if bits not in (8, 16)}
     if narrow:
         listed = ", ".join(f"{count} of {bits} bits" for bits, count in narrow.items())

@@ -45,7 +45,9 @@ def standard_form(model: nn.Module) -> nn.Module:
     for module in list(made.modules()):
         for name, part in list(module._modules.items()):
             owner = part.owner if isinstance(part, SharedQuantizer) else part
-            if isinstance(owner, ActivationQuantizer):
+            if isinstance(owner, ActivationQuantizer) and owner.unreached:
+                module._modules[name] = nn.Identity()  # as it does in eval mode
+            elif isinstance(owner, ActivationQuantizer):
                 if id(owner) not in activations:
                     activations[id(owner)] = StandardActivation(owner)
                 module._modules[name] = activations[id(owner)]

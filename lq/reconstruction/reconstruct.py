@@ -125,8 +125,7 @@ def reconstruct(
         seed: of the order of samples and of drops; the caller's random state is left alone.
         resume: file that keeps finished units; if it exists, the run goes on after the last of them.
         teacher: the float model; by default a copy of `model` without quantizers.
-        forward: called with the model and a batch; by default ``model(batch)``, or ``model(batch[0])`` for tuples and
-            lists.
+        forward: called with the model and a batch; by default as in `lq.calibrate`.
         reduce: combines a tensor over ranks: called with it and "sum", "min" or "max". Each rank has its own batches.
         ranks: number of ranks that `reduce` combines.
         rank: which of them this is; the first one writes.

@@ -114,7 +114,8 @@ def find_items(
     found: list[WeightQuantizer | ActivationQuantizer] = [
         q
         for q in quantizers(model)
-        if (isinstance(q, WeightQuantizer) and weights) or (isinstance(q, ActivationQuantizer) and activations)
+        if (isinstance(q, WeightQuantizer) and weights)
+        or (isinstance(q, ActivationQuantizer) and activations and not q.unreached)
     ]
     stored = sum(p.numel() for p in model.parameters()) * 4 * len(widths)
     return [Item(q, widths, stored <= _KEEP) for q in found]

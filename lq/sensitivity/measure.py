@@ -87,8 +87,9 @@ def measure_sensitivity(
         group: number of adjacent output channels that are measured together, besides the whole tensor.
         weights: whether to measure weights.
         activations: whether to measure activations.
-        forward: called with the model and a batch, returns the output; by default ``model(batch)``, or
-            ``model(batch[0])`` for tuples and lists. Labels are ``batch[1]``.
+        forward: called with the model and a batch, returns the output; by default as in `lq.calibrate`. Of several
+            outputs the one called "logits" counts, or else the first that is no single number. Labels are
+            ``batch[1]``.
         reduce: combines a tensor over ranks: called with it and "sum", "min" or "max".
         seed: of the random vectors; the caller's random state is left alone.
 
@@ -118,8 +119,10 @@ def measure_sensitivity(
     unseen = [item.name for item in items if not item.seen]
     if unseen:
         warnings.warn(
-            f"{len(unseen)} tensors were never used by the forward and cost nothing ({', '.join(unseen[:3])}, ...)",
+            f"{len(unseen)} tensors were never used by the forward ({', '.join(unseen[:3])}, ...): nothing is known of "
+            "them, an allocation leaves them the widths they have",
             NoEffectWarning,
             stacklevel=2,
         )
-    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, found.tensors, found.notes)
+    known = tuple(tensor for tensor in found.tensors if tensor.name not in unseen or tensor.loss.any())  # on any rank
+    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, known, found.notes)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lq.calibration import Forward, describe, run
 from lq.cost import batch_size
 from lq.errors import DataError, SpecError
+from lq.forward import named_parts
 from lq.histogram import Reduce
 from lq.sensitivity.items import Item
 from lq.sensitivity.one_pass import OnePass
@@ -168,16 +169,18 @@ def labels_of(batch: Any) -> Tensor:
 
 
 def require_output(output: Any) -> Tensor:
-    """The output as a tensor; of several, the first.
+    """The output as a tensor; of several, the one called "logits", or else the first that is no single number.
 
     Raises:
         DataError: if there is none.
     """
     if isinstance(output, Tensor):
         return output
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for part in parts:
-        if isinstance(part, Tensor):
+    parts: Mapping[Any, Any] = named_parts(output) or {}
+    if not parts and isinstance(output, (tuple, list)):
+        parts = dict(enumerate(output))
+    for part in (parts.get("logits"), getattr(output, "logits", None), *parts.values()):
+        if isinstance(part, Tensor) and part.ndim:  # a number is a loss
             return part
     raise DataError(
         f"the forward returned {describe(output)}; it must return the model's output (logits), as a tensor or first in "

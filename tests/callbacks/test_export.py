@@ -329,9 +329,9 @@ def test_parts_that_no_batch_runs_through_need_an_example(tmp_path):
 
 
 def test_a_part_without_quantizers_is_an_error_before_training(tmp_path):
-    module = of(Idle)
+    module, quantize = of(Idle), Quantize(4, 8, exclude="idle")
     with pytest.raises(StateError, match="ExportModel"):
-        fit(module, [Quantize(4, 8), FineTune("lsq"), ExportModel(tmp_path / "m.onnx", part="idle")])
+        fit(module, [quantize, FineTune("lsq"), ExportModel(tmp_path / "m.onnx", part="idle")])
     assert not module.seen
 
 

@@ -89,7 +89,7 @@ def test_averaging_after_quantize_works():
 
 def test_empty_loader():
     empty = DataLoader(TensorDataset(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.long)), batch_size=8)
-    with pytest.raises(lq.DataError, match="the loader is empty; give lq.calibrate at least one batch"):
+    with pytest.raises(lq.DataError, match="Calibrating got no batches: the Trainer's training data are empty"):
         fit(tiny(), [Quantize()], empty, max_epochs=0)
 
 
@@ -128,12 +128,32 @@ class WithCalibrationStep(OnDicts):
         return self(batch["image"])
 
 
+class OnOtherDicts(Tiny):
+    def training_step(self, batch, batch_idx):
+        return self(batch["picture"]).sum()
+
+
 def test_a_batch_the_module_does_not_take():
     with (
-        pytest.warns(UserWarning, match=r"OnDicts could not be looked at.*Its layers are quantized by their class"),
-        pytest.raises(lq.DataError, match=r"did not take a batch of dict\(image: Tensor.*; pass forward="),
+        pytest.warns(UserWarning, match=r"OnOtherDicts could not be looked at.*layers are quantized by their class"),
+        pytest.raises(
+            lq.DataError,
+            match=r"did not take a batch of dict\(image: Tensor.*; pass forward=.*training_step was tried too"
+            r".*the training_step of OnOtherDicts failed.*KeyError: 'picture'",
+        ),
     ):
-        fit(OnDicts(), [Quantize()], DataLoader(Images(), batch_size=8))
+        fit(OnOtherDicts(), [Quantize()], DataLoader(Images(), batch_size=8))
+
+
+def test_training_step_tells_how_to_run_such_a_batch():
+    module = tiny_of(OnDicts)
+    quantize = Quantize(first_last=None, calibration_samples=16)
+    fit(module, [quantize], DataLoader(Images(), batch_size=8), max_epochs=0)
+    expected = tiny_of(OnDicts)
+    lq.fold_batchnorm(expected)
+    lq.attach(expected, 8, 8, first_last=None, structure=lq.inspect(expected, dataset(2).tensors[0]))
+    lq.calibrate(expected, [dataset(16).tensors[0][:8], dataset(16).tensors[0][8:]])
+    assert_same(steps(module), steps(expected))
 
 
 def reference_ranges(module):

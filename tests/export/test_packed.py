@@ -14,13 +14,13 @@ from lq.export.integers import settled_zero_point
 from lq.sites import float_weight, input_quantizer, quantizers, weight_quantizer
 from tests.export.files import grids, integers, parse, quantizers_by_key, round_trip, state
 from tests.helpers import QUIET, Tiny, assert_same, fit, steps, tiny
-from tests.models import EXAMPLES, example
+from tests.models import EXAMPLES, every_model, example
 from tests.test_attach import LAYERS, every_layer, images, layer_and_input, quantized, small
 from tests.test_folding import convnet, norms, randomize
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
-every_example = pytest.mark.parametrize("kind", EXAMPLES)
+every_example = every_model
 
 
 def weights(bits, **options):

@@ -15,7 +15,7 @@ from lq.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from lq.sites import activation_quantizers, float_weight, input_quantizer, quantizers, weight_quantizer
 from tests.export.exported import activations, calibrated, depthwise, pictures, weights
 from tests.helpers import assert_same, hooks
-from tests.models import EXAMPLES, example, state
+from tests.models import EXAMPLES, every_model, example, state
 from tests.test_attach import LAYERS, channel, every_layer, images, layer_and_input, quantized, small
 from tests.test_folding import convnet
 
@@ -47,7 +47,7 @@ def of_lq(model):
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", EXAMPLES)
+@every_model
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
 def test_every_model_and_width(kind, bits):
     model, x = example(kind)
@@ -68,7 +68,7 @@ def test_every_model_and_width(kind, bits):
 NEVER_CALLED = {"odd weights": "never_called", "control flow": "negative"}
 
 
-@pytest.mark.parametrize("kind", EXAMPLES)
+@every_model
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("structure", [True, False], ids=["structure", "layers"])
 def test_every_model_with_zero_points(kind, bits, structure):
@@ -382,7 +382,7 @@ def test_weights_of_functions_that_never_ran_have_no_range():
 # --- the model itself -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", EXAMPLES)
+@every_model
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_stays_as_it_is_and_trains(kind, training):
     model, x = example(kind)

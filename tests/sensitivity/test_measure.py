@@ -295,11 +295,14 @@ def test_layers_that_are_not_reached_are_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     model.spare = nn.Linear(2, 2)
     model.forward = lambda x: model[1](model[0](x))
-    lq.attach(model, 4)
+    lq.attach(model, 4, first_last=None)
     with pytest.warns(
-        NoEffectWarning, match=r"1 tensors were never used by the forward and cost nothing \(spare.weight"
+        NoEffectWarning,
+        match=r"1 tensors were never used by the forward \(spare.weight.*leaves them the widths they have",
     ):
-        measure_sensitivity(model, [(torch.randn(4, 4), torch.randint(3, (4,)))])
+        found = measure_sensitivity(model, [(torch.randn(4, 4), torch.randint(3, (4,)))])
+    chosen = lq.allocate(model, found, 2.0)
+    assert set(chosen.weights) == {"0", "1"}  # nothing is known of the third: to give it 1 bit would be a guess
 
 
 def test_output_distortion_has_no_labels():
