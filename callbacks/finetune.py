@@ -25,17 +25,14 @@ from lq.callbacks.data import forward_of, reduce_over, training_batches
 from lq.callbacks.divergence import DivergenceWatch
 from lq.callbacks.optimizers import (
     QuantizerOptimizer,
+    UserOptimizers,
     adam,
     forget_stale_gradients,
     freeze_with_weights,
-    held,
     learned,
     loss_scale,
     owned,
-    peak_rate,
     quantizer_parameters,
-    remove_parameters,
-    schedule_factor,
     steps_of,
     unfreeze_with_weights,
 )
@@ -122,14 +119,10 @@ class FineTune(pl.Callback):
         self.temperature = temperature
         self.distill_from = distill_from
         self._own: QuantizerOptimizer | None = None
-        self._held: list[int] = []  # what the user's optimizers held when they were last looked at
-        self._ours: set[int] = set()  # all parameters of quantizers
+        self._users = UserOptimizers(set())
         self._learned: list[nn.Parameter] = []
         self._idle: list[nn.Parameter] = []  # those of them that go with no optimizer
         self._frozen: list[tuple[list[nn.Parameter], list[nn.Parameter]]] = []
-        self._handles: list[Any] = []
-        self._stepping: list[Optimizer] = []  # the user's, in the order of what follows
-        self._peaks: list[float] = []
         self._distiller: Distiller | None = None
         self._teacher: nn.Module | None = None
         self._watch: DivergenceWatch | None = None
@@ -170,9 +163,8 @@ class FineTune(pl.Callback):
                 NoEffectWarning,
                 stacklevel=2,
             )
-        self._ours = quantizer_parameters(pl_module)
+        self._users = UserOptimizers(quantizer_parameters(pl_module), self._resumed.get("peaks", []))
         self._learned = [part for q in quantizers(pl_module) for part in learned(q).values()]
-        self._peaks, self._stepping = self._resumed.get("peaks", []), []
         self._take_over(trainer, pl_module)
         self._own = self._own_optimizer(trainer, pl_module)
         if self._own is not None and "optimizers" in self._resumed:
@@ -204,29 +196,13 @@ class FineTune(pl.Callback):
 
     def _look_at_optimizers(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take our parameters out again, and take up what is trained now, if the user's optimizers have changed."""
-        if held(trainer.optimizers) == self._held:
-            return
-        self._keep_out(trainer.optimizers)
-        if self._own is not None:
+        if self._users.look(trainer.optimizers) and self._own is not None:
             self._arrange(trainer, module)
 
     def _arrange(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Step what is learned with the optimizers that train the weights now."""
         if self._own is not None:
             self._own.arrange(*self._grouped(trainer, module))
-
-    def _keep_out(self, optimizers: Sequence[Optimizer]) -> None:
-        """Take the parameters of quantizers out of the user's optimizers, new ones before they are restored too."""
-        for optimizer in optimizers:
-            remove_parameters(optimizer, self._ours)
-            if not any(known is optimizer for known in self._stepping):  # groups may be made anew before that
-                hook = optimizer.register_load_state_dict_pre_hook(lambda o, _: remove_parameters(o, self._ours))
-                self._handles.append(hook)
-        if self._stepping and self._peaks:
-            known = {id(optimizer): peak for optimizer, peak in zip(self._stepping, self._peaks, strict=False)}
-            self._peaks = [known.get(id(optimizer)) or peak_rate(optimizer) for optimizer in optimizers]
-        self._stepping = list(optimizers)
-        self._held = held(optimizers)
 
     def _take_over(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take quantizer parameters from the user's optimizers; replace optimizer and schedulers if asked to."""
@@ -236,10 +212,10 @@ class FineTune(pl.Callback):
                 "leave them out and set both in configure_optimizers"
             )
         if self.lr is not None:
-            weights = [p for p in module.parameters() if p.requires_grad and id(p) not in self._ours]
+            weights = [p for p in module.parameters() if p.requires_grad and id(p) not in self._users.ours]
             trainer.strategy.optimizers = [self._replacement(weights, self.lr)]
             trainer.strategy.lr_scheduler_configs = []
-        self._keep_out(trainer.optimizers)
+        self._users.look(trainer.optimizers)
         if self.schedule is not None:
             if self.schedule == "cosine" and trainer.max_epochs == -1 and trainer.max_steps == -1:
                 raise SpecError(
@@ -296,8 +272,8 @@ class FineTune(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the rates to compare with: by now a search for one is over."""
-        if not self._peaks:
-            self._peaks = [peak_rate(optimizer) for optimizer in trainer.optimizers]
+        self._look_at_optimizers(trainer, pl_module)
+        self._users.find_peaks()
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -335,7 +311,7 @@ class FineTune(pl.Callback):
             parameter.grad = None
         stepped = getattr(optimizer, "optimizer", optimizer)
         index = next((i for i, known in enumerate(trainer.optimizers) if known is stepped), 0)
-        self._step_own(trainer, index, schedule_factor(stepped, self._peaks[index]))
+        self._step_own(trainer, index, self._users.factor(index))
 
     def _step_own(self, trainer: pl.Trainer, index: int, factor: float) -> None:
         """Step the quantizers of one of the user's optimizers, whose schedule stands at `factor`."""
@@ -396,9 +372,7 @@ class FineTune(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._users.release()
         if self._distiller is not None:
             self._distiller.remove()
             self._distiller = None
@@ -411,7 +385,7 @@ class FineTune(pl.Callback):
         state: dict[str, Any] = {}
         if self._own is not None:
             state["optimizers"] = self._own.state_dict()
-            state["peaks"] = self._peaks
+            state["peaks"] = self._users.peaks
         if self._teacher is not None:
             state["teacher"] = self._teacher.state_dict()
         return state

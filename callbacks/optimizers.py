@@ -89,12 +89,77 @@ class QuantizerOptimizer:
         return states
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave; what belongs to a parameter that no group has waits until one has it."""
+        """Restore what `state_dict` gave; what belongs to a parameter that no group has waits until one has it.
+
+        Raises:
+            StateError: if it is a list, as earlier versions of lq wrote it.
+        """
+        if not isinstance(states, Mapping):
+            raise StateError(
+                "the checkpoint's optimizer of quantizers was written by an earlier version of lq, which did not name "
+                "what it learned; load the weights alone and train anew, without ckpt_path="
+            )
         self._set_aside = {name: state for name, state in states.items() if name not in self._names.values()}
         for optimizer in filter(None, self.optimizers):
             names = [self._names[id(p)] for group in optimizer.param_groups for p in group["params"]]
             known = {number: states[name] for number, name in enumerate(names) if name in states}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
+
+
+class UserOptimizers:
+    """The user's optimizers, which are kept free of the parameters of quantizers, and where their schedules stand.
+
+    Args:
+        ours: identities of the parameters of quantizers.
+        peaks: learning rates at the peaks of the schedules, of a run that is resumed; empty: found by `find_peaks`.
+    """
+
+    def __init__(self, ours: set[int], peaks: Sequence[float] = ()) -> None:
+        self.ours = ours
+        self.peaks = list(peaks)
+        self._known: list[Optimizer] = []
+        self._held: list[int] = []
+        self._hooks: list[Any] = []
+
+    def look(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Take our parameters out of the optimizers there are now; return whether any was replaced or holds others."""
+        if _held(optimizers) == self._held:
+            return False
+        for optimizer in optimizers:
+            remove_parameters(optimizer, self.ours)
+            if not any(known is optimizer for known in self._known):  # others may rebuild groups before it is restored
+                hook = optimizer.register_load_state_dict_pre_hook(lambda o, _: remove_parameters(o, self.ours))
+                self._hooks.append(hook)
+        if self._known and self.peaks:
+            known = {id(optimizer): peak for optimizer, peak in zip(self._known, self.peaks, strict=False)}
+            self.peaks = [known.get(id(optimizer)) or peak_rate(optimizer) for optimizer in optimizers]
+        self._known, self._held = list(optimizers), _held(optimizers)
+        return True
+
+    def find_peaks(self) -> None:
+        """Note the rates to compare with, unless a resumed run has them."""
+        self.peaks = self.peaks or [peak_rate(optimizer) for optimizer in self._known]
+
+    def factor(self, index: int) -> float:
+        """Where the schedule of an optimizer stands: its learning rate over that at the peak."""
+        rate, peak = self._known[index].param_groups[0]["lr"], self.peaks[index]
+        return float(rate) / peak if peak else 1.0
+
+    def release(self) -> None:
+        """Leave no hook behind."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _held(optimizers: Iterable[Optimizer]) -> list[int]:
+    """Identities of optimizers and of what they hold: another list whenever one of them has changed."""
+    found = []
+    for optimizer in optimizers:
+        found.append(id(optimizer))
+        for group in optimizer.param_groups:
+            found.extend(map(id, group["params"]))
+    return found
 
 
 def owned(module: nn.Module, optimizers: Sequence[Optimizer], default: int | None = None) -> list[dict[str, Quantizer]]:
@@ -172,16 +237,6 @@ def unfreeze_with_weights(frozen: list[tuple[list[nn.Parameter], list[nn.Paramet
             frozen.remove(pair)
 
 
-def held(optimizers: Iterable[Optimizer]) -> list[int]:
-    """Identities of optimizers and of what they hold: another list whenever one of them has changed."""
-    found = []
-    for optimizer in optimizers:
-        found.append(id(optimizer))
-        for group in optimizer.param_groups:
-            found.extend(map(id, group["params"]))
-    return found
-
-
 def forget_stale_gradients(optimizers: Sequence[Optimizer], groups: Sequence[Iterable[nn.Parameter]]) -> None:
     """Before a backward: drop the gradients of quantizers where those of the weights beside them were dropped."""
     for optimizer, group in zip(optimizers, groups, strict=False):
@@ -213,11 +268,6 @@ def peak_rate(optimizer: Optimizer) -> float:
     """The learning rate that a user's optimizer, not yet stepped, has where its schedule is at its peak."""
     rates = (group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
     return next((float(rate) for rate in rates if rate), 0.0)  # cyclic schedules start far below their peak
-
-
-def schedule_factor(optimizer: Optimizer, peak: float) -> float:
-    """Where the schedule of a user's optimizer stands: its learning rate over that at the peak."""
-    return float(optimizer.param_groups[0]["lr"]) / peak if peak else 1.0
 
 
 def loss_scale(trainer: pl.Trainer) -> float:
