@@ -36,7 +36,9 @@ from lq.callbacks.optimizers import (
     steps_of,
     unfreeze_with_weights,
 )
+from lq.callbacks.quantize import Quantize
 from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
+from lq.callbacks.untrained import build_as_float, warn_of_untrained
 from lq.distillation import Distiller, Loss, float_copy
 from lq.errors import NoEffectWarning, PatternError, SpecError, StateError
 from lq.estimators import Estimator
@@ -119,6 +121,7 @@ class FineTune(pl.Callback):
         self.temperature = temperature
         self.distill_from = distill_from
         self._own: QuantizerOptimizer | None = None
+        self._looked = True  # at the optimizers, for weights that none holds
         self._users = UserOptimizers(set())
         self._learned: list[nn.Parameter] = []
         self._idle: list[nn.Parameter] = []  # those of them that go with no optimizer
@@ -137,6 +140,7 @@ class FineTune(pl.Callback):
         """Choose what is learned before DDP looks at it."""
         if stage != "fit":
             return
+        build_as_float(pl_module)
         if is_attached(pl_module) or "configure_model" not in vars(pl_module):
             self._choose(pl_module)
             return
@@ -272,6 +276,7 @@ class FineTune(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the rates to compare with: by now a search for one is over."""
+        self._looked = False
         self._look_at_optimizers(trainer, pl_module)
         self._users.find_peaks()
 
@@ -289,6 +294,11 @@ class FineTune(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """See what was unfrozen since; in a step, an optimizer may have been given the only trained parameters."""
+        if not self._looked:
+            self._looked = True
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(callback, Quantize) for callback in callbacks):  # which does so itself
+                warn_of_untrained(pl_module, trainer.optimizers)
         unfreeze_with_weights(self._frozen)
         self._look_at_optimizers(trainer, pl_module)
 

@@ -21,6 +21,7 @@ from typing_extensions import override
 from lq.attach import attach, attached_plan
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of
+from lq.callbacks.untrained import build_as_float, warn_of_untrained
 from lq.checkpoint import planned_by, rebuild
 from lq.errors import DataError, SpecError, StateError
 from lq.folding import fold_batchnorm
@@ -95,6 +96,7 @@ class Quantize(pl.Callback):
         self.skip = skip
         self.symmetric = symmetric
         self._found: Structure | None = None
+        self._looked = True
         self._choice: dict[str, Any] = {
             "symmetric": symmetric,
             "first_last": first_last,
@@ -111,6 +113,8 @@ class Quantize(pl.Callback):
         """Fold and attach, once."""
         _check_strategy(trainer)
         _put_finders_last(trainer)
+        if stage == "fit":
+            build_as_float(pl_module)
         if is_attached(pl_module):
             self._check_same(pl_module)
             return
@@ -127,6 +131,20 @@ class Quantize(pl.Callback):
             return
         calibrate_on_training_data(trainer, pl_module, self.calibration_samples, self.forward)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the optimizers when training begins."""
+        self._looked = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first step, when all callbacks have had their turn: warn of weights that no optimizer holds."""
+        if not self._looked:
+            self._looked = True
+            warn_of_untrained(pl_module, trainer.optimizers)
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.fold_bn:
