@@ -36,6 +36,7 @@ from lq.callbacks.optimizers import (
     steps_of,
     unfreeze_with_weights,
 )
+from lq.callbacks.pruning import prune_float_weights
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
 from lq.callbacks.untrained import build_as_float, warn_of_untrained
@@ -138,6 +139,8 @@ class FineTune(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose what is learned before DDP looks at it."""
+        if not _has_quantize(trainer) and is_attached(pl_module):
+            prune_float_weights(trainer, self)
         if stage != "fit":
             return
         build_as_float(pl_module)
@@ -296,8 +299,7 @@ class FineTune(pl.Callback):
         """See what was unfrozen since; in a step, an optimizer may have been given the only trained parameters."""
         if not self._looked:
             self._looked = True
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            if not any(isinstance(callback, Quantize) for callback in callbacks):  # which does so itself
+            if not _has_quantize(trainer):  # which does so itself
                 warn_of_untrained(pl_module, trainer.optimizers)
         unfreeze_with_weights(self._frozen)
         self._look_at_optimizers(trainer, pl_module)
@@ -404,6 +406,10 @@ class FineTune(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is an optimizer to give it to."""
         self._resumed = state_dict
+
+
+def _has_quantize(trainer: pl.Trainer) -> bool:
+    return any(isinstance(callback, Quantize) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

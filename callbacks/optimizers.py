@@ -9,6 +9,7 @@ on bring their quantizers along.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -128,8 +129,9 @@ class UserOptimizers:
         for optimizer in optimizers:
             remove_parameters(optimizer, self.ours)
             if not any(known is optimizer for known in self._known):  # others may rebuild groups before it is restored
-                hook = optimizer.register_load_state_dict_pre_hook(lambda o, _: remove_parameters(o, self.ours))
-                self._hooks.append(hook)
+                with suppress(AttributeError):  # wrappers around optimizers may lack what hooks need
+                    hook = optimizer.register_load_state_dict_pre_hook(lambda o, _: remove_parameters(o, self.ours))
+                    self._hooks.append(hook)
         if self._known and self.peaks:
             known = {id(optimizer): peak for optimizer, peak in zip(self._known, self.peaks, strict=False)}
             self.peaks = [known.get(id(optimizer)) or peak_rate(optimizer) for optimizer in optimizers]

@@ -21,6 +21,7 @@ from typing_extensions import override
 from lq.attach import attach, attached_plan
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of
+from lq.callbacks.pruning import check_parametrizations, check_zeros, prune_float_weights, warn_of_lost_zeros
 from lq.callbacks.untrained import build_as_float, warn_of_untrained
 from lq.checkpoint import planned_by, rebuild
 from lq.errors import DataError, SpecError, StateError
@@ -115,6 +116,7 @@ class Quantize(pl.Callback):
         _put_finders_last(trainer)
         if stage == "fit":
             build_as_float(pl_module)
+        prune_float_weights(trainer, self)
         if is_attached(pl_module):
             self._check_same(pl_module)
             return
@@ -127,6 +129,7 @@ class Quantize(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate on training data, unless a checkpoint brought the ranges."""
+        check_parametrizations(pl_module)
         if not needs_calibration(pl_module):
             return
         calibrate_on_training_data(trainer, pl_module, self.calibration_samples, self.forward)
@@ -134,7 +137,8 @@ class Quantize(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the optimizers when training begins."""
+        """Look at what will be pruned, and soon at the optimizers."""
+        check_zeros(trainer, pl_module)
         self._looked = False
 
     @override
@@ -145,6 +149,11 @@ class Quantize(pl.Callback):
         if not self._looked:
             self._looked = True
             warn_of_untrained(pl_module, trainer.optimizers)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at what was pruned."""
+        warn_of_lost_zeros(trainer, pl_module)
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.fold_bn:

@@ -1,4 +1,4 @@
-"""Quantized weights are trained however an optimizer is built; or it is said before the first step that they are not."""
+"""Quantized weights are trained however optimizers are built; if not, that is told before the first step."""
 
 import warnings
 
@@ -144,7 +144,7 @@ class Late(Quantize):
 
 @pytest.mark.parametrize("style", [by_class, by_name])
 def test_groups_made_of_the_quantized_module_are_told(style):
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="no optimizer holds") as told:
         fit(tiny(), [Late(style)])
     (message,) = [str(w.message) for w in told if "optimizer" in str(w.message)]
     assert message.startswith("no optimizer holds the weight of net.0, net.3, net.8, while")
