@@ -2,9 +2,10 @@
 
 What an estimator learns of the quantizers (`lq.estimators`) are ordinary parameters of the module, but an optimizer
 that trains weights must not move them (its decay and learning rate are meant for weights). They are taken out of the
-user's optimizers before any optimizer state exists, and stepped by an Adam of their own whenever the user's optimizer
-of their layer steps. Its learning rate follows the user's schedule in proportion; its state is in the callback's, so
-that a resumed run continues it.
+user's optimizers, then and whenever groups are added or optimizers replaced, and stepped by an Adam of their own
+whenever the user's optimizer of their layer steps: what is learned of a layer that is unfrozen later is trained from
+then on. Its learning rate follows the user's schedule in proportion; its state is in the callback's, so that a resumed
+run continues it.
 """
 
 import warnings
@@ -24,21 +25,25 @@ from lq.callbacks.data import forward_of, reduce_over, training_batches
 from lq.callbacks.divergence import DivergenceWatch
 from lq.callbacks.optimizers import (
     QuantizerOptimizer,
+    UserOptimizers,
     adam,
     forget_stale_gradients,
+    freeze_with_weights,
+    learned,
     loss_scale,
     owned,
-    peak_rate,
-    remove_parameters,
-    schedule_factor,
+    quantizer_parameters,
     steps_of,
+    unfreeze_with_weights,
 )
+from lq.callbacks.pruning import prune_float_weights
+from lq.callbacks.quantize import Quantize
 from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
+from lq.callbacks.untrained import build_as_float, warn_of_untrained
 from lq.distillation import Distiller, Loss, float_copy
 from lq.errors import NoEffectWarning, PatternError, SpecError, StateError
 from lq.estimators import Estimator
 from lq.estimators import estimator as estimator_of
-from lq.quantizer import Quantizer
 from lq.sites import common_module, is_attached, quantizers, require_attached
 
 
@@ -117,8 +122,11 @@ class FineTune(pl.Callback):
         self.temperature = temperature
         self.distill_from = distill_from
         self._own: QuantizerOptimizer | None = None
-        self._parts: list[list[nn.Parameter]] = []
-        self._peaks: list[float] = []
+        self._looked = True  # at the optimizers, for weights that none holds
+        self._users = UserOptimizers(set())
+        self._learned: list[nn.Parameter] = []
+        self._idle: list[nn.Parameter] = []  # those of them that go with no optimizer
+        self._frozen: list[tuple[list[nn.Parameter], list[nn.Parameter]]] = []
         self._distiller: Distiller | None = None
         self._teacher: nn.Module | None = None
         self._watch: DivergenceWatch | None = None
@@ -131,8 +139,11 @@ class FineTune(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose what is learned before DDP looks at it."""
+        if not _has_quantize(trainer) and is_attached(pl_module):
+            prune_float_weights(trainer, self)
         if stage != "fit":
             return
+        build_as_float(pl_module)
         if is_attached(pl_module) or "configure_model" not in vars(pl_module):
             self._choose(pl_module)
             return
@@ -147,6 +158,7 @@ class FineTune(pl.Callback):
     def _choose(self, module: pl.LightningModule) -> None:
         require_attached(module, type(self).__name__)
         set_estimator(module, self._estimator)
+        self._frozen = freeze_with_weights(module) if self._default_owner is None else []
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,27 +170,46 @@ class FineTune(pl.Callback):
                 NoEffectWarning,
                 stacklevel=2,
             )
+        self._users = UserOptimizers(quantizer_parameters(pl_module), self._resumed.get("peaks", []))
+        self._learned = [part for q in quantizers(pl_module) for part in learned(q).values()]
         self._take_over(trainer, pl_module)
-        groups = owned(pl_module, trainer.optimizers, self._default_owner)
-        self._parts = [[p for q in group for p in q.parameters() if p.requires_grad] for group in groups]
-        self._own = self._own_optimizer(trainer, pl_module, groups)
+        self._own = self._own_optimizer(trainer, pl_module)
         if self._own is not None and "optimizers" in self._resumed:
             self._own.load_state_dict(self._resumed["optimizers"])
         if self.distill:
             self._start_distilling(trainer, pl_module)
         self._watch = DivergenceWatch(list(quantizers(pl_module)))
-        self._peaks = self._resumed.get("peaks", [])
         self._resumed = {}
 
-    def _own_optimizer(
-        self, trainer: pl.Trainer, module: pl.LightningModule, groups: list[list[Quantizer]]
-    ) -> QuantizerOptimizer | None:
-        """The optimizer of what is learned of the quantizers, which are grouped by the user's optimizers."""
-        if not any(self._parts):
+    def _own_optimizer(self, trainer: pl.Trainer, module: pl.LightningModule) -> QuantizerOptimizer | None:
+        """The optimizer of what is learned of the quantizers."""
+        if not self._learned:
             return None
-        # One learning rate is one share of the range: a zero point is in steps, of which there are many at many bits.
-        scales = {id(q.zero_point): 2.0 ** float(q.bits.detach().max()) for group in groups for q in group}
-        return QuantizerOptimizer(self._parts, self._rate, adam(self._rate), scales)
+        groups, scales = self._grouped(trainer, module)
+        return QuantizerOptimizer(groups, self._rate, adam(self._rate), scales)
+
+    def _grouped(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> tuple[list[dict[str, nn.Parameter]], dict[str, float]]:
+        """What is learned by the user's optimizers that it goes with, and factors on its learning rate; by name."""
+        groups, scales = [], {}
+        for members in owned(module, trainer.optimizers, self._default_owner):
+            groups.append({f"{name}.{part}": p for name, q in members.items() for part, p in learned(q).items()})
+            # One learning rate is one share of the range: a zero point is in steps, of which many bits have many.
+            scales.update({f"{name}.zero_point": 2.0 ** float(q.bits.detach().max()) for name, q in members.items()})
+        owners = {id(p) for group in groups for p in group.values()}
+        self._idle = [p for p in self._learned if id(p) not in owners]
+        return groups, scales
+
+    def _look_at_optimizers(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take our parameters out again, and take up what is trained now, if the user's optimizers have changed."""
+        if self._users.look(trainer.optimizers) and self._own is not None:
+            self._arrange(trainer, module)
+
+    def _arrange(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Step what is learned with the optimizers that train the weights now."""
+        if self._own is not None:
+            self._own.arrange(*self._grouped(trainer, module))
 
     def _take_over(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take quantizer parameters from the user's optimizers; replace optimizer and schedulers if asked to."""
@@ -187,13 +218,11 @@ class FineTune(pl.Callback):
                 "lr= and schedule= replace the optimizer of automatic optimization, but this module steps its own; "
                 "leave them out and set both in configure_optimizers"
             )
-        ours = {id(part) for quantizer in quantizers(module) for part in quantizer.parameters()}
         if self.lr is not None:
-            weights = [p for p in module.parameters() if p.requires_grad and id(p) not in ours]
+            weights = [p for p in module.parameters() if p.requires_grad and id(p) not in self._users.ours]
             trainer.strategy.optimizers = [self._replacement(weights, self.lr)]
             trainer.strategy.lr_scheduler_configs = []
-        for optimizer in trainer.optimizers:
-            remove_parameters(optimizer, ours)
+        self._users.look(trainer.optimizers)
         if self.schedule is not None:
             if self.schedule == "cosine" and trainer.max_epochs == -1 and trainer.max_steps == -1:
                 raise SpecError(
@@ -250,8 +279,9 @@ class FineTune(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the rates to compare with: by now a search for one is over."""
-        if not self._peaks:
-            self._peaks = [peak_rate(optimizer) for optimizer in trainer.optimizers]
+        self._looked = False
+        self._look_at_optimizers(trainer, pl_module)
+        self._users.find_peaks()
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -263,20 +293,37 @@ class FineTune(pl.Callback):
                 norm.eval()
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """See what was unfrozen since; in a step, an optimizer may have been given the only trained parameters."""
+        if not self._looked:
+            self._looked = True
+            if not _has_quantize(trainer):  # which does so itself
+                warn_of_untrained(pl_module, trainer.optimizers)
+        unfreeze_with_weights(self._frozen)
+        self._look_at_optimizers(trainer, pl_module)
+
+    @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Forget gradients that the user has forgotten."""
-        forget_stale_gradients(trainer.optimizers, self._parts)
+        self._look_at_optimizers(trainer, pl_module)
+        if self._own is not None:
+            forget_stale_gradients(trainer.optimizers, self._own.groups)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Step the quantizer parameters along with the user's optimizer."""
+        self._look_at_optimizers(trainer, pl_module)
         if self._own is None:
             return
+        for parameter in self._idle:
+            parameter.grad = None
         stepped = getattr(optimizer, "optimizer", optimizer)
         index = next((i for i, known in enumerate(trainer.optimizers) if known is stepped), 0)
-        self._step_own(trainer, index, schedule_factor(stepped, self._peaks[index]))
+        self._step_own(trainer, index, self._users.factor(index))
 
     def _step_own(self, trainer: pl.Trainer, index: int, factor: float) -> None:
         """Step the quantizers of one of the user's optimizers, whose schedule stands at `factor`."""
@@ -337,6 +384,7 @@ class FineTune(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
+        self._users.release()
         if self._distiller is not None:
             self._distiller.remove()
             self._distiller = None
@@ -349,7 +397,7 @@ class FineTune(pl.Callback):
         state: dict[str, Any] = {}
         if self._own is not None:
             state["optimizers"] = self._own.state_dict()
-            state["peaks"] = self._peaks
+            state["peaks"] = self._users.peaks
         if self._teacher is not None:
             state["teacher"] = self._teacher.state_dict()
         return state
@@ -358,6 +406,10 @@ class FineTune(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is an optimizer to give it to."""
         self._resumed = state_dict
+
+
+def _has_quantize(trainer: pl.Trainer) -> bool:
+    return any(isinstance(callback, Quantize) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

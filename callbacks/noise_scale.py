@@ -20,13 +20,12 @@ from typing_extensions import override
 from lq.budget import Costs, parse_budget
 from lq.callbacks.averages import give_to_averages
 from lq.callbacks.finetune import FineTune
-from lq.callbacks.optimizers import QuantizerOptimizer, adam, loss_scale, steps_of
+from lq.callbacks.optimizers import QuantizerOptimizer, adam, loss_scale, owned, steps_of
 from lq.callbacks.schedules import Schedule
 from lq.distillation import Loss
 from lq.errors import BudgetError, SpecError
 from lq.estimators import NoiseScale
 from lq.noise_scale import HEAD, Penalty, SizeBudget, Targets, WidthLearner, prune_silent, target_widths
-from lq.quantizer import Quantizer
 from lq.refitting import fit_ranges
 from lq.report import WIDTH_BITS, summary
 from lq.sites import quantizers
@@ -150,9 +149,7 @@ class LearnNoiseScale(FineTune):
         super()._choose(module)
 
     @override
-    def _own_optimizer(
-        self, trainer: pl.Trainer, module: pl.LightningModule, groups: list[list[Quantizer]]
-    ) -> QuantizerOptimizer:
+    def _own_optimizer(self, trainer: pl.Trainer, module: pl.LightningModule) -> QuantizerOptimizer:
         weights = self.weights if self.budget is None else None
         targets: dict[str, float] = target_widths(
             module, weights, self.activations, first_last=self.first_last, pins=self.pins
@@ -161,6 +158,7 @@ class LearnNoiseScale(FineTune):
             fit_ranges(module, {**self._mean_widths(module), **targets}, HEAD)
         learned = self._sharing(module)
         kept = {q.name: q.bits.detach().clone() for q in quantizers(module) if q.name not in {*targets, *learned}}
+        groups = [list(group.values()) for group in owned(module, trainer.optimizers, self._default_owner)]
         self._learners = [WidthLearner(group, {**targets, **kept}) for group in groups if group]
         self._owners = [index for index, group in enumerate(groups) if group]
         self._met_at, self._settled_at, self._progress, self._deadline = None, None, 0.0, 0
@@ -182,7 +180,15 @@ class LearnNoiseScale(FineTune):
         return self._adam(rate)
 
     def _adam(self, rate: float) -> QuantizerOptimizer:
-        return QuantizerOptimizer([learner.parameters for learner in self._learners], rate, adam(rate))
+        groups = [
+            {f"{number}.{name}": parameter for name, parameter in learner.parameters.items()}
+            for number, learner in enumerate(self._learners)
+        ]
+        return QuantizerOptimizer(groups, rate, adam(rate))
+
+    @override
+    def _arrange(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Widths come down together, whatever is frozen: all quantizers stay with the optimizer they began with."""
 
     def _sharing(self, module: nn.Module) -> set[str]:
         """Names of the quantizers whose widths share the budget: those of weights that are stored in integers."""

@@ -1,13 +1,15 @@
 """The optimizer that quantizer parameters have of their own, beside those of the user.
 
 A user's optimizer must not move the grid of a quantizer: its decay and learning rate are meant for weights. The
-parameters are taken out of it before it has any state, and stepped here when it steps. With several optimizers (a GAN)
-a quantizer belongs to the one that holds the weights of its layer; its gradients are forgotten when those of the
-weights are, so that nothing of another optimizer's loss is left over.
+parameters are taken out of it, whenever it gets hold of them, and stepped here when it steps. With several optimizers
+(a GAN) a quantizer belongs to the one that holds the weights of its layer; its gradients are forgotten when those of
+the weights are, so that nothing of another optimizer's loss is left over. Layers that are unfrozen while training goes
+on bring their quantizers along.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,23 +27,39 @@ class QuantizerOptimizer:
     """Steps parameters of quantizers along with the user's optimizers.
 
     Args:
-        groups: the parameters that belong to each of the user's optimizers, in their order.
+        groups: the parameters that belong to each of the user's optimizers, by name, in their order.
         lr: learning rate where the user's schedule is at its peak.
         make: makes the optimizer of parameter groups.
-        scales: factors on the learning rate, by identity of a parameter; others have 1.
+        scales: factors on the learning rate, by name of a parameter; others have 1.
     """
 
     def __init__(
-        self, groups: Sequence[list[nn.Parameter]], lr: float, make: Make, scales: Mapping[int, float] | None = None
+        self,
+        groups: Sequence[Mapping[str, nn.Parameter]],
+        lr: float,
+        make: Make,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
-        self.groups = [list(group) for group in groups]
         self.lr = lr
-        self.optimizers = [make(self._by_scale(group, scales or {})) if group else None for group in self.groups]
+        self._make = make
+        self._set_aside: dict[str, Any] = {}  # states of parameters that no group has now, by name
+        self._build(groups, scales or {})
 
-    def _by_scale(self, group: list[nn.Parameter], scales: Mapping[int, float]) -> list[dict[str, Any]]:
+    def arrange(self, groups: Sequence[Mapping[str, nn.Parameter]], scales: Mapping[str, float] | None = None) -> None:
+        """Have other parameters, or the same ones belong to others of the user's optimizers; their states stay."""
+        states = self.state_dict()
+        self._build(groups, scales or {})
+        self.load_state_dict(states)
+
+    def _build(self, groups: Sequence[Mapping[str, nn.Parameter]], scales: Mapping[str, float]) -> None:
+        self.groups = [list(group.values()) for group in groups]
+        self._names = {id(parameter): name for group in groups for name, parameter in group.items()}
+        self.optimizers = [self._make(self._by_scale(group, scales)) if group else None for group in groups]
+
+    def _by_scale(self, group: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> list[dict[str, Any]]:
         found: dict[float, list[nn.Parameter]] = {}
-        for parameter in sorted(group, key=lambda p: scales.get(id(p), 1.0) != 1.0):
-            found.setdefault(scales.get(id(parameter), 1.0), []).append(parameter)
+        for name in sorted(group, key=lambda name: scales.get(name, 1.0) != 1.0):
+            found.setdefault(scales.get(name, 1.0), []).append(group[name])
         return [{"params": parameters, "scale": scale} for scale, parameters in found.items()]
 
     def step(self, index: int, factor: float, scaler: Any = None) -> None:
@@ -64,19 +82,90 @@ class QuantizerOptimizer:
             optimizer.step()
         optimizer.zero_grad()
 
-    def state_dict(self) -> list[Any]:
-        """The states of the optimizers."""
-        return [None if optimizer is None else optimizer.state_dict() for optimizer in self.optimizers]
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizers know of each parameter, by its name."""
+        states = dict(self._set_aside)
+        for optimizer in filter(None, self.optimizers):
+            states.update({self._names[id(p)]: dict(state) for p, state in optimizer.state.items()})
+        return states
 
-    def load_state_dict(self, states: Sequence[Any]) -> None:
-        """Restore what `state_dict` gave."""
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            if optimizer is not None and state is not None:
-                optimizer.load_state_dict(state)
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; what belongs to a parameter that no group has waits until one has it.
+
+        Raises:
+            StateError: if it is a list, as earlier versions of lq wrote it.
+        """
+        if not isinstance(states, Mapping):
+            raise StateError(
+                "the checkpoint's optimizer of quantizers was written by an earlier version of lq, which did not name "
+                "what it learned; load the weights alone and train anew, without ckpt_path="
+            )
+        self._set_aside = {name: state for name, state in states.items() if name not in self._names.values()}
+        for optimizer in filter(None, self.optimizers):
+            names = [self._names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            known = {number: states[name] for number, name in enumerate(names) if name in states}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
 
 
-def owned(module: nn.Module, optimizers: Sequence[Optimizer], default: int | None = None) -> list[list[Quantizer]]:
-    """The quantizers of `module` by the optimizer that holds the weights of their layer.
+class UserOptimizers:
+    """The user's optimizers, which are kept free of the parameters of quantizers, and where their schedules stand.
+
+    Args:
+        ours: identities of the parameters of quantizers.
+        peaks: learning rates at the peaks of the schedules, of a run that is resumed; empty: found by `find_peaks`.
+    """
+
+    def __init__(self, ours: set[int], peaks: Sequence[float] = ()) -> None:
+        self.ours = ours
+        self.peaks = list(peaks)
+        self._known: list[Optimizer] = []
+        self._held: list[int] = []
+        self._hooks: list[Any] = []
+
+    def look(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Take our parameters out of the optimizers there are now; return whether any was replaced or holds others."""
+        if _held(optimizers) == self._held:
+            return False
+        for optimizer in optimizers:
+            remove_parameters(optimizer, self.ours)
+            if not any(known is optimizer for known in self._known):  # others may rebuild groups before it is restored
+                with suppress(AttributeError):  # wrappers around optimizers may lack what hooks need
+                    hook = optimizer.register_load_state_dict_pre_hook(lambda o, _: remove_parameters(o, self.ours))
+                    self._hooks.append(hook)
+        if self._known and self.peaks:
+            known = {id(optimizer): peak for optimizer, peak in zip(self._known, self.peaks, strict=False)}
+            self.peaks = [known.get(id(optimizer)) or peak_rate(optimizer) for optimizer in optimizers]
+        self._known, self._held = list(optimizers), _held(optimizers)
+        return True
+
+    def find_peaks(self) -> None:
+        """Note the rates to compare with, unless a resumed run has them."""
+        self.peaks = self.peaks or [peak_rate(optimizer) for optimizer in self._known]
+
+    def factor(self, index: int) -> float:
+        """Where the schedule of an optimizer stands: its learning rate over that at the peak."""
+        rate, peak = self._known[index].param_groups[0]["lr"], self.peaks[index]
+        return float(rate) / peak if peak else 1.0
+
+    def release(self) -> None:
+        """Leave no hook behind."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _held(optimizers: Iterable[Optimizer]) -> list[int]:
+    """Identities of optimizers and of what they hold: another list whenever one of them has changed."""
+    found = []
+    for optimizer in optimizers:
+        found.append(id(optimizer))
+        for group in optimizer.param_groups:
+            found.extend(map(id, group["params"]))
+    return found
+
+
+def owned(module: nn.Module, optimizers: Sequence[Optimizer], default: int | None = None) -> list[dict[str, Quantizer]]:
+    """The quantizers of `module`, by name, for each optimizer: it holds the weights of their layers.
 
     Args:
         module: a module with quantizers.
@@ -85,21 +174,69 @@ def owned(module: nn.Module, optimizers: Sequence[Optimizer], default: int | Non
             are left out.
     """
     holder = {id(p): i for i, optimizer in enumerate(optimizers) for g in optimizer.param_groups for p in g["params"]}
-    found: list[list[Quantizer]] = [[] for _ in range(max(len(optimizers), 1))]
+    found: list[dict[str, Quantizer]] = [{} for _ in range(max(len(optimizers), 1))]
+    for name, quantizer, weights in weights_around(module):
+        index = next((holder[id(p)] for p in weights if id(p) in holder), default)
+        if index is not None:
+            found[index][name] = quantizer
+    return found
+
+
+def weights_around(module: nn.Module) -> list[tuple[str, Quantizer, list[nn.Parameter]]]:
+    """Each quantizer of `module` with its name, and the parameters of the nearest module around it that has others."""
     modules = dict(module.named_modules())
-    ours = {id(p) for part in modules.values() if isinstance(part, Quantizer) for p in part.parameters()}
+    ours = quantizer_parameters(module)
+    found = []
     for name, quantizer in modules.items():
         if not isinstance(quantizer, Quantizer):
             continue
-        above, weights = name, list[int]()  # those of the nearest module around it that has any
+        above, weights = name, list[nn.Parameter]()
         while above and not weights:
             above = above.rpartition(".")[0]
-            weights = [id(p) for p in modules[above].parameters() if id(p) not in ours]
-        index = next((holder[p] for p in weights if p in holder), None)
-        index = default if index is None else index
-        if index is not None:
-            found[index].append(quantizer)
+            weights = [p for p in modules[above].parameters() if id(p) not in ours]
+        found.append((name, quantizer, weights))
     return found
+
+
+def quantizer_parameters(module: nn.Module) -> set[int]:
+    """Identities of all parameters of quantizers, whether they are learned or not."""
+    return {id(p) for part in module.modules() if isinstance(part, Quantizer) for p in part.parameters()}
+
+
+def learned(quantizer: Quantizer) -> dict[str, nn.Parameter]:
+    """What the estimator of a quantizer learns of it, by name."""
+    learns = quantizer.estimator.learns
+    return {name: part for name, part in quantizer.named_parameters(recurse=False) if name in learns}
+
+
+def freeze_with_weights(module: nn.Module) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+    """Freeze what is learned of quantizers where all weights beside them are frozen, and say what was frozen.
+
+    A module of which nothing is trained but its quantizers is left as it is.
+
+    Returns:
+        The weights, and what is learned of the quantizers beside them.
+    """
+    ours = quantizer_parameters(module)
+    if not any(p.requires_grad for p in module.parameters() if id(p) not in ours):
+        return []
+    found = []
+    for _, quantizer, weights in weights_around(module):
+        parts = [part for part in learned(quantizer).values() if part.requires_grad]
+        if parts and not any(p.requires_grad for p in weights):
+            for part in parts:
+                part.requires_grad_(False)
+            found.append((weights, parts))
+    return found
+
+
+def unfreeze_with_weights(frozen: list[tuple[list[nn.Parameter], list[nn.Parameter]]]) -> None:
+    """Unfreeze what `freeze_with_weights` froze where any of the weights is trained by now."""
+    for pair in list(frozen):
+        if any(p.requires_grad for p in pair[0]):
+            for part in pair[1]:
+                part.requires_grad_(True)
+            frozen.remove(pair)
 
 
 def forget_stale_gradients(optimizers: Sequence[Optimizer], groups: Sequence[Iterable[nn.Parameter]]) -> None:
@@ -112,7 +249,7 @@ def forget_stale_gradients(optimizers: Sequence[Optimizer], groups: Sequence[Ite
 
 
 def remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
-    """Take parameters out of an optimizer that has not stepped yet.
+    """Take parameters, and what is known of them, out of an optimizer.
 
     Raises:
         StateError: if the optimizer keeps a list of its own.
@@ -133,11 +270,6 @@ def peak_rate(optimizer: Optimizer) -> float:
     """The learning rate that a user's optimizer, not yet stepped, has where its schedule is at its peak."""
     rates = (group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
     return next((float(rate) for rate in rates if rate), 0.0)  # cyclic schedules start far below their peak
-
-
-def schedule_factor(optimizer: Optimizer, peak: float) -> float:
-    """Where the schedule of a user's optimizer stands: its learning rate over that at the peak."""
-    return float(optimizer.param_groups[0]["lr"]) / peak if peak else 1.0
 
 
 def loss_scale(trainer: pl.Trainer) -> float:

@@ -30,7 +30,9 @@ from lq.callbacks.preparing import (
     rebuild_from_checkpoint,
     require_values,
 )
+from lq.callbacks.pruning import check_parametrizations, check_zeros, prune_float_weights, warn_of_lost_zeros
 from lq.callbacks.steps import teachers_of
+from lq.callbacks.untrained import build_as_float, warn_of_untrained
 from lq.errors import DataError, NoEffectWarning, SpecError, StateError
 from lq.folding import fold, folded_norms
 from lq.inspection import inspect
@@ -122,6 +124,7 @@ class Quantize(pl.Callback):
         self._found: Structure | None = None
         self._example: tuple[Any, Forward] | None = None  # what the module was looked at with, and how it is run
         self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
+        self._looked = True
         self._choice: dict[str, Any] = {
             "symmetric": symmetric,
             "first_last": first_last,
@@ -139,6 +142,9 @@ class Quantize(pl.Callback):
         _check_strategy(trainer)
         _put_running_last(trainer)
         rebuild_from_checkpoint(pl_module, self._before_restoring)
+        if stage == "fit":
+            build_as_float(pl_module)
+        prune_float_weights(trainer, self)
         evaluated = None if self._evaluated is None else self._evaluated()
         if evaluated is pl_module and self._folds(trainer, stage) and is_attached(pl_module):
             detach(pl_module)  # an evaluation has folded nothing
@@ -154,6 +160,7 @@ class Quantize(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate on training data, unless a checkpoint brought the ranges."""
+        check_parametrizations(pl_module)
         if not needs_calibration(pl_module):
             return
         calibrate_on_training_data(trainer, pl_module, self.calibration_samples, self.forward)
@@ -161,15 +168,24 @@ class Quantize(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn if BatchNorms that training at few bits needs are folded."""
-        folded = folded_norms(pl_module)
-        fewest = min((float(q.bits.detach().min()) for q in quantizers(pl_module)), default=8.0) if folded else 8.0
-        if fewest < 8 or (folded and any("bits" in q.estimator.learns for q in quantizers(pl_module))):
-            rank_zero_warn(
-                f"{len(folded)} BatchNorms of {type(pl_module).__name__} were folded, and it is trained at fewer than "
-                "8 bits: without their normalization such training is unstable and ends several points lower. Start "
-                "from the float module with Quantize(fold_bn='auto') or False, which keep them; exports fold them"
-            )
+        """Look at what is folded and what will be pruned, and soon at the optimizers."""
+        _warn_of_folded(pl_module)
+        check_zeros(trainer, pl_module)
+        self._looked = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first step, when all callbacks have had their turn: warn of weights that no optimizer holds."""
+        if not self._looked:
+            self._looked = True
+            warn_of_untrained(pl_module, trainer.optimizers)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at what was pruned."""
+        warn_of_lost_zeros(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -354,6 +370,18 @@ class Quantize(pl.Callback):
                     f"{type(callback).__name__} copies the module before Quantize has attached quantizers to it; "
                     "list Quantize before it in Trainer(callbacks=[...])"
                 )
+
+
+def _warn_of_folded(module: pl.LightningModule) -> None:
+    """Warn if BatchNorms that training at few bits needs are folded."""
+    folded = folded_norms(module)
+    fewest = min((float(q.bits.detach().min()) for q in quantizers(module)), default=8.0) if folded else 8.0
+    if fewest < 8 or (folded and any("bits" in q.estimator.learns for q in quantizers(module))):
+        rank_zero_warn(
+            f"{len(folded)} BatchNorms of {type(module).__name__} were folded, and it is trained at fewer than 8 bits: "
+            "without their normalization such training is unstable and ends several points lower. Start from the "
+            "float module with Quantize(fold_bn='auto') or False, which keep them; exports fold them"
+        )
 
 
 def _check_strategy(trainer: pl.Trainer) -> None:

@@ -163,9 +163,9 @@ class WidthLearner:
         self.least = torch.minimum(torch.where(self.target.isnan(), free, self.target), start)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer steps."""
-        return [self.log2_step, self.log2_range, self.zero_share]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What an optimizer steps, by name."""
+        return {"log2_step": self.log2_step, "log2_range": self.log2_range, "zero_share": self.zero_share}
 
     @property
     def bits(self) -> Tensor:
@@ -242,17 +242,17 @@ class WidthLearner:
 
     def state(self) -> list[Tensor]:
         """What is learned, to the bit, and what bounds it."""
-        return [*(parameter.detach() for parameter in self.parameters), self.least, self.pruned]
+        return [*(parameter.detach() for parameter in self.parameters.values()), self.least, self.pruned]
 
     @torch.no_grad()
     def load(self, state: Sequence[Tensor]) -> None:
         """Restore what `state` gave."""
-        for mine, value in zip([*self.parameters, self.least, self.pruned], state, strict=True):
+        for mine, value in zip([*self.parameters.values(), self.least, self.pruned], state, strict=True):
             mine.copy_(value)
 
     def clear(self) -> None:
         """Forget all gradients."""
-        for parameter in [*self.parameters, *(p for q in self.members for p in q.parameters())]:
+        for parameter in [*self.parameters.values(), *(p for q in self.members for p in q.parameters())]:
             parameter.grad = None
 
     def _flat(self, name: str) -> Tensor:
