@@ -27,6 +27,7 @@ from lq.sites import (
     weight_quantizer,
     weights_at_calls,
 )
+from lq.without_recomputation import without_recomputation
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,7 +69,7 @@ def calibrate(
     sites = activation_quantizers(model)
     if not sites and all(quantizer.calibrated for quantizer in quantizers(model)):
         return model
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), without_recomputation(model), torch.no_grad():
         try:
             observed = {name: site.observe() for name, site in sites.items()}
             seen = 0

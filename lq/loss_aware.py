@@ -50,6 +50,7 @@ from lq.refitting import samples_of
 from lq.sensitivity.items import float_model
 from lq.sensitivity.metrics import require_loss, require_output
 from lq.sites import activation_quantizers, quantizers, require_attached
+from lq.without_recomputation import without_recomputation
 
 #: A loss by name: divergence from the float network, or cross-entropy with the classes in ``batch[1]``.
 NamedLoss = Literal["kl", "task"]
@@ -157,7 +158,7 @@ def optimize_ranges(
     _check_calibrated(model)
     given = _ranges(model)
     try:
-        with eval_mode(model), torch.no_grad():
+        with eval_mode(model), without_recomputation(model), torch.no_grad():
             measure = _Loss(model, batches, loss, forward, reduce)
             return _optimize(model, measure, rules, evaluations)
     except BaseException:

@@ -48,6 +48,7 @@ from lq.reconstruction.storage import Storage, memory_in_bytes
 from lq.reconstruction.units import Granularity, Unit, find_units
 from lq.rounding import Rounding, rounding_of
 from lq.sites import activation_quantizers, require_attached
+from lq.without_recomputation import without_recomputation
 
 #: Units by their granularity, or by name: modules, chains of them as lists.
 Units = Granularity | Literal["mixed"] | Sequence[str | Sequence[str]]
@@ -265,6 +266,7 @@ class _Work:
             eval_mode(self.model),
             eval_mode(self.twin),
             kept_memory(self.storage.device),
+            without_recomputation(self.model, self.twin),
             torch.compiler.set_stance("force_eager"),
             ExitStack() as stack,
         ):

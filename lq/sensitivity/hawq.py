@@ -23,6 +23,7 @@ from lq.histogram import Reduce
 from lq.sensitivity.items import Item, float_model
 from lq.sensitivity.metrics import Loss, grouped, labels_of, log_likelihood, require_loss, require_output, signs
 from lq.sensitivity.table import Accumulator, Found
+from lq.without_recomputation import recomputed
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class HawqV2:
             value = require_loss(self.loss(model, batch)) * samples
         else:
             value = -log_likelihood(require_output(run(model, batch, forward)), labels_of(batch)).sum()
+        for tap in taps:
+            tap.forward_ended = True
         owned = [(tap, leaf) for tap in taps for leaf in tap.leaves]
         leaves = [leaf for _, leaf in owned]
         gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
@@ -112,11 +115,13 @@ class _Leaves:
         self.item = item
         self.samples = samples
         self.leaves: list[Tensor] = []
+        self.forward_ended = False
         self._squares: Tensor | None = None  # (C, W)
         self._held: list[tuple[Tensor, Tensor]] = []
         item.quantizer.tap = self._weight if item.is_weight else self._activation
 
     def _weight(self, weight: Tensor) -> Tensor:
+        self._check_forward()
         for known, leaf in self._held:
             if known.data_ptr() == weight.data_ptr():
                 return leaf
@@ -130,6 +135,7 @@ class _Leaves:
         return leaf
 
     def _activation(self, x: Tensor) -> Tensor:
+        self._check_forward()
         for known, y in self._held:
             if known is x:
                 return y
@@ -143,6 +149,10 @@ class _Leaves:
         squares = torch.stack(errors)[None] / self.samples
         self._squares = squares if self._squares is None else self._squares + squares
         return y
+
+    def _check_forward(self) -> None:
+        if self.forward_ended:
+            raise recomputed(self.item.name)
 
     def values(self, trace: float, group: int) -> tuple[Tensor, Tensor]:
         """Mean trace times squared change, of the whole and of groups of channels."""

@@ -17,6 +17,7 @@ from lq.sensitivity.metrics import Fisher, OutputDistortion
 from lq.sensitivity.table import Found, Sensitivity
 from lq.sites import require_attached
 from lq.spec import check_bits
+from lq.without_recomputation import without_recomputation
 
 #: Widths measured unless others are asked for.
 WIDTHS = tuple(range(9))
@@ -112,7 +113,7 @@ def measure_sensitivity(
     items = find_items(model, [check_bits(width) for width in widths], weights=weights, activations=activations)
     if not items:
         raise SpecError("neither weights nor activations of the model are quantized as asked; nothing can be measured")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_recomputation(model):
         torch.manual_seed(seed)
         found = chosen.measure(model, items, batches, group=group, forward=forward, reduce=reduce)
     unseen = [item.name for item in items if not item.seen]

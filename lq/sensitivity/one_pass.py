@@ -23,6 +23,7 @@ from lq.cost import batch_size
 from lq.errors import StateError
 from lq.sensitivity.contraction import operands_of, terms
 from lq.sensitivity.items import Item, float_model
+from lq.without_recomputation import recomputed
 
 #: The scalar whose gradient is taken: a sum over the samples of a batch, of a model run on it.
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -95,6 +96,7 @@ class OnePass:
             watch = _Watch(self.items, samples, {id(item) for item in by_gradient})
             with watch, torch.compiler.set_stance("force_eager"):
                 value = self.objective(self.model, batch)
+            watch.forward_ended = True
             if not value.requires_grad:
                 raise StateError("the output does not depend on a quantized layer; nothing can be measured")
             leaves = [(item, alias) for item, alias in watch.aliases if alias.requires_grad]
@@ -128,6 +130,7 @@ class _Watch(TorchFunctionMode):
         self.aliases: list[tuple[Item, Tensor]] = []  # what stands for each weight
         self._owners: dict[int, Item] = {}  # by id of that
         self.anchor = torch.zeros((), requires_grad=True)
+        self.forward_ended = False
         for item in items:
             item.quantizer.tap = self._weight(item) if item.is_weight else self._activation(item)
 
@@ -163,6 +166,7 @@ class _Watch(TorchFunctionMode):
 
     def _weight(self, item: Item) -> Callable[[Tensor], Tensor]:
         def tap(weight: Tensor) -> Tensor:
+            self._check_forward(item)
             item.seen, item.numel = True, weight.numel()
             alias = weight.detach().requires_grad_(id(item) in self.by_gradient)
             self.aliases.append((item, alias))
@@ -175,6 +179,7 @@ class _Watch(TorchFunctionMode):
         copies = item.name.endswith("output")  # what a sum or an activation gives may be changed in place by its reader
 
         def tap(x: Tensor) -> Tensor:
+            self._check_forward(item)
             if not torch.is_grad_enabled() or not x.is_floating_point():
                 return x
             item.seen, item.numel = True, x.numel() // self.samples
@@ -190,6 +195,10 @@ class _Watch(TorchFunctionMode):
             return y
 
         return tap
+
+    def _check_forward(self, item: Item) -> None:
+        if self.forward_ended:
+            raise recomputed(item.name)
 
     def _anchored(self, x: Tensor) -> Tensor:
         """`x`, made to depend on something that has a gradient."""
