@@ -31,9 +31,6 @@ class _Switch(threading.local):
 
 
 _SWITCH = _Switch()
-_LOCK = threading.Lock()
-_USERS = 0  # contexts that are open, in all threads
-_ORIGINALS: dict[str, Any] = {}
 
 
 @contextmanager
@@ -55,7 +52,7 @@ def without_recomputation(*models: nn.Module) -> Iterator[None]:
         for name in _CHOICES
         if module.__dict__.get(name) is True
     ]
-    _install()
+    _SWITCHES.open()
     _SWITCH.plain += 1
     try:
         for module, name in chosen:
@@ -65,7 +62,7 @@ def without_recomputation(*models: nn.Module) -> Iterator[None]:
         for module, name in chosen:
             module.__dict__[name] = True
         _SWITCH.plain -= 1
-        _uninstall()
+        _SWITCHES.close()
 
 
 def recomputed(what: str) -> StateError:
@@ -76,39 +73,47 @@ def recomputed(what: str) -> StateError:
     )
 
 
-def _install() -> None:
-    """Put switches into torch.utils.checkpoint, unless they are there; other threads run as before."""
-    global _USERS
-    module: Any = torch.utils.checkpoint
-    with _LOCK:
-        _USERS += 1
-        if _USERS > 1:
-            return
-        function = getattr(module, "CheckpointFunction", None)  # reentrant
-        if function is not None:
-            _ORIGINALS["apply"] = function.__dict__.get("apply")
-            function.apply = staticmethod(_switched_apply(function.apply))
-        hook = getattr(module, "_checkpoint_hook", None)  # not reentrant: packs what is saved for backward
-        if hook is not None:
-            _ORIGINALS["hook"] = hook
-            module._checkpoint_hook = _switched_hook(hook)
+class _Switches:
+    """Switches in torch.utils.checkpoint, there while a context is open in any thread; other threads run as before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._contexts = 0
+        self._apply: Any = None  # reentrant
+        self._hook: Any = None  # not reentrant: packs what is saved for backward
+
+    def open(self) -> None:
+        """Put them in, with the first context."""
+        module: Any = torch.utils.checkpoint
+        with self._lock:
+            self._contexts += 1
+            if self._contexts > 1:
+                return
+            function = getattr(module, "CheckpointFunction", None)
+            if function is not None:
+                self._apply = function.__dict__.get("apply")
+                function.apply = staticmethod(_switched_apply(function.apply))
+            self._hook = getattr(module, "_checkpoint_hook", None)
+            if self._hook is not None:
+                module._checkpoint_hook = _switched_hook(self._hook)
+
+    def close(self) -> None:
+        """Take them out, with the last context."""
+        module: Any = torch.utils.checkpoint
+        with self._lock:
+            self._contexts -= 1
+            if self._contexts:
+                return
+            function = getattr(module, "CheckpointFunction", None)
+            if function is not None and self._apply is not None:
+                function.apply = self._apply
+            elif function is not None:
+                del function.apply  # it is inherited
+            if self._hook is not None:
+                module._checkpoint_hook = self._hook
 
 
-def _uninstall() -> None:
-    global _USERS
-    module: Any = torch.utils.checkpoint
-    with _LOCK:
-        _USERS -= 1
-        if _USERS:
-            return
-        if "apply" in _ORIGINALS:
-            own = _ORIGINALS.pop("apply")
-            if own is None:
-                del module.CheckpointFunction.apply
-            else:
-                module.CheckpointFunction.apply = own
-        if "hook" in _ORIGINALS:
-            module._checkpoint_hook = _ORIGINALS.pop("hook")
+_SWITCHES = _Switches()
 
 
 def _switched_apply(original: Callable[..., Any]) -> Callable[..., Any]:
