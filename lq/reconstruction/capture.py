@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from lq.cost import batch_size
 from lq.errors import DataError, StateError
 from lq.reconstruction.flow import Flow, Lies, Run, arguments, first_samples, replaced, returning, stop_at
+from lq.reconstruction.identity import Digest
 from lq.reconstruction.storage import Storage, Stored
 from lq.reconstruction.units import Unit
 from lq.sites import INPUT, OUTPUT
@@ -29,13 +30,17 @@ class Batches:
     Args:
         batches: read once.
         storage: where their tensors are kept.
+        digest: whether to hash them on the way.
     """
 
-    def __init__(self, batches: Iterable[Any], storage: Storage) -> None:
+    def __init__(self, batches: Iterable[Any], storage: Storage, digest: bool = False) -> None:
         self._batches: list[tuple[list[Any], TreeSpec, list[torch.device | None]]] = []
         self.sizes: list[int] = []
+        self._digest = Digest()
         for batch in batches:
             leaves, spec = tree_flatten(batch)
+            for thing in (str(spec), *leaves) if digest else ():
+                self._digest.add(thing)
             devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
             kept = [storage.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self._batches.append((kept, spec, devices))
@@ -45,6 +50,11 @@ class Batches:
     def samples(self) -> int:
         """Number of samples."""
         return sum(self.sizes)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all batches in their order, if they were hashed."""
+        return self._digest.value
 
     def __getitem__(self, position: int) -> Any:
         """A batch, on the device it came from."""
