@@ -1,5 +1,6 @@
 """What the widths of items count towards budgets: tables of costs for the knapsack, and what is left of each limit."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 from lq.allocation import Problem
 from lq.allocation import solver as solver_of
 from lq.allocation.products import Pair
-from lq.budget import Budget, Costs, parse_budget
-from lq.errors import BudgetError, DataError, SpecError
+from lq.budget import Budget, Costs, TensorCost, parse_budget
+from lq.errors import BudgetError, DataError, NoEffectWarning, SpecError
 from lq.patterns import select
 from lq.sensitivity.table import TensorSensitivity
 
@@ -103,7 +104,19 @@ class Counting:
                 for p in self.costs.products
                 if not {p.left, p.right} & chosen
             )
+        if budget.kind in ("bits", "compression"):
+            left = self._left_out()
+            total = sum(t.numel for t in left) + self._items_stored()
+            return sum(t.numel * t.bits for t in left) / max(total, 1.0)
         return 0.0
+
+    def _left_out(self) -> list[TensorCost]:
+        """Weights that keep their widths, where others are chosen."""
+        chosen = {item.tensor.name for item in self.items if item.tensor.role == "weight"}
+        return [t for t in self.costs.tensors.values() if t.role == "weight" and t.name not in chosen and chosen]
+
+    def _items_stored(self) -> float:
+        return sum(self._stored(item) * item.share for item in self.items)
 
     def mean_bits(self, role: Literal["weight", "activation"]) -> Array:
         """Shares of a mean width; of weights that are stored in integers, with activations if they are joint."""
@@ -114,7 +127,8 @@ class Counting:
             ],
             dtype=float,
         )
-        found: Array = sizes[:, None] * self.widths / max(sizes.sum(), 1.0)
+        left = sum(t.numel for t in self._left_out()) if role == "weight" else 0
+        found: Array = sizes[:, None] * self.widths / max(sizes.sum() + left, 1.0)
         return found
 
     def _stored(self, item: Item) -> float:
@@ -154,6 +168,14 @@ class Counting:
         table = budget.table or {}
         known = {self.costs.tensors[i.tensor.name].layer for i in self.items if i.tensor.role == "weight"}
         select(list(table), known, argument="latency table")
+        left = sorted(known - set(table))
+        if left:
+            warnings.warn(
+                f"the latency table has no rows for {len(left)} of {len(known)} layers, which cost nothing "
+                f"({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})",
+                NoEffectWarning,
+                stacklevel=5,
+            )
         inputs = {p.right: int(self.costs.bits(p.left)) for p in self.costs.products}
         found = np.zeros((len(self.items), len(self.widths)))
         for row, item in zip(found, self.items, strict=True):

@@ -15,6 +15,7 @@ NWQ         "network"  "softmax"     "annealed"  "learned"        "mse", regular
 ==========  =========  ============  ==========  ===============  ==========================================
 """
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,12 +26,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lq.calibration import Forward, eval_mode, needs_calibration, run
 from lq.distillation import float_copy
 from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Reduce
+from lq.layout import FIRST, Layout, find_layout
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.drop import Drop, drop_of
 from lq.reconstruction.engine import fit_unit, refit_ranges_if_better
@@ -47,6 +49,7 @@ from lq.reconstruction.report import Reconstruction, UnitReport
 from lq.reconstruction.storage import Storage, memory_in_bytes
 from lq.reconstruction.units import Granularity, Unit, find_units
 from lq.rounding import Rounding, rounding_of
+from lq.sensitivity.metrics import require_output
 from lq.sites import activation_quantizers, require_attached
 from lq.without_recomputation import without_recomputation
 
@@ -183,10 +186,13 @@ def reconstruct(
         start=start,
     )
     storage = Storage(_device(model), memory_in_bytes(memory))
-    data = Batches(batches, storage, digest=resume is not None)
-    if not data.samples:
-        raise DataError("reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch")
     twin = float_copy(model) if teacher is None else teacher
+    source = iter(batches)
+    first = list(itertools.islice(source, 1))
+    if not first:
+        raise DataError("reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch")
+    layout = _layout(twin, first[0], forward)
+    data = Batches(itertools.chain(first, source), storage, digest=resume is not None, layout=layout)
     work = _Work(model, twin, data, forward, storage, dtype, reduce, ranks, seed)
     with work.ready(activation_mode):
         cut = work.units("block" if units == "mixed" else units)
@@ -288,7 +294,7 @@ class _Work:
 
     def flow(self, units: Sequence[Unit]) -> Flow:
         """How tensors come from one unit to the next."""
-        return find_flow(self.twin, units, self.forward_on, self.example, 2)
+        return find_flow(self.twin, units, self.forward_on, self.example, 2, self.data.layout.dim)
 
     def merged(
         self, blocks: Sequence[Unit], metric: Metric, count: int, method: Method, watch: Watch
@@ -390,6 +396,15 @@ class _Work:
         parts = torch.tensor([float(int(digest[i : i + 4], 16)) for i in range(0, len(digest), 4)])
         found = self.reduce((parts * (rank + 1)).to(self.storage.device), "sum")
         return "".join(f"{round(part):06x}" for part in found.tolist())
+
+
+def _layout(model: nn.Module, batch: Any, forward: Forward | None) -> Layout:
+    """Where samples lie in batches, told by the output of the float model; in the first dimension if it has none."""
+    with eval_mode(model), without_recomputation(model), torch.no_grad(), torch.random.fork_rng():
+        output = run(model, batch, forward)
+        if not isinstance(output, Tensor) or not output.ndim:
+            return FIRST
+        return find_layout(batch, lambda part: require_output(run(model, part, forward)))
 
 
 def without_address(thing: object) -> str:

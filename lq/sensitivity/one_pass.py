@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from lq.calls import FUNCTIONS, MULTI_HEAD, Call, multi_head_attention
-from lq.cost import batch_size
 from lq.errors import StateError
+from lq.layout import FIRST, Layout
 from lq.sensitivity.contraction import operands_of, terms
 from lq.sensitivity.items import Item, float_model
 from lq.without_recomputation import recomputed
@@ -36,9 +35,11 @@ class OnePass:
         model: a model with quantizers.
         items: what to measure.
         objective: sum over samples of what is differentiated; called with the model and a batch.
+        layout: where the samples of batches lie.
     """
 
-    def __init__(self, model: nn.Module, items: Sequence[Item], objective: Objective) -> None:
+    def __init__(self, model: nn.Module, items: Sequence[Item], objective: Objective, layout: Layout = FIRST) -> None:
+        self.layout = layout
         self.model = model
         self.items = items
         self.objective = objective
@@ -48,11 +49,13 @@ class OnePass:
 
     def measure(self, batch: Any) -> list[Tensor]:
         """The terms of each item for each sample of the batch, (samples, C, W)."""
-        samples = batch_size(batch)
+        samples = self.layout.size(batch)
         if not self._checked:
             self._check(batch, samples)
             self._checked = True
-        parts = [batch] if not self.single or samples == 1 else [take(batch, i, i + 1) for i in range(samples)]
+        parts = [batch]
+        if self.single and samples > 1:
+            parts = [self.layout.take(batch, i, i + 1) for i in range(samples)]
         size = samples if len(parts) == 1 else 1
         found = [self._run(part, size, self._by_gradient) for part in parts]
         return found[0] if len(parts) == 1 else [torch.cat(found_of_item) for found_of_item in zip(*found, strict=True)]
@@ -60,6 +63,7 @@ class OnePass:
     def _check(self, batch: Any, samples: int) -> None:
         """Find out whether a batch can be measured as a whole."""
         state = torch.random.get_rng_state()
+        take = self.layout.take
         first = take(batch, 0, 1) if samples > 1 else batch
         weights = [item for item in self.items if item.is_weight]
         alone = self._run(first, 1, weights, probe=True)
@@ -215,17 +219,3 @@ def _check_unchanged(x: Tensor, version: int, item: Item) -> None:
         raise StateError(
             f"the tensor at {item.name} is changed in place after it was used; write the model's forward without that"
         )
-
-
-def take(batch: Any, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of a batch of any nesting.
-
-    >>> take({"image": torch.arange(4), "scale": 2.0}, 1, 3)
-    {'image': tensor([1, 2]), 'scale': 2.0}
-    """
-    size = batch_size(batch)
-
-    def part(value: Any) -> Any:
-        return value[start:stop] if isinstance(value, Tensor) and value.ndim and value.shape[0] == size else value
-
-    return _pytree.tree_map(part, batch)
