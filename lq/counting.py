@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lq.allocation import Problem
 from lq.allocation import solver as solver_of
 from lq.allocation.products import Pair
-from lq.budget import Budget, Costs, TensorCost, parse_budget
+from lq.budget import Budget, Costs, parse_budget
 from lq.errors import BudgetError, DataError, NoEffectWarning, SpecError
 from lq.patterns import select
 from lq.sensitivity.table import TensorSensitivity
@@ -104,19 +104,7 @@ class Counting:
                 for p in self.costs.products
                 if not {p.left, p.right} & chosen
             )
-        if budget.kind in ("bits", "compression"):
-            left = self._left_out()
-            total = sum(t.numel for t in left) + self._items_stored()
-            return sum(t.numel * t.bits for t in left) / max(total, 1.0)
         return 0.0
-
-    def _left_out(self) -> list[TensorCost]:
-        """Weights that keep their widths, where others are chosen."""
-        chosen = {item.tensor.name for item in self.items if item.tensor.role == "weight"}
-        return [t for t in self.costs.tensors.values() if t.role == "weight" and t.name not in chosen and chosen]
-
-    def _items_stored(self) -> float:
-        return sum(self._stored(item) * item.share for item in self.items)
 
     def mean_bits(self, role: Literal["weight", "activation"]) -> Array:
         """Shares of a mean width; of weights that are stored in integers, with activations if they are joint."""
@@ -127,8 +115,7 @@ class Counting:
             ],
             dtype=float,
         )
-        left = sum(t.numel for t in self._left_out()) if role == "weight" else 0
-        found: Array = sizes[:, None] * self.widths / max(sizes.sum() + left, 1.0)
+        found: Array = sizes[:, None] * self.widths / max(sizes.sum(), 1.0)
         return found
 
     def _stored(self, item: Item) -> float:

