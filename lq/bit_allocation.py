@@ -243,8 +243,8 @@ def _check_sensitivity(sensitivity: Sensitivity, model: nn.Module, costs: Costs)
     left = [name for name in weights if name not in tensors]
     if left and len(left) < len(weights):
         warnings.warn(
-            f"{len(left)} of {len(weights)} weights are not in the sensitivity: they keep their widths and do not count "
-            f"towards mean bits ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})",
+            f"{len(left)} of {len(weights)} weights are not in the sensitivity: they keep their widths and do not "
+            f"count towards mean bits ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})",
             NoEffectWarning,
             stacklevel=3,
         )

@@ -6,7 +6,7 @@ have to come and go with the samples, and be the same in company as alone.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ class Layout:
         output_dim: the dimension of the output.
         counted: the part of a batch whose length in a dimension is the number of samples; None: what most parts agree
             on.
+        lists: whether a list of as many tensors is one of samples even if these have as many rows each.
         note: what is particular about them.
     """
 
     dim: int = 0
     output_dim: int = 0
     counted: tuple[Path, int] | None = None
+    lists: bool = False
     note: str = ""
 
     def size(self, batch: Any) -> int:
@@ -66,7 +68,7 @@ class Layout:
 
     def take(self, batch: Any, start: int, stop: int) -> Any:
         """Some samples as a batch."""
-        return take(batch, start, stop, self.size(batch), self.dim)
+        return take(batch, start, stop, self.size(batch), self.dim, self.lists)
 
     def output(self, output: Tensor) -> Tensor:
         """The output with samples in the first dimension."""
@@ -114,7 +116,7 @@ def find_layout(
     if len(possible) == 1 or agreed or (possible and batch_dim is not None):
         chosen = agreed[0] if agreed else possible[0][0]
         note = "a sample's output depends on the others in the batch, or on chance"
-        return Layout(chosen.dim, chosen.output_dim, chosen.counted, note)
+        return replace(chosen, note=note)
     if possible:
         raise DataError(
             f"it cannot be told what a sample is in a batch of {_describe(batch)}: {_several(sizes)} fit the output, "
@@ -155,6 +157,8 @@ def _candidates(batch: Any, batch_dim: int | None) -> Iterator[Layout]:
             if (size, along) not in known:
                 known.add((size, along))
                 yield Layout(along, 0, (path, dim))
+                if any(_may_be_samples(part, size) for _, part in sources):
+                    yield Layout(along, 0, (path, dim), lists=True)
 
 
 def _tried(batch: Any, layout: Layout, run: Callable[[Any], Any], is_loss: bool) -> tuple[Layout, bool] | None:
@@ -174,8 +178,13 @@ def _tried(batch: Any, layout: Layout, run: Callable[[Any], Any], is_loss: bool)
             continue
         if all(_is_alike(one, together, dim) for one in alone):
             is_same = _close(torch.cat(alone, dim), together) and not (several and count == 1)
-            return Layout(layout.dim, dim, layout.counted), is_same
+            return replace(layout, output_dim=dim), is_same
     return None
+
+
+def _may_be_samples(part: Any, size: int) -> bool:
+    """Whether a part is a list of as many tensors as there are samples, with as many rows each."""
+    return isinstance(part, (tuple, list)) and len(part) == size and all(length(value) == size for value in part)
 
 
 def _is_alike(one: Tensor, other: Tensor, dim: int) -> bool:

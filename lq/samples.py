@@ -79,7 +79,7 @@ def is_nested(part: Any) -> bool:
     return any(isinstance(value, (Tensor, Mapping, tuple, list)) or dataclasses.is_dataclass(value) for value in part)
 
 
-def take(batch: Any, start: int, stop: int, size: int | None = None, dim: int = 0) -> Any:
+def take(batch: Any, start: int, stop: int, size: int | None = None, dim: int = 0, lists: bool = False) -> Any:
     """Samples `start` to `stop` of a batch of any nesting.
 
     Args:
@@ -88,23 +88,25 @@ def take(batch: Any, start: int, stop: int, size: int | None = None, dim: int = 
         stop: the one behind the last.
         size: number of samples in the batch; by default what most of its parts agree on.
         dim: dimension in which samples lie where a tensor has as many there; else the first one that has.
+        lists: whether a list of as many tensors is one of samples even if these have as many rows each.
 
     >>> take({"image": torch.arange(4), "scale": 2.0}, 1, 3)
     {'image': tensor([1, 2]), 'scale': 2.0}
     """
     size = batch_size(batch) if size is None else size
-    return _taken(batch, start, stop, size, dim, outermost=True)
+    return _taken(batch, start, stop, size, dim, lists, outermost=True)
 
 
-def _taken(value: Any, start: int, stop: int, size: int, dim: int, outermost: bool = False) -> Any:
+def _taken(value: Any, start: int, stop: int, size: int, dim: int, lists: bool, outermost: bool = False) -> Any:
     if isinstance(value, PackedSequence):
         return pack_sequence(unpack_sequence(value)[start:stop], enforce_sorted=False)
     if isinstance(value, Tensor):
         along = dimension_of(value, size, dim)
         return value if along is None else value.narrow(along, start, stop - start)
-    if not outermost and _is_list(value) and len(value) == size and not _are_tensors_of_one_length(value, size):
-        return value[start:stop]
-    return _rebuilt(value, lambda part, _: _taken(part, start, stop, size, dim))
+    if not outermost and _is_list(value) and len(value) == size:
+        if lists or not _are_tensors_of_one_length(value, size):
+            return value[start:stop]
+    return _rebuilt(value, lambda part, _: _taken(part, start, stop, size, dim, lists))
 
 
 def join(first: Any, second: Any, size: int, other: int, dim: int = 0) -> Any:

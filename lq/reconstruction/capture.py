@@ -80,7 +80,7 @@ class Batches:
             if size < count:
                 found = join(found, self[position], size, self.sizes[position], self.layout.dim)
                 size += self.sizes[position]
-        return take(found, 0, count, size, self.layout.dim)
+        return take(found, 0, count, size, self.layout.dim, self.layout.lists)
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Number of the first sample, number of samples, and the batch."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lq.calls import FUNCTIONS, MULTI_HEAD, Call, multi_head_attention
-from lq.errors import StateError
+from lq.errors import LqError, StateError
 from lq.layout import FIRST, Layout
 from lq.sensitivity.contraction import operands_of, terms
 from lq.sensitivity.items import Item, float_model
@@ -72,20 +72,31 @@ class OnePass:
             self.single = f"weights are used by other code than a layer's function ({names})"
         elif samples > 1:
             second = self._run(take(batch, 1, 2), 1)
-            torch.random.set_rng_state(state)
-            together = self._run(take(batch, 0, 2), 2)
             apart = [torch.cat(pair) for pair in zip(alone, second, strict=True)]
-            if self._differing(apart, together):
-                for item in self._differing(apart, together):
+            torch.random.set_rng_state(state)
+            differing = self._differing(apart, self._together(take(batch, 0, 2)))
+            if differing:
+                for item in differing:
                     item.samples_last = True
                 torch.random.set_rng_state(state)
-                differing = self._differing(apart, self._run(take(batch, 0, 2), 2))
+                differing = self._differing(apart, self._together(take(batch, 0, 2)))
                 if differing:
                     self.single = f"samples are not apart along a dimension at {differing[0].name}"
         torch.random.set_rng_state(state)
 
-    def _differing(self, apart: list[Tensor], together: list[Tensor]) -> list[Item]:
+    def _together(self, batch: Any) -> list[Tensor] | None:
+        """The terms for two samples; None: a layer was given other rows than a number for each sample."""
+        try:
+            return self._run(batch, 2)
+        except LqError:
+            raise
+        except RuntimeError:  # shapes that do not go together; an error of the model would have come for one sample
+            return None
+
+    def _differing(self, apart: list[Tensor], together: list[Tensor] | None) -> list[Item]:
         """Items whose terms depend on whether samples come in a batch."""
+        if together is None:
+            return list(self.items)
         return [
             item
             for item, one, both in zip(self.items, apart, together, strict=True)
