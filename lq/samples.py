@@ -103,9 +103,9 @@ def _taken(value: Any, start: int, stop: int, size: int, dim: int, lists: bool, 
     if isinstance(value, Tensor):
         along = dimension_of(value, size, dim)
         return value if along is None else value.narrow(along, start, stop - start)
-    if not outermost and _is_list(value) and len(value) == size:
-        if lists or not _are_tensors_of_one_length(value, size):
-            return value[start:stop]
+    of_samples = not outermost and _is_list(value) and len(value) == size
+    if of_samples and (lists or not _are_tensors_of_one_length(value, size)):
+        return value[start:stop]
     return _rebuilt(value, lambda part, _: _taken(part, start, stop, size, dim, lists))
 
 
