@@ -140,7 +140,7 @@ def _candidates(batch: Any, batch_dim: int | None) -> Iterator[Layout]:
     labels = [source for source in sources if is_label(batch, source[0])]
     inputs = [source for source in sources if not is_label(batch, source[0])]
     likely = batch_size(batch)
-    known: set[tuple[int, int]] = set()
+    known: set[tuple[int, tuple[int | None, ...]]] = set()
     if batch_dim is not None:
         counts = [(path, part, batch_dim) for path, part in inputs if length(part, batch_dim) is not None]
         dims: tuple[int, ...] = (batch_dim,)
@@ -154,8 +154,9 @@ def _candidates(batch: Any, batch_dim: int | None) -> Iterator[Layout]:
         if not size or (isinstance(part, (tuple, list)) and not is_nested(part) and size != likely):
             continue
         for along in dims:
-            if (size, along) not in known:
-                known.add((size, along))
+            cut = size, tuple(dimension_of(p, size, along) if isinstance(p, Tensor) else None for _, p in sources)
+            if cut not in known:
+                known.add(cut)
                 yield Layout(along, 0, (path, dim))
                 if any(_may_be_samples(part, size) for _, part in sources):
                     yield Layout(along, 0, (path, dim), lists=True)
