@@ -33,7 +33,9 @@ def batch_size(batch: Any) -> int:
         if size is None:
             continue
         is_list = isinstance(part, (tuple, list))
-        weight = (0.4 if not is_nested(part) else 1.0) if is_list else 1.5 if first else 1.0
+        weight = 1.5 if first else 1.0
+        if is_list:  # a list of plain values may be anything, one of tensors with as many rows each several inputs
+            weight = 1.0 if is_nested(part) and not _are_tensors_of_one_length(part) else 0.4
         first = first and is_list
         scores[size] = scores.get(size, 0.0) + share * (weight + (1.0 if is_label(batch, path) else 0.0))
     return max(scores, key=lambda size: scores[size], default=1)

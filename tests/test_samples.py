@@ -38,6 +38,7 @@ BATCHES = {
     "record": ([Record(Z(7, 3))], 7),
     "packed": ((pack_sequence([Z(4, 2), Z(3, 2)]), Z(2)), 2),
     "names": ({"x": Z(3, 2), "mask": Z(2), "names": ["a", "b"]}, 3),
+    "two loaders": ({"a": [Z(8, 3), Z(8)], "b": [Z(4, 3), Z(4)]}, 8),
     "number": (3.0, 1),
     "nothing": ([], 1),
 }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.errors import DataError, SpecError, StateError
+from lq.errors import DataError, PatternError, SpecError, StateError
 from lq.reconstruction import Annealed, LpLoss
 from lq.rounding import AdaRound, AnnealingSoftmax
 from lq.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
