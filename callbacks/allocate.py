@@ -59,6 +59,7 @@ class AllocateBits(pl.Callback):
         save_to: path of the JSON file to write; by default ``allocation.json`` in the Trainer's log folder, if the
             Trainer keeps anything (a logger, checkpoints).
         forward: called with the module and a batch, returns the output; by default as for `Quantize`.
+        batch_dim: dimension of the inputs in which samples lie; by default it is found out.
 
     Afterwards ``allocated`` is the `Allocation` in force and ``sensitivity_table`` what was measured, if anything was.
 
@@ -84,6 +85,7 @@ class AllocateBits(pl.Callback):
         allocation: Allocation | str | Path | None = None,
         save_to: str | Path | None = None,
         forward: Forward | None = None,
+        batch_dim: int | None = None,
     ) -> None:
         super().__init__()
         for one in budget if isinstance(budget, (list, tuple)) else [budget]:
@@ -107,6 +109,7 @@ class AllocateBits(pl.Callback):
         self.allocation = allocation
         self.save_to = save_to
         self.forward = forward
+        self.batch_dim = batch_dim
         self.sensitivity_table: Sensitivity | None = None
         self.allocated: Allocation | None = None
 
@@ -163,6 +166,7 @@ class AllocateBits(pl.Callback):
             activations=self.activations is not None,
             forward=forward_of(trainer, module, self.forward, autocast=False),
             reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+            batch_dim=self.batch_dim,
         )
         found = allocate(
             module,

@@ -5,6 +5,7 @@ knapsack with multiple choices, which `lq.allocation` solves and bounds from bel
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lq.allocation import solver as solver_of
 from lq.allocation.products import merge
 from lq.budget import Budget, Costs, parse_budget
 from lq.counting import Counting, Item, Limit
-from lq.errors import DataError, SpecError
+from lq.errors import DataError, NoEffectWarning, SpecError
 from lq.patterns import select
 from lq.sensitivity.table import Sensitivity
 from lq.sites import quantizers
@@ -147,6 +148,7 @@ def allocate(
         The allocation; write it into the model by ``lq.set_bits(model, found.weights, found.activations)``.
 
     Raises:
+        DataError: if the sensitivity is of another model, or says nothing: no numbers, or zero for every tensor.
         BudgetError: if no allocation is within the budget; the message states what is possible.
         SpecError: for a budget, width or solver that does not exist.
         PatternError: for a pin that matches nothing.
@@ -159,9 +161,7 @@ def allocate(
     True
     """
     costs = Costs.of(model)
-    missing = [tensor.name for tensor in sensitivity.tensors if tensor.name not in costs.tensors]
-    if missing:
-        raise DataError(f"the sensitivity has {missing[0]!r}, the model has not; measure it on this model")
+    _check_sensitivity(sensitivity, model, costs)
     if isinstance(activations, (int, float)) and (isinstance(activations, bool) or not activations > 0):
         raise SpecError(f"activations={activations!r}; use None, 'joint' or a mean width in bits")
     if isinstance(activations, str) and activations != "joint":
@@ -207,6 +207,47 @@ def allocate(
         metric=sensitivity.metric,
         solver=solver,
     )
+
+
+def _check_sensitivity(sensitivity: Sensitivity, model: nn.Module, costs: Costs) -> None:
+    """Raise if the table says nothing, or is of another model; warn of weights that it leaves out.
+
+    Raises:
+        DataError: saying what was found.
+    """
+    tensors = {tensor.name: tensor for tensor in sensitivity.tensors}
+    missing = [name for name in tensors if name not in costs.tensors]
+    if missing:
+        raise DataError(f"the sensitivity has {missing[0]!r}, the model has not; measure it on this model")
+    sizes = {quantizer.name: quantizer.bits.numel() for quantizer in quantizers(model)}
+    for name, tensor in tensors.items():
+        cost = costs.tensors[name]
+        if tensor.role == "weight" and cost.numel and (tensor.numel or cost.numel) != cost.numel:
+            raise DataError(
+                f"the sensitivity of {name} is of {tensor.numel} values, the model has {cost.numel}; measure it on "
+                "this model"
+            )
+        if tensor.role == "weight" and tensor.channels not in (1, sizes[name]):
+            raise DataError(
+                f"the sensitivity of {name} is of {tensor.channels} channels, the model has {sizes[name]}; measure it "
+                "on this model"
+            )
+        if not np.isfinite(tensor.loss).all() or not np.isfinite(tensor.group_loss).all():
+            raise DataError(f"the sensitivity of {name} has NaN or Inf; look at the batches it was measured on")
+    if tensors and not any(tensor.loss.any() for tensor in tensors.values()):
+        raise DataError(
+            f"the sensitivity is zero for all of {len(tensors)} tensors at every width, so that any allocation would "
+            "do; look at the labels and the loss that it was measured with"
+        )
+    weights = [name for name, cost in costs.tensors.items() if cost.role == "weight"]
+    left = [name for name in weights if name not in tensors]
+    if left and len(left) < len(weights):
+        warnings.warn(
+            f"{len(left)} of {len(weights)} weights are not in the sensitivity: they keep their widths and do not "
+            f"count towards mean bits ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})",
+            NoEffectWarning,
+            stacklevel=3,
+        )
 
 
 def _widths(items: Sequence[Item], chosen: Sequence[int]) -> tuple[dict[str, int | tuple[int, ...]], dict[str, int]]:

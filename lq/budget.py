@@ -6,10 +6,12 @@ r"""Budgets: how much a model's widths may cost, in bits, bytes, bit operations 
   what stays float.
 - ``"2.5GBitOps"``: bit operations per sample, ``sum macs * weight bits * activation bits``.
 - ``Latency("table.csv", 4.2)``: sum over layers of a measured table with the columns layer, bits, latency and, on
-  request, input_bits. Layers that it leaves out cost nothing; widths that it leaves out cannot be chosen.
+  request, input_bits. Layers that it leaves out cost nothing, with a warning; widths that it leaves out cannot be
+  chosen.
 """
 
 import csv
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,9 +142,19 @@ def read_latencies(path: str | Path) -> dict[str, dict[tuple[int, int | None], f
             try:
                 given = row.get("input_bits")
                 key = int(row["bits"]), int(given) if given else None
-                table.setdefault(row["layer"], {})[key] = float(row["latency"])
+                latency = float(row["latency"])
+                if not 0 <= latency < math.inf:
+                    raise ValueError(f"a latency of {latency}")
+                if key in table.setdefault(row["layer"], {}):
+                    raise ValueError(f"layer {row['layer']!r} has {key[0]} bits twice")
+                table[row["layer"]][key] = latency
             except (TypeError, ValueError) as error:
-                raise DataError(f"{path}, line {line}: {error}; bits are integers, latencies numbers") from error
+                raise DataError(
+                    f"{path}, line {line}: {error}; bits are integers, latencies finite numbers from 0 on"
+                ) from error
+    if not any(latency for rows in table.values() for latency in rows.values()):
+        said = "has no rows" if not table else "has no latency above 0"
+        raise DataError(f"{path} {said}; a latency table has a row for each layer and width, with the time measured")
     return table
 
 

@@ -18,6 +18,7 @@ from lq.forward import Forward, describe, eval_mode, run
 from lq.histogram import Histogram, Reduce
 from lq.late import mark_unreached
 from lq.quantizer import ActivationQuantizer
+from lq.recomputation import without_recomputation
 from lq.sites import (
     activation_quantizers,
     calls,
@@ -70,7 +71,7 @@ def calibrate(
     sites = activation_quantizers(model)
     if not sites and not needs_calibration(model):
         return model
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), without_recomputation(model), torch.no_grad():
         try:
             observed = {name: site.observe() for name, site in sites.items()}
             seen = 0

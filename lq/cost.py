@@ -1,12 +1,15 @@
 """The work of a layer: multiply-accumulates (MACs) per sample, counted while the model runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from lq.interception import counted_calls
+from lq.samples import batch_size
 from lq.sites import float_weight, quantized_layers
+
+__all__ = ["batch_size", "count_macs"]
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -32,22 +35,6 @@ def count_macs(model: nn.Module, forward: Callable[[], Any], samples: int) -> di
         for handle in handles:
             handle.remove()
     return macs | {name: count / max(samples, 1) for name, count in calls.items()}
-
-
-def batch_size(batch: Any) -> int:
-    """Length of the first tensor with a dimension in a batch; 1 if there is none.
-
-    >>> import torch
-    >>> batch_size([{"image": torch.zeros(7, 3)}])
-    7
-    """
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    for part in parts:
-        if isinstance(part, (Tensor, Mapping, tuple, list)):
-            return batch_size(part)
-    return 1
 
 
 def _macs(module: nn.Module, given: Any, output: Any) -> float:

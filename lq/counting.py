@@ -1,5 +1,6 @@
 """What the widths of items count towards budgets: tables of costs for the knapsack, and what is left of each limit."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ from lq.allocation import Problem
 from lq.allocation import solver as solver_of
 from lq.allocation.products import Pair
 from lq.budget import Budget, Costs, parse_budget
-from lq.errors import BudgetError, DataError, SpecError
+from lq.errors import BudgetError, DataError, NoEffectWarning, SpecError
 from lq.patterns import select
 from lq.sensitivity.table import TensorSensitivity
 
@@ -154,6 +155,14 @@ class Counting:
         table = budget.table or {}
         known = {self.costs.tensors[i.tensor.name].layer for i in self.items if i.tensor.role == "weight"}
         select(list(table), known, argument="latency table")
+        left = sorted(known - set(table))
+        if left:
+            warnings.warn(
+                f"the latency table has no rows for {len(left)} of {len(known)} layers, which cost nothing "
+                f"({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})",
+                NoEffectWarning,
+                stacklevel=5,
+            )
         inputs = {p.right: int(self.costs.bits(p.left)) for p in self.costs.products}
         found = np.zeros((len(self.items), len(self.widths)))
         for row, item in zip(found, self.items, strict=True):

@@ -46,6 +46,7 @@ from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Reduce
 from lq.quantizer import Quantizer, middle
 from lq.ranges import Levels, Lp, Samples
+from lq.recomputation import without_recomputation
 from lq.refitting import samples_of
 from lq.sensitivity.items import float_model
 from lq.sensitivity.metrics import require_loss, require_output
@@ -156,7 +157,7 @@ def optimize_ranges(
     _check_calibrated(model)
     given = _ranges(model)
     try:
-        with eval_mode(model), torch.no_grad():
+        with eval_mode(model), without_recomputation(model), torch.no_grad():
             measure = _Loss(model, batches, loss, forward, reduce)
             return _optimize(model, measure, rules, evaluations)
     except BaseException:

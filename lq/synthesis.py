@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lq.batchnorm import batchnorms
 from lq.calibration import eval_mode, run
 from lq.errors import DataError, SpecError, StateError
+from lq.recomputation import without_recomputation
 from lq.sites import is_attached
 
 #: A mean and a standard deviation, each of shape (C,).
@@ -82,7 +83,13 @@ def synthesize(
     seeds = torch.randint(2**62, (len(parts),), generator=torch.Generator().manual_seed(seed)).tolist()
     like = next(buffer for norm in batchnorms(model) for buffer in norm.buffers() if buffer.is_floating_point())
     made = [like.new_empty(0, *shape)]
-    with eval_mode(model), _frozen(model), torch.enable_grad(), _observed(model) as seen:
+    with (
+        eval_mode(model),
+        without_recomputation(model),
+        _frozen(model),
+        torch.enable_grad(),
+        _observed(model) as seen,
+    ):
         for k in progress(range(rank, len(parts), ranks)):
             noise = torch.randn(len(parts[k]), *shape, generator=torch.Generator().manual_seed(seeds[k])).to(like)
             made.append(_optimised(noise, lambda x: _distance(model, x, seen), iterations, lr))

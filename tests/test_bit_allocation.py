@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 import lq
-from lq.errors import BudgetError, DataError, PatternError, SpecError
+from lq.errors import BudgetError, DataError, NoEffectWarning, PatternError, SpecError
 from lq.sensitivity import Sensitivity, TensorSensitivity
 from lq.sites import activation_quantizers, float_weight, layers, quantizers
 from tests.models import example
@@ -123,8 +124,10 @@ def test_latency_tables(tmp_path):
     rows = [("0", b, 10 * b) for b in (4, 8)] + [("2", b, b) for b in range(2, 9)]
     path.write_text("layer,bits,latency\n" + "\n".join(",".join(map(str, row)) for row in rows))
     sensitivity = table()
-    found = lq.allocate(network(), sensitivity, lq.Latency(path, 45.0), solver="exact")
+    with pytest.warns(NoEffectWarning, match=r"has no rows for 1 of 3 layers, which cost nothing \(4\)"):
+        found = lq.allocate(network(), sensitivity, lq.Latency(path, 45.0), solver="exact")
     assert found.weights == {"0": 4, "2": 5, "4": 8}  # nothing is said of layer 4
+    path.write_text(path.read_text() + "\n" + "\n".join(f"4,{b},0" for b in range(1, 9)))
     with pytest.raises(SpecError, match="a latency table has one width per layer"):
         lq.allocate(network(), sensitivity, lq.Latency(path, 45.0), granularity="channel")
     with pytest.raises(SpecError, match="no width is left for 0.weight"):
@@ -139,6 +142,8 @@ def test_latencies_at_the_width_of_the_input(tmp_path):
     path.write_text(
         "layer,bits,input_bits,latency\n" + "".join(f"2,{b},{a},{b * a}\n" for b in (2, 4, 8) for a in (4, 8))
     )
+    with path.open("a") as file:
+        file.write("0,2,,0\n0,8,,0\n4,2,,0\n4,8,,0\n")
     limit = lq.Latency(path, 16.0)
     assert lq.allocate(network(activations=4), table(), limit).weights["2"] == 4
     assert lq.allocate(network(activations=8), table(), limit).weights["2"] == 2
@@ -311,3 +316,37 @@ def test_json_there_and_back(tmp_path):
 def test_it_is_deterministic():
     texts = {lq.allocate(network(), table(), 3.0, granularity="channel").to_json() for _ in range(3)}
     assert len(texts) == 1
+
+
+def changed(sensitivity, name, **values):
+    tensors = tuple(replace(t, **values) if t.name == name else t for t in sensitivity.tensors)
+    return replace(sensitivity, tensors=tensors)
+
+
+def test_a_table_that_says_nothing():
+    zero = replace(table(), tensors=tuple(replace(t, loss=t.loss * 0) for t in table().tensors))
+    for options in ({}, {"granularity": "channel"}, {"activations": "joint"}, {"solver": "exact"}):
+        with pytest.raises(DataError, match="the sensitivity is zero for all of 5 tensors at every width.*look at the"):
+            lq.allocate(network(), zero, "8x", **options)
+    for value in (np.nan, np.inf):
+        with pytest.raises(DataError, match=r"the sensitivity of 2.weight has NaN or Inf"):
+            lq.allocate(network(), changed(table(), "2.weight", loss=np.full(9, value)), "8x")
+    one = changed(zero, "2.weight", loss=4.0 ** -np.arange(9))
+    # the others cost nothing, as was measured: (3 * 352 - 1 * 224) / 128 bits are left
+    assert lq.allocate(network(), one, 3.0, solver="exact").weights["2"] == 6
+
+
+def test_a_table_of_another_model():
+    with pytest.raises(DataError, match=r"the sensitivity of 2.weight is of 127 values, the model has 128"):
+        lq.allocate(network(), changed(table(), "2.weight", numel=127), "8x")
+    with pytest.raises(DataError, match=r"the sensitivity of 2.weight is of 9 channels, the model has 8"):
+        lq.allocate(network(), changed(table(), "2.weight", channels=9), "8x")
+
+
+def test_weights_that_were_not_measured_keep_their_widths():
+    sensitivity = table()
+    part = replace(sensitivity, tensors=tuple(t for t in sensitivity.tensors if t.name != "0.weight"))
+    message = r"1 of 3 weights are not in the sensitivity: they keep their widths and do not count .* \(0.weight\)"
+    with pytest.warns(NoEffectWarning, match=message):
+        found = lq.allocate(network(), part, 3.5)
+    assert set(found.weights) == {"2", "4"}

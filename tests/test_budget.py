@@ -50,6 +50,17 @@ def test_latency_tables(tmp_path):
     path.write_text("layer,bits,latency,input_bits\nfc,4,1.5,\nfc,8,2.5,8\n")
     assert read_latencies(path) == {"fc": {(4, None): 1.5, (8, 8): 2.5}}
     assert parse_budget({"table": str(path), "limit": 3}) == parse_budget(Latency(path, 3))
+    for content, message in (
+        ("", "has no rows"),
+        ("fc,4,0,\nfc,8,0,\n", "has no latency above 0"),
+        ("fc,4,nan,\n", "line 2: a latency of nan; bits are integers, latencies finite numbers from 0 on"),
+        ("fc,4,1,\nfc,8,inf,\n", "line 3: a latency of inf"),
+        ("fc,4,-1,\n", "line 2: a latency of -1.0"),
+        ("fc,4,1,8\nfc,4,2,8\n", "line 3: layer 'fc' has 4 bits twice"),
+    ):
+        path.write_text(f"layer,bits,latency,input_bits\n{content}")
+        with pytest.raises(DataError, match=message):
+            parse_budget(Latency(path, 3))
     path.write_text("layer,latency\nfc,4\n")
     with pytest.raises(DataError, match="lacks the column bits; a latency table has the columns layer, bits, latency"):
         read_latencies(path)

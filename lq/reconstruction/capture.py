@@ -8,18 +8,19 @@ begins. No unit is computed twice, and only outputs that a later unit needs are 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lq.cost import batch_size
 from lq.errors import DataError, StateError
-from lq.reconstruction.flow import Flow, Lies, Run, arguments, first_samples, replaced, returning, stop_at
+from lq.layout import FIRST, Layout
+from lq.reconstruction.flow import Flow, Lies, Run, arguments, replaced, returning, stop_at
+from lq.reconstruction.identity import Digest
 from lq.reconstruction.storage import Storage, Stored
 from lq.reconstruction.units import Unit
+from lq.samples import join, take
 from lq.sites import INPUT, OUTPUT
 
 
@@ -29,22 +30,33 @@ class Batches:
     Args:
         batches: read once.
         storage: where their tensors are kept.
+        digest: whether to hash them on the way.
+        layout: where samples lie in them.
     """
 
-    def __init__(self, batches: Iterable[Any], storage: Storage) -> None:
+    def __init__(self, batches: Iterable[Any], storage: Storage, digest: bool = False, layout: Layout = FIRST) -> None:
+        self.layout = layout
         self._batches: list[tuple[list[Any], TreeSpec, list[torch.device | None]]] = []
         self.sizes: list[int] = []
+        self._digest = Digest()
         for batch in batches:
             leaves, spec = tree_flatten(batch)
+            for thing in (str(spec), *leaves) if digest else ():
+                self._digest.add(thing)
             devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
             kept = [storage.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self._batches.append((kept, spec, devices))
-            self.sizes.append(batch_size(batch))
+            self.sizes.append(layout.size(batch))
 
     @property
     def samples(self) -> int:
         """Number of samples."""
         return sum(self.sizes)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all batches in their order, if they were hashed."""
+        return self._digest.value
 
     def __getitem__(self, position: int) -> Any:
         """A batch, on the device it came from."""
@@ -66,9 +78,9 @@ class Batches:
         found, size = self[0], self.sizes[0]
         for position in range(1, len(self.sizes)):
             if size < count:
-                found = tree_map(partial(_joined, size), found, self[position])
+                found = join(found, self[position], size, self.sizes[position], self.layout.dim)
                 size += self.sizes[position]
-        return first_samples(found, size, count)
+        return take(found, 0, count, size, self.layout.dim, self.layout.lists)
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Number of the first sample, number of samples, and the batch."""
@@ -76,12 +88,6 @@ class Batches:
         for position, size in enumerate(self.sizes):
             yield start, size, self[position]
             start += size
-
-
-def _joined(size: int, first: Any, second: Any) -> Any:
-    """Two leaves of batches as one, if they hold a row for each sample; `size` is the number of those in the first."""
-    rows = isinstance(first, Tensor) and first.ndim > 0 and first.shape[0] == size
-    return torch.cat([first, second]) if rows else first
 
 
 @dataclass

@@ -128,8 +128,9 @@ class _Fitting:
         self.log2_steps = torch.stack(steps).requires_grad_() if steps else None
         groups: list[dict[str, Any]] = []
         lr, step_lr = method.rates
-        if self.rounding.parameters:
-            groups.append({"params": self.rounding.parameters, "lr": lr})
+        rounded = self.rounding.parameters if grid.values.numel() else []  # none if all weights are another unit's
+        if rounded:
+            groups.append({"params": rounded, "lr": lr})
         if self.log2_steps is not None:
             groups.append({"params": [self.log2_steps], "lr": step_lr})
         self.biases = quantizers.biases if method.bias_lr else []
@@ -196,7 +197,7 @@ class _Fitting:
                     loss = loss + method.regularization * self.inside.difference(inner)
             penalty = self.rounding.penalty()
             total = loss if penalty is None else loss + penalty
-            if self.optimizer is None:
+            if self.optimizer is None or not total.requires_grad:
                 return loss.detach()
             grads = torch.autograd.grad(total, self.parameters, allow_unused=True)
         found = [torch.zeros_like(p) if g is None else g.float() for p, g in zip(self.parameters, grads, strict=True)]
@@ -206,7 +207,7 @@ class _Fitting:
             found = [part.view_as(grad) for part, grad in zip(parts, found, strict=True)]
         for moved, grad in zip(self.moved, found, strict=True):
             moved.grad = grad.to(moved.dtype)
-        first = 1 if self.rounding.parameters else 0  # the rounding's own rate is constant
+        first = 1 if self.grid.values.numel() and self.rounding.parameters else 0  # the rounding's rate is constant
         for group, peak in zip(self.optimizer.param_groups[first:], self._peaks[first:], strict=True):
             group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
         self.optimizer.step()

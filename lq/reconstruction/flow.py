@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lq.errors import DataError
 from lq.reconstruction.units import Unit
+from lq.samples import take
 
 #: Runs a model on a batch.
 Run = Callable[[nn.Module, Any], Any]
@@ -78,14 +79,16 @@ class Flow:
         return max((k for k, needed in enumerate(self.needs) if unit in needed), default=-1)
 
 
-def find_flow(model: nn.Module, units: Sequence[Unit], run: Run, example: Any, samples: int) -> Flow:
-    """Look at `model`, a float one, on `example`, a batch of `samples` samples (two or more).
+def find_flow(
+    model: nn.Module, units: Sequence[Unit], run: Run, example: Any, samples: int, batch_dim: int = 0
+) -> Flow:
+    """Look at `model`, a float one, on `example`, a batch of `samples` samples (two or more) along `batch_dim`.
 
     Raises:
         DataError: if samples cannot be told from each other in the tensors of a unit.
     """
     with torch.no_grad():
-        seen, fewer = (_record(model, units, run, part) for part in (example, first_samples(example, samples, 1)))
+        seen, fewer = (_record(model, units, run, part) for part in (example, take(example, 0, 1, samples, batch_dim)))
     inputs, outputs = [], []
     for unit, one, other in zip(units, seen, fewer, strict=True):
         if any(not isinstance(a, Tensor) and a != b for a, b in zip(one.leaves, other.leaves, strict=True)):
@@ -105,16 +108,6 @@ def find_flow(model: nn.Module, units: Sequence[Unit], run: Run, example: Any, s
     shapes = tuple((lies.rows(one.output).shape[1:], one.output.dtype) for lies, one in zip(outputs, seen, strict=True))
     needs = _needs(model, units, run, example, seen, direct)
     return Flow(direct, needs, tuple(inputs), tuple(outputs), shapes)
-
-
-def first_samples(batch: Any, samples: int, count: int) -> Any:
-    """The first `count` of `samples` samples of a batch."""
-
-    def part(leaf: Any) -> Any:
-        whole = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == samples
-        return leaf[:count] if whole else leaf
-
-    return tree_map(part, batch)
 
 
 @contextmanager

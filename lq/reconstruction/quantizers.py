@@ -12,6 +12,7 @@ from lq.histogram import Reduce
 from lq.interception import SharedQuantizer
 from lq.quantizer import ActivationQuantizer, WeightQuantizer
 from lq.reconstruction.capture import Inputs, call
+from lq.reconstruction.units import Unit
 from lq.rounding import WeightGrid
 from lq.rounding.feedback import Correlation
 from lq.sites import float_weight, weight_quantizer
@@ -41,9 +42,24 @@ class UnitQuantizers:
         biases = [part._parameters.get("bias") for part in layers]
         self.biases = list({id(bias): bias for bias in biases if bias is not None and id(bias) not in done}.values())
 
+    def state(self) -> list[Tensor]:
+        """The tensors that this unit decides."""
+        steps = [state for part in self.learned for state in (part.log2_step, part.zero_point)]
+        return [*(weight for _, weight in self.weights), *self.biases, *steps]
+
     def settled(self) -> set[int]:
         """Identities of what this unit decides."""
         return {id(part) for part in (*(weight for _, weight in self.weights), *self.learned, *self.biases)}
+
+
+def quantizers_of(model: nn.Module, units: Sequence[Unit]) -> list[UnitQuantizers]:
+    """The quantizers of each unit, in the order they run; what several units share is the first one's."""
+    found: list[UnitQuantizers] = []
+    done: set[int] = set()
+    for unit in units:
+        found.append(UnitQuantizers(unit.bind(model), done))
+        done |= found[-1].settled()
+    return found
 
 
 @contextmanager

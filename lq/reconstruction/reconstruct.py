@@ -15,9 +15,10 @@ NWQ         "network"  "softmax"     "annealed"  "learned"        "mse", regular
 ==========  =========  ============  ==========  ===============  ==========================================
 """
 
+import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,12 +27,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lq.calibration import Forward, eval_mode, needs_calibration, run
 from lq.distillation import float_copy
 from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Reduce
+from lq.layout import FIRST, Layout, find_layout
+from lq.recomputation import without_recomputation
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.drop import Drop, drop_of
 from lq.reconstruction.engine import fit_unit, refit_ranges_if_better
@@ -39,14 +41,16 @@ from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.flow import Flow, find_flow
 from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
 from lq.reconstruction.heap import kept_memory
+from lq.reconstruction.identity import describe_object, digest, named_state
 from lq.reconstruction.losses import Loss, loss_of
 from lq.reconstruction.method import Activations, Data, Inside, Method, Start
-from lq.reconstruction.progress import Progress, digest
-from lq.reconstruction.quantizers import UnitQuantizers, tapped
+from lq.reconstruction.progress import Progress
+from lq.reconstruction.quantizers import quantizers_of, tapped
 from lq.reconstruction.report import Reconstruction, UnitReport
 from lq.reconstruction.storage import Storage, memory_in_bytes
 from lq.reconstruction.units import Granularity, Unit, find_units
 from lq.rounding import Rounding, rounding_of
+from lq.sensitivity.metrics import require_output
 from lq.sites import activation_quantizers, require_attached
 
 #: Units by their granularity, or by name: modules, chains of them as lists.
@@ -181,17 +185,20 @@ def reconstruct(
         start=start,
     )
     storage = Storage(_device(model), memory_in_bytes(memory))
-    data = Batches(batches, storage)
-    if not data.samples:
-        raise DataError("reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch")
     twin = float_copy(model) if teacher is None else teacher
+    source = iter(batches)
+    first = list(itertools.islice(source, 1))
+    if not first:
+        raise DataError("reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch")
+    layout = _layout(twin, first[0], forward)
+    data = Batches(itertools.chain(first, source), storage, digest=resume is not None, layout=layout)
     work = _Work(model, twin, data, forward, storage, dtype, reduce, ranks, seed)
     with work.ready(activation_mode):
         cut = work.units("block" if units == "mixed" else units)
         merged = None
         if units == "mixed":
             cut, merged = work.merged(cut, metric, merges, replace(method, iterations=search_iterations), watch)
-        progress = Progress.open(resume, model, work.fingerprint(cut, method), reduce, writes=rank == 0)
+        progress = Progress.none() if resume is None else work.progress(resume, cut, method, rank)
         return Reconstruction(tuple(work.run(cut, method, watch, progress)), merged)
 
 
@@ -264,6 +271,7 @@ class _Work:
             eval_mode(self.model),
             eval_mode(self.twin),
             kept_memory(self.storage.device),
+            without_recomputation(self.model, self.twin),
             torch.compiler.set_stance("force_eager"),
             ExitStack() as stack,
         ):
@@ -285,7 +293,7 @@ class _Work:
 
     def flow(self, units: Sequence[Unit]) -> Flow:
         """How tensors come from one unit to the next."""
-        return find_flow(self.twin, units, self.forward_on, self.example, 2)
+        return find_flow(self.twin, units, self.forward_on, self.example, 2, self.data.layout.dim)
 
     def merged(
         self, blocks: Sequence[Unit], metric: Metric, count: int, method: Method, watch: Watch
@@ -323,12 +331,9 @@ class _Work:
                 self.ranks,
             )
         blocks = self.units("block") if method.regularization else []
-        done: set[int] = set()
-        for k, unit in enumerate(units):
+        for k, (unit, quantizers) in enumerate(zip(units, quantizers_of(self.model, units), strict=True)):
             begin = time.perf_counter()
             modules = unit.bind(self.model)
-            quantizers = UnitQuantizers(modules, done)
-            done |= quantizers.settled()
             inputs, float_inputs = quantized.inputs(k), whole.inputs(k)
             targets = whole.finish(k, float_inputs)
             report = progress.restored(k)
@@ -365,23 +370,40 @@ class _Work:
         pairs = [(self.model.get_submodule(name), self.twin.get_submodule(name)) for name in inside]
         return Inside(unit.bind(self.twin), pairs) if pairs else None
 
-    def _data_digest(self) -> float:
-        """A number that the first batches of all ranks make together."""
-        tensors = [leaf for leaf in tree_leaves(self.data[0]) if isinstance(leaf, Tensor)]
-        found = torch.tensor(float(int(digest(tensors)[:6], 16)), device=self.storage.device)
-        return float(found if self.reduce is None or self.ranks == 1 else self.reduce(found, "sum"))
-
-    def fingerprint(self, units: Sequence[Unit], method: Method) -> Mapping[str, Any]:
-        """What has to be the same for a run to go on where another one ended."""
-        return {
+    def progress(self, path: str | Path, units: Sequence[Unit], method: Method, rank: int) -> Progress:
+        """The file of finished units, and what has to be the same for a run to go on where another one ended."""
+        fingerprint = {
             "units": [unit.name for unit in units],
-            "method": without_address(method),
-            "data": self._data_digest(),
+            "method": describe_object(method),
             "samples": self.data.samples,
+            "data": self._over_ranks(self.data.digest, rank),
             "seed": self.seed,
             "ranks": self.ranks,
             "dtype": str(self.dtype),
+            "forward": describe_object(self.forward),
+            "model": digest(named_state(self.model).items()),
+            "teacher": digest(named_state(self.twin).items()),
         }
+        return Progress.open(
+            path, self.model, fingerprint, quantizers_of(self.model, units), self.reduce, writes=rank == 0
+        )
+
+    def _over_ranks(self, digest: str, rank: int) -> str:
+        """One hash of those of all ranks, which depends on their order."""
+        if self.reduce is None or self.ranks == 1:
+            return digest
+        parts = torch.tensor([float(int(digest[i : i + 4], 16)) for i in range(0, len(digest), 4)])
+        found = self.reduce((parts * (rank + 1)).to(self.storage.device), "sum")
+        return "".join(f"{round(part):06x}" for part in found.tolist())
+
+
+def _layout(model: nn.Module, batch: Any, forward: Forward | None) -> Layout:
+    """Where samples lie in batches, told by the output of the float model; in the first dimension if it has none."""
+    with eval_mode(model), without_recomputation(model), torch.no_grad(), torch.random.fork_rng():
+        output = run(model, batch, forward)
+        if not isinstance(output, Tensor) or not output.ndim:
+            return FIRST
+        return find_layout(batch, lambda part: require_output(run(model, part, forward)))
 
 
 def without_address(thing: object) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lq.calibration import Forward, run
 from lq.errors import SpecError
 from lq.histogram import Reduce
+from lq.layout import FIRST, Layout
 from lq.sensitivity.items import Item, float_model
-from lq.sensitivity.metrics import labels_of, log_likelihood, require_output
+from lq.sensitivity.metrics import has_label, labels_of, log_likelihood, require_output
 from lq.sensitivity.table import Accumulator, Found
 
 Measured = Literal["kl", "output_distortion", "loss"]
@@ -48,13 +49,18 @@ class BruteForce:
         group: int,
         forward: Forward | None,
         reduce: Reduce | None,
+        layout: Layout = FIRST,
     ) -> Found:
         """Run the model on every batch for every item and width."""
         sums = Accumulator(items)
         for batch in batches:
             with float_model(model), torch.no_grad():
-                output = _Output(model, batch, forward, self.measured)
-                sums.add([self._values(item, output, group) for item in items])
+                labelled = has_label(batch, layout) if self.measured == "loss" else None
+                output = _Output(model, batch, forward, self.measured, layout)
+                if labelled is not None and not labelled.any():
+                    sums.ignored += len(labelled)
+                    continue
+                sums.add([self._values(item, output, group) for item in items], labelled)
         return sums.found(1.0, reduce)
 
     def _values(self, item: Item, output: "_Output", group: int) -> tuple[Tensor, Tensor]:
@@ -71,10 +77,12 @@ class BruteForce:
 class _Output:
     """The float output of a batch, and how it changes with one tensor's width."""
 
-    def __init__(self, model: nn.Module, batch: Any, forward: Forward | None, measured: Measured) -> None:
-        self._run: Callable[[], Tensor] = lambda: require_output(run(model, batch, forward))
+    def __init__(
+        self, model: nn.Module, batch: Any, forward: Forward | None, measured: Measured, layout: Layout
+    ) -> None:
+        self._run: Callable[[], Tensor] = lambda: layout.output(require_output(run(model, batch, forward)))
         self._measured = measured
-        self._labels = labels_of(batch) if measured == "loss" else None
+        self._labels = layout.labels(labels_of(batch), batch) if measured == "loss" else None
         self._float = self._run()
 
     def change(self, item: Item, width: int, channels: Tensor | None = None) -> Tensor:

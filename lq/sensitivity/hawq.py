@@ -17,11 +17,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lq.calibration import Forward, run
-from lq.cost import batch_size
 from lq.errors import SpecError, StateError
 from lq.histogram import Reduce
+from lq.layout import FIRST, Layout
+from lq.recomputation import recomputed
 from lq.sensitivity.items import Item, float_model
-from lq.sensitivity.metrics import Loss, grouped, labels_of, log_likelihood, require_loss, require_output, signs
+from lq.sensitivity.metrics import (
+    Loss,
+    grouped,
+    has_label,
+    labels_of,
+    log_likelihood,
+    require_loss,
+    require_output,
+    signs,
+)
 from lq.sensitivity.table import Accumulator, Found
 
 
@@ -54,29 +64,44 @@ class HawqV2:
         group: int,
         forward: Forward | None,
         reduce: Reduce | None,
+        layout: Layout = FIRST,
     ) -> Found:
         """Draw vectors for every batch; standard errors are over batches."""
         sums, samples, drawn = Accumulator(items), 0, 0
         for batch in batches:
+            labelled = has_label(batch, layout) if self.loss is None else None
+            if labelled is not None and not labelled.any():
+                sums.ignored += len(labelled)
+                continue
+            size = layout.size(batch) if labelled is None else int(labelled.sum())
             with float_model(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-                found, count = self._batch(model, items, batch, group, forward)
+                found, count = self._batch(model, items, batch, group, forward, layout, size)
             sums.add(found)
-            samples, drawn = samples + batch_size(batch), drawn + count
+            samples, drawn = samples + size, drawn + count
         notes = (f"{drawn / max(sums.count, 1):.0f} random vectors per batch; standard errors are over batches",)
         found_of_batches = sums.found(0.5, reduce, notes)
         total = torch.tensor(float(samples))
         return replace(found_of_batches, samples=int(total if reduce is None else reduce(total, "sum")))
 
     def _batch(
-        self, model: nn.Module, items: Sequence[Item], batch: Any, group: int, forward: Forward | None
+        self,
+        model: nn.Module,
+        items: Sequence[Item],
+        batch: Any,
+        group: int,
+        forward: Forward | None,
+        layout: Layout,
+        samples: int,
     ) -> tuple[list[tuple[Tensor, Tensor]], int]:
         """Trace times squared change of each item, of the whole (1, W) and of groups (1, G, W); number of vectors."""
-        samples = batch_size(batch)
-        taps = [_Leaves(item, samples) for item in items]
+        taps = [_Leaves(item, layout.size(batch)) for item in items]
         if self.loss is not None:
             value = require_loss(self.loss(model, batch)) * samples
         else:
-            value = -log_likelihood(require_output(run(model, batch, forward)), labels_of(batch)).sum()
+            output = layout.output(require_output(run(model, batch, forward)))
+            value = -log_likelihood(output, layout.labels(labels_of(batch), batch)).sum()
+        for tap in taps:
+            tap.forward_ended = True
         owned = [(tap, leaf) for tap in taps for leaf in tap.leaves]
         leaves = [leaf for _, leaf in owned]
         gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
@@ -112,11 +137,13 @@ class _Leaves:
         self.item = item
         self.samples = samples
         self.leaves: list[Tensor] = []
+        self.forward_ended = False
         self._squares: Tensor | None = None  # (C, W)
         self._held: list[tuple[Tensor, Tensor]] = []
         item.quantizer.tap = self._weight if item.is_weight else self._activation
 
     def _weight(self, weight: Tensor) -> Tensor:
+        self._check_forward()
         for known, leaf in self._held:
             if known.data_ptr() == weight.data_ptr():
                 return leaf
@@ -130,6 +157,7 @@ class _Leaves:
         return leaf
 
     def _activation(self, x: Tensor) -> Tensor:
+        self._check_forward()
         for known, y in self._held:
             if known is x:
                 return y
@@ -143,6 +171,10 @@ class _Leaves:
         squares = torch.stack(errors)[None] / self.samples
         self._squares = squares if self._squares is None else self._squares + squares
         return y
+
+    def _check_forward(self) -> None:
+        if self.forward_ended:
+            raise recomputed(self.item.name)
 
     def values(self, trace: float, group: int) -> tuple[Tensor, Tensor]:
         """Mean trace times squared change, of the whole and of groups of channels."""

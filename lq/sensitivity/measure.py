@@ -1,19 +1,23 @@
 """`measure_sensitivity`: what each width of each tensor of a quantized model costs, by the metric of choice."""
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
-from lq.calibration import Forward
-from lq.errors import NoEffectWarning, SpecError
+from lq.calibration import Forward, run
+from lq.errors import DataError, NoEffectWarning, SpecError
 from lq.histogram import Reduce
+from lq.layout import FIRST, Layout, find_layout
+from lq.recomputation import without_recomputation
 from lq.sensitivity.brute_force import BruteForce
 from lq.sensitivity.hawq import HawqV2
-from lq.sensitivity.items import Item, find_items
-from lq.sensitivity.metrics import Fisher, OutputDistortion
+from lq.sensitivity.items import Item, find_items, float_model
+from lq.sensitivity.metrics import Fisher, OutputDistortion, require_loss, require_output
 from lq.sensitivity.table import Found, Sensitivity
 from lq.sites import require_attached
 from lq.spec import check_bits
@@ -42,8 +46,9 @@ class Metric(Protocol):
         group: int,
         forward: Forward | None,
         reduce: Reduce | None,
+        layout: Layout = FIRST,
     ) -> Found:
-        """Measure `items` on `batches`."""
+        """Measure `items` on `batches`, whose samples lie as `layout` says."""
         ...
 
 
@@ -73,6 +78,7 @@ def measure_sensitivity(
     forward: Forward | None = None,
     reduce: Reduce | None = None,
     seed: int = 0,
+    batch_dim: int | None = None,
 ) -> Sensitivity:
     """Measure what each width of each weight channel and each activation of `model` costs.
 
@@ -92,10 +98,13 @@ def measure_sensitivity(
             ``batch[1]``.
         reduce: combines a tensor over ranks: called with it and "sum", "min" or "max".
         seed: of the random vectors; the caller's random state is left alone.
+        batch_dim: dimension of the inputs in which samples lie; by default it is found out, by input, labels and output
+            of the first batch.
 
     Raises:
         StateError: if the model has no quantizers, or its activations were not calibrated.
-        DataError: if there are no batches, the model does not take one, or labels are missing or do not fit.
+        DataError: if there are no batches, the model does not take one, labels are missing or do not fit, it cannot be
+            told what a sample is, or nothing that was measured depends on widths.
         SpecError: for a width or metric that does not exist.
 
     >>> import lq
@@ -113,9 +122,20 @@ def measure_sensitivity(
     items = find_items(model, [check_bits(width) for width in widths], weights=weights, activations=activations)
     if not items:
         raise SpecError("neither weights nor activations of the model are quantized as asked; nothing can be measured")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_recomputation(model):
+        batches = iter(batches)
+        first = list(itertools.islice(batches, 1))
+        layout = _layout(model, first[0], chosen, forward, batch_dim) if first else FIRST
         torch.manual_seed(seed)
-        found = chosen.measure(model, items, batches, group=group, forward=forward, reduce=reduce)
+        found = chosen.measure(
+            model,
+            items,
+            itertools.chain(first, batches),
+            group=group,
+            forward=forward,
+            reduce=reduce,
+            **({"layout": layout} if layout != FIRST else {}),
+        )
     unseen = [item.name for item in items if not item.seen]
     if unseen:
         warnings.warn(
@@ -124,5 +144,37 @@ def measure_sensitivity(
             NoEffectWarning,
             stacklevel=2,
         )
+    _check_values(found)
+    notes = (*found.notes, layout.note) if layout.note else found.notes
     known = tuple(tensor for tensor in found.tensors if tensor.name not in unseen or tensor.loss.any())  # on any rank
-    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, known, found.notes)
+    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, known, notes)
+
+
+def _layout(model: nn.Module, batch: Any, metric: Metric, forward: Forward | None, batch_dim: int | None) -> Layout:
+    """Where the samples of batches like this one lie, by runs of the float model on two of them."""
+    loss = getattr(metric, "loss", None)
+    with float_model(model), torch.no_grad():
+        if loss is not None:
+            return find_layout(batch, lambda part: require_loss(loss(model, part)), batch_dim, is_loss=True)
+        return find_layout(batch, lambda part: require_output(run(model, part, forward)), batch_dim)
+
+
+def _check_values(found: Found) -> None:
+    """Raise if what was measured says nothing of widths.
+
+    Raises:
+        DataError: if sensitivities are no numbers, or all of them are zero.
+    """
+    wrong = [t.name for t in found.tensors if not np.isfinite(t.loss).all()]
+    if wrong:
+        names = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise DataError(
+            f"sensitivities of {len(wrong)} of {len(found.tensors)} tensors are no finite numbers ({names}); look for "
+            "NaN or Inf in batches, weights and the loss"
+        )
+    if not any(t.loss.any() for t in found.tensors):
+        raise DataError(
+            f"nothing changes with the widths of any of {len(found.tensors)} tensors: the gradient is zero for all of "
+            f"{found.samples} samples, so that the labels (or the loss) say nothing of the model; look at the labels "
+            "in the batches, or pass forward= or a metric with a loss= that depends on the model"
+        )

@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lq.calibration import Forward, describe, run
-from lq.cost import batch_size
 from lq.errors import DataError, SpecError
 from lq.forward import named_parts
 from lq.histogram import Reduce
+from lq.layout import FIRST, Layout
 from lq.sensitivity.items import Item
 from lq.sensitivity.one_pass import OnePass
 from lq.sensitivity.table import Accumulator, Found
+
+#: The label of what has none, as in torch's cross-entropy.
+IGNORED = -100
 
 #: Mean loss over the samples of a batch, of a model run on it.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -33,8 +36,12 @@ class _Squared(ABC):
     scale: float
 
     @abstractmethod
-    def objective(self, model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
+    def objective(self, model: nn.Module, batch: Any, forward: Forward | None, layout: Layout) -> Tensor:
         """Sum over samples of what is differentiated."""
+
+    def counted(self, batch: Any, layout: Layout) -> Tensor | None:
+        """Which samples count, (B,); None: all of them."""
+        return None
 
     def measure(
         self,
@@ -45,13 +52,18 @@ class _Squared(ABC):
         group: int,
         forward: Forward | None,
         reduce: Reduce | None,
+        layout: Layout = FIRST,
     ) -> Found:
         """One forward and one backward per batch."""
-        one_pass = OnePass(model, items, lambda model, batch: self.objective(model, batch, forward))
+        one_pass = OnePass(model, items, lambda model, batch: self.objective(model, batch, forward, layout), layout)
         sums = Accumulator(items)
         for batch in batches:
+            counted = self.counted(batch, layout)
+            if counted is not None and not counted.any():
+                sums.ignored += len(counted)
+                continue
             terms = one_pass.measure(batch)
-            sums.add([(found.sum(1).square(), grouped(found, group).square()) for found in terms])
+            sums.add([(found.sum(1).square(), grouped(found, group).square()) for found in terms], counted)
         notes = (f"one sample at a time: {one_pass.single}",) if one_pass.single else ()
         return sums.found(self.scale, reduce, notes)
 
@@ -99,17 +111,21 @@ class Fisher(_Squared):
         if self.labels == "model" and self.loss is not None:
             raise SpecError("labels='model' takes the model's own distribution; a loss has no part in it")
 
-    def objective(self, model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
+    def counted(self, batch: Any, layout: Layout) -> Tensor | None:
+        """Those that have a label, where labels are used."""
+        return has_label(batch, layout) if self.labels == "data" and self.loss is None else None
+
+    def objective(self, model: nn.Module, batch: Any, forward: Forward | None, layout: Layout) -> Tensor:
         """Sum over samples of what is differentiated."""
         if self.loss is not None:
-            return require_loss(self.loss(model, batch)) * batch_size(batch)
-        output = require_output(run(model, batch, forward))
+            return require_loss(self.loss(model, batch)) * layout.size(batch)
+        output = layout.output(require_output(run(model, batch, forward)))
         if self.labels == "model":
             root = (output.detach() / self.temperature).softmax(1).sqrt()
             noise = signs(output)
             sent = root * (noise - root * (root * noise).sum(1, keepdim=True))
             return torch.sum(output * sent)
-        return torch.sum(log_likelihood(output, labels_of(batch)))
+        return torch.sum(log_likelihood(output, layout.labels(labels_of(batch), batch)))
 
 
 @dataclass(frozen=True)
@@ -122,9 +138,9 @@ class OutputDistortion(_Squared):
 
     scale = 1.0
 
-    def objective(self, model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
+    def objective(self, model: nn.Module, batch: Any, forward: Forward | None, layout: Layout) -> Tensor:
         """Sum over samples of what is differentiated."""
-        output = require_output(run(model, batch, forward)).flatten(1)
+        output = layout.output(require_output(run(model, batch, forward))).flatten(1)
         found: Tensor = (output * signs(output)).sum() / math.sqrt(output.shape[1])
         return found
 
@@ -143,7 +159,14 @@ def log_likelihood(output: Tensor, labels: Tensor) -> Tensor:
     """
     labels = labels.to(output.device)
     if not labels.is_floating_point() and output.ndim > 1 and labels.shape == (output.shape[0], *output.shape[2:]):
-        return -F.cross_entropy(output, labels.long(), reduction="none").reshape(len(output), -1).sum(1)
+        try:
+            losses = F.cross_entropy(output, labels.long(), reduction="none", ignore_index=IGNORED)
+        except IndexError as error:
+            raise DataError(
+                f"a label is no class of an output {describe(output)}: {error}; classes go from 0 to "
+                f"{output.shape[1] - 1}, {IGNORED} stands for none"
+            ) from error
+        return -losses.reshape(len(output), -1).sum(1)
     if labels.is_floating_point() and labels.shape == output.shape:
         return -0.5 * (output - labels).square().reshape(len(output), -1).sum(1)
     raise DataError(
@@ -151,6 +174,15 @@ def log_likelihood(output: Tensor, labels: Tensor) -> Tensor:
         "(B, ...) for logits (B, K, ...), or floats of the output's shape; pass loss=, a callable that is given the "
         "model and the batch and returns the mean loss"
     )
+
+
+def has_label(batch: Any, layout: Layout) -> Tensor | None:
+    """Which samples have a label that is not ignored, (B,); None: all, or labels are no classes."""
+    labels = layout.labels(labels_of(batch), batch)
+    if labels.is_floating_point() or not labels.ndim:
+        return None
+    found = (labels != IGNORED).reshape(len(labels), -1).any(1)
+    return None if bool(found.all()) else found
 
 
 def labels_of(batch: Any) -> Tensor:

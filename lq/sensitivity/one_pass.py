@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from lq.calls import FUNCTIONS, MULTI_HEAD, Call, multi_head_attention
-from lq.cost import batch_size
-from lq.errors import StateError
+from lq.errors import LqError, StateError
+from lq.layout import FIRST, Layout
+from lq.recomputation import recomputed
 from lq.sensitivity.contraction import operands_of, terms
 from lq.sensitivity.items import Item, float_model
 
@@ -35,9 +35,11 @@ class OnePass:
         model: a model with quantizers.
         items: what to measure.
         objective: sum over samples of what is differentiated; called with the model and a batch.
+        layout: where the samples of batches lie.
     """
 
-    def __init__(self, model: nn.Module, items: Sequence[Item], objective: Objective) -> None:
+    def __init__(self, model: nn.Module, items: Sequence[Item], objective: Objective, layout: Layout = FIRST) -> None:
+        self.layout = layout
         self.model = model
         self.items = items
         self.objective = objective
@@ -47,11 +49,13 @@ class OnePass:
 
     def measure(self, batch: Any) -> list[Tensor]:
         """The terms of each item for each sample of the batch, (samples, C, W)."""
-        samples = batch_size(batch)
+        samples = self.layout.size(batch)
         if not self._checked:
             self._check(batch, samples)
             self._checked = True
-        parts = [batch] if not self.single or samples == 1 else [take(batch, i, i + 1) for i in range(samples)]
+        parts = [batch]
+        if self.single and samples > 1:
+            parts = [self.layout.take(batch, i, i + 1) for i in range(samples)]
         size = samples if len(parts) == 1 else 1
         found = [self._run(part, size, self._by_gradient) for part in parts]
         return found[0] if len(parts) == 1 else [torch.cat(found_of_item) for found_of_item in zip(*found, strict=True)]
@@ -59,6 +63,7 @@ class OnePass:
     def _check(self, batch: Any, samples: int) -> None:
         """Find out whether a batch can be measured as a whole."""
         state = torch.random.get_rng_state()
+        take = self.layout.take
         first = take(batch, 0, 1) if samples > 1 else batch
         weights = [item for item in self.items if item.is_weight]
         alone = self._run(first, 1, weights, probe=True)
@@ -67,20 +72,31 @@ class OnePass:
             self.single = f"weights are used by other code than a layer's function ({names})"
         elif samples > 1:
             second = self._run(take(batch, 1, 2), 1)
-            torch.random.set_rng_state(state)
-            together = self._run(take(batch, 0, 2), 2)
             apart = [torch.cat(pair) for pair in zip(alone, second, strict=True)]
-            if self._differing(apart, together):
-                for item in self._differing(apart, together):
+            torch.random.set_rng_state(state)
+            differing = self._differing(apart, self._together(take(batch, 0, 2)))
+            if differing:
+                for item in differing:
                     item.samples_last = True
                 torch.random.set_rng_state(state)
-                differing = self._differing(apart, self._run(take(batch, 0, 2), 2))
+                differing = self._differing(apart, self._together(take(batch, 0, 2)))
                 if differing:
                     self.single = f"samples are not apart along a dimension at {differing[0].name}"
         torch.random.set_rng_state(state)
 
-    def _differing(self, apart: list[Tensor], together: list[Tensor]) -> list[Item]:
+    def _together(self, batch: Any) -> list[Tensor] | None:
+        """The terms for two samples; None: a layer was given other rows than a number for each sample."""
+        try:
+            return self._run(batch, 2)
+        except LqError:
+            raise
+        except RuntimeError:  # shapes that do not go together; an error of the model would have come for one sample
+            return None
+
+    def _differing(self, apart: list[Tensor], together: list[Tensor] | None) -> list[Item]:
         """Items whose terms depend on whether samples come in a batch."""
+        if together is None:
+            return list(self.items)
         return [
             item
             for item, one, both in zip(self.items, apart, together, strict=True)
@@ -95,6 +111,7 @@ class OnePass:
             watch = _Watch(self.items, samples, {id(item) for item in by_gradient})
             with watch, torch.compiler.set_stance("force_eager"):
                 value = self.objective(self.model, batch)
+            watch.forward_ended = True
             if not value.requires_grad:
                 raise StateError("the output does not depend on a quantized layer; nothing can be measured")
             leaves = [(item, alias) for item, alias in watch.aliases if alias.requires_grad]
@@ -128,6 +145,7 @@ class _Watch(TorchFunctionMode):
         self.aliases: list[tuple[Item, Tensor]] = []  # what stands for each weight
         self._owners: dict[int, Item] = {}  # by id of that
         self.anchor = torch.zeros((), requires_grad=True)
+        self.forward_ended = False
         for item in items:
             item.quantizer.tap = self._weight(item) if item.is_weight else self._activation(item)
 
@@ -163,6 +181,7 @@ class _Watch(TorchFunctionMode):
 
     def _weight(self, item: Item) -> Callable[[Tensor], Tensor]:
         def tap(weight: Tensor) -> Tensor:
+            self._check_forward(item)
             item.seen, item.numel = True, weight.numel()
             alias = weight.detach().requires_grad_(id(item) in self.by_gradient)
             self.aliases.append((item, alias))
@@ -175,6 +194,7 @@ class _Watch(TorchFunctionMode):
         copies = item.name.endswith("output")  # what a sum or an activation gives may be changed in place by its reader
 
         def tap(x: Tensor) -> Tensor:
+            self._check_forward(item)
             if not torch.is_grad_enabled() or not x.is_floating_point():
                 return x
             item.seen, item.numel = True, x.numel() // self.samples
@@ -191,6 +211,10 @@ class _Watch(TorchFunctionMode):
 
         return tap
 
+    def _check_forward(self, item: Item) -> None:
+        if self.forward_ended:
+            raise recomputed(item.name)
+
     def _anchored(self, x: Tensor) -> Tensor:
         """`x`, made to depend on something that has a gradient."""
         return x if x.requires_grad else x + self.anchor.to(x)
@@ -206,17 +230,3 @@ def _check_unchanged(x: Tensor, version: int, item: Item) -> None:
         raise StateError(
             f"the tensor at {item.name} is changed in place after it was used; write the model's forward without that"
         )
-
-
-def take(batch: Any, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of a batch of any nesting.
-
-    >>> take({"image": torch.arange(4), "scale": 2.0}, 1, 3)
-    {'image': tensor([1, 2]), 'scale': 2.0}
-    """
-    size = batch_size(batch)
-
-    def part(value: Any) -> Any:
-        return value[start:stop] if isinstance(value, Tensor) and value.ndim and value.shape[0] == size else value
-
-    return _pytree.tree_map(part, batch)

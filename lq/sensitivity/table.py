@@ -127,10 +127,19 @@ class Accumulator:
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
         self.count = 0
+        self.ignored = 0  # samples that were left out, because they have no label
         self._sums: list[list[Tensor]] = []
 
-    def add(self, values: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Add a batch: for each item the values of each sample, of the whole tensor (S, W) and of groups (S, G, W)."""
+    def add(self, values: Sequence[tuple[Tensor, Tensor]], counted: Tensor | None = None) -> None:
+        """Add a batch: for each item the values of each sample, of the whole tensor (S, W) and of groups (S, G, W).
+
+        Args:
+            values: of each item.
+            counted: which samples count, (S,); None: all of them.
+        """
+        if counted is not None:
+            self.ignored += len(counted) - int(counted.sum())
+            values = [(whole[rows], groups[rows]) for whole, groups in values for rows in [counted.to(whole.device)]]
         self.count += len(values[0][0])
         found = [[t for v in pair for t in (v.double().sum(0), v.double().square().sum(0))] for pair in values]
         if self._sums:
@@ -143,6 +152,11 @@ class Accumulator:
         Raises:
             DataError: if nothing was.
         """
+        if not self.count and self.ignored:
+            raise DataError(
+                f"none of {self.ignored} samples has a label: all are -100, which the cross-entropy ignores; give "
+                "batches with labels, or use a metric without: Fisher(labels='model') or OutputDistortion()"
+            )
         if not self.count:
             raise DataError("sensitivity got no batches: the loader is empty; give it at least one batch")
         if reduce is not None:
@@ -151,6 +165,8 @@ class Accumulator:
             tensor_of(item, *_mean_and_error(a, b, self.count, scale), *_mean_and_error(c, d, self.count, scale))
             for item, (a, b, c, d) in zip(self.items, self._sums, strict=True)
         )
+        if self.ignored:
+            notes = (*notes, f"{self.ignored} samples without a label do not count")
         return Found(self.count, tensors, notes)
 
     def _reduce(self, over_ranks: Reduce) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lq.errors import DataError
-from lq.reconstruction.flow import Lies, find_flow, first_samples, replaced, returning, stop_at
+from lq.reconstruction.flow import Lies, find_flow, replaced, returning, stop_at
 from lq.reconstruction.units import Unit
 from tests.reconstruction.networks import BY_NAME, NETWORKS, InPlace, Work, call, network, quantized, samples
 
@@ -103,13 +103,6 @@ def test_rows_and_tensors_are_inverses(dim, each):
         expected = tensor.narrow(dim, sample * each, each)
         assert torch.equal(lies.tensor(rows[sample : sample + 1]), expected)
     assert torch.equal(lies.tensor(rows), tensor)
-
-
-def test_first_samples_of_nested_batches():
-    batch = {"x": torch.zeros(5, 2), "pair": [torch.zeros(5), 3], "table": torch.zeros(4), "scalar": torch.tensor(1.0)}
-    found = first_samples(batch, 5, 2)
-    assert found["x"].shape == (2, 2) and found["pair"][0].shape == (2,) and found["pair"][1] == 3
-    assert found["table"].shape == (4,) and found["scalar"].shape == ()
 
 
 class Averaged(nn.Module):

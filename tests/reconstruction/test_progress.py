@@ -1,9 +1,11 @@
 """Going on where another run ended, whatever ended it."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,14 @@ import torch
 from torch import nn
 
 import lq
+from lq.distillation import float_copy
 from lq.errors import StateError
-from lq.reconstruction.progress import digest
+from lq.reconstruction.capture import Batches
+from lq.reconstruction.progress import _checksum
+from lq.reconstruction.reconstruct import _Work
+from lq.reconstruction.storage import Storage
 from tests.helpers import assert_same
+from tests.models import state as state_of
 from tests.reconstruction.networks import quantized, samples
 
 SCRIPT = """
@@ -232,9 +239,206 @@ def test_ranks_go_on_from_what_all_of_them_have(tmp_path):
     assert len(torch.load(path, weights_only=True)["units"]) == 4
 
 
-def test_digests():
-    a, b = torch.arange(6.0).view(2, 3), torch.tensor([True, False])
-    assert digest([a, b]) == digest([a.clone(), b])
-    assert digest([a]) == digest([a.t().contiguous().t()])
-    assert len({digest(ts) for ts in ([a], [a, b], [b, a], [a + 1e-6], [a.bfloat16()], [])}) == 6
-    assert digest([torch.tensor(1.0)]) != digest([torch.tensor(2.0)])
+def stopped(path, model, data, **options):
+    """A file with the first unit of four."""
+    with pytest.raises(Ended):
+        run(model, data, resume=path, watch=ended_in("2+3"), **options)
+    return path
+
+
+def scaled(factor):
+    """A loss as a function that closes over something."""
+    return lambda output, target, weights=None: factor * (output - target).square().mean()
+
+
+def powered(output, target, weights=None, *, p=2.0):
+    return (output - target).abs().pow(p).mean()
+
+
+class Weighted:
+    """A loss as an object that can be called, without a description of itself."""
+
+    weighted = False
+
+    def __init__(self, factor):
+        self.factor = torch.tensor(factor)
+
+    def __call__(self, output, target, weights=None):
+        return self.factor * (output - target).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        (scaled(1.0), scaled(1.0), scaled(2.0)),
+        (partial(powered, p=2.0), partial(powered, p=2.0), partial(powered, p=3.0)),
+        (Weighted(1.0), Weighted(1.0), Weighted(2.0)),
+        (
+            lambda output, target, weights=None: (output - target).square().mean(),
+            lambda output, target, weights=None: (output - target).square().mean(),
+            lambda output, target, weights=None: (output - target).abs().mean(),
+        ),
+        (lq.reconstruction.LpLoss(2.4), lq.reconstruction.LpLoss(2.4), lq.reconstruction.LpLoss(2.5)),
+    ],
+    ids=["closure", "partial", "object", "code", "dataclass"],
+)
+def test_another_loss(one, same, other, tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared(), loss=one)
+    with pytest.raises(StateError, match=r"belongs to another reconstruction: its method is .*, here it is"):
+        run(*prepared(), resume=path, loss=other)
+    assert len(run(*prepared(), resume=path, loss=same).units) == 4
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_other_data_in_any_batch(position, tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared())
+    model, data = prepared()
+    data[position] = data[position].clone()
+    data[position][-1, -1] += 1e-6
+    with pytest.raises(StateError, match="belongs to another reconstruction: its data is"):
+        run(model, data, resume=path)
+
+
+def test_another_order_of_batches_behind_the_first(tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared())
+    model, data = prepared()
+    with pytest.raises(StateError, match="belongs to another reconstruction: its data is"):
+        run(model, [data[0], data[2], data[1]], resume=path)
+
+
+def test_other_batches_of_the_same_samples(tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared())
+    model, data = prepared()
+    with pytest.raises(StateError, match="belongs to another reconstruction: its data is"):
+        run(model, torch.cat(data).split(12), resume=path)
+
+
+def test_another_teacher_and_another_forward(tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared())
+    model, data = prepared()
+    teacher = float_copy(model)
+    assert len(run(prepared()[0], data, resume=path, teacher=float_copy(model)).units) == 4
+    teacher[4].weight.data[0, 0] += 1e-6
+    with pytest.raises(StateError, match="belongs to another reconstruction: its teacher is"):
+        run(prepared()[0], data, resume=path, teacher=teacher)
+    with pytest.raises(StateError, match="belongs to another reconstruction: its forward is 'None', here it is"):
+        run(prepared()[0], data, resume=path, forward=lambda model, batch: model(batch * 2))
+
+
+def test_ranks_in_another_order():
+    """What each of two ranks adds to the sum depends on its number: data that change ranks are other data."""
+    model, data = prepared()
+    sent = {}
+    for rank, batches in enumerate((data[:1], data[1:2])):
+        for place in (0, 1):
+            work = _Work(
+                model,
+                model,
+                Batches(batches, Storage(torch.device("cpu"), 1 << 20), digest=True),
+                None,
+                Storage(torch.device("cpu"), 1 << 20),
+                None,
+                lambda tensor, _, key=(rank, place): sent.setdefault(key, tensor),
+                2,
+                0,
+            )
+            work._over_ranks(work.data.digest, place)
+    assert not torch.equal(sent[0, 0] + sent[1, 1], sent[0, 1] + sent[1, 0])
+
+
+def test_every_flipped_bit_is_found_or_does_not_matter(whole, tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared())
+    content = path.read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(30):
+        damaged = bytearray(content)
+        damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        model, data = prepared()
+        error = None
+        try:
+            run(model, data, resume=path)
+        except StateError as raised:
+            error = raised
+        if error is None:
+            assert_same(dict(model.state_dict()), whole[1])
+        else:
+            assert "or delete the file" in str(error)
+            refused += 1
+    assert refused > 10
+
+
+def rewritten(path, change):
+    """The file with other content, and the checksum of that."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save({**content, "checksum": _checksum(content)}, path)
+
+
+def _without(tensors):
+    del tensors["0.bias"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda units: units[0]["tensors"].update({"0.bias": torch.zeros(1)}), r"0.bias is torch.float32 \(1,\) there"),
+        (lambda units: units[0]["tensors"].update({"0.bias": torch.zeros(8).double()}), "0.bias is torch.float64"),
+        (lambda units: units[0]["tensors"].update({"0.bias": 1.0}), "0.bias is float there, torch.float32"),
+        (lambda units: _without(units[0]["tensors"]), r"unit 0\+1 lacks '0.bias'"),
+        (
+            lambda units: units[0]["tensors"].update({"2.bias": torch.zeros(8)}),
+            r"unit 0\+1 has, for no reason, '2.bias'",
+        ),
+        (lambda units: units.insert(0, units[0]), r"has '0\+1' as unit 1, expected '2\+3'"),
+        (lambda units: units.extend([units[0]] * 4), "holds 5 units, this reconstruction has 4"),
+        (lambda units: units[0].pop("report"), "holds no report and tensors of unit 0"),
+        (lambda units: units[0]["report"].update(name="6"), r"has '6' as unit 0, expected '0\+1'"),
+    ],
+    ids=["broadcasts", "type", "no tensor", "missing", "surplus", "repeated", "too many", "no report", "name"],
+)
+def test_units_that_do_not_fit_leave_the_model_alone(change, message, tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared())
+    rewritten(path, lambda content: change(content["units"]))
+    model, data = prepared()
+    before = state_of(model)
+    with pytest.raises(StateError, match=f"{message}.*; give resume= another path, or delete the file"):
+        run(model, data, resume=path)
+    assert_same(state_of(model), before)
+
+
+def test_other_widths(tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared())
+    model, data = prepared()
+    lq.set_bits(model, {"4": 3})
+    with pytest.raises(StateError, match="belongs to another reconstruction: its model is"):
+        run(model, data, resume=path)
+
+
+def test_files_of_an_older_format(tmp_path):
+    path = stopped(tmp_path / "progress.pt", *prepared())
+    content = torch.load(path, weights_only=True)
+    torch.save({"fingerprint": content["fingerprint"], "units": content["units"]}, path)
+    with pytest.raises(StateError, match="is of format 1, this lq goes on from format 2 alone"):
+        run(*prepared(), resume=path)
+
+
+def test_a_shared_weight_is_restored_by_all_of_its_names(tmp_path):
+    def tied():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        model[2].weight = model[0].weight
+        data = list(samples((8,), 24).split(8))
+        return quantized(model.eval(), data, 2, 6), data
+
+    model, data = tied()
+    run(model, data)
+    expected = state_of(model)
+    path = tmp_path / "progress.pt"
+    with pytest.raises(Ended):
+        run(*tied(), resume=path, watch=ended_in("4"))
+    model, data = tied()
+    found = run(model, data, resume=path)
+    assert len(found.units) == 3
+    assert_same(state_of(model), expected)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.errors import DataError, SpecError, StateError
+from lq.errors import DataError, PatternError, SpecError, StateError
 from lq.reconstruction import Annealed, LpLoss
 from lq.rounding import AdaRound, AnnealingSoftmax
 from lq.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
@@ -439,3 +439,35 @@ def test_compiled_units_have_the_same_losses(monkeypatch):
         losses.append([loss for unit in found.units for loss in (unit.after, *unit.curve)])
         assert len(compiled) == (len(found.units) if compile_ else 0)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # sums may be taken in another order
+
+
+class Tied(nn.Module):
+    """A decoder that has nothing of its own: its weight is the embedding's, and it has no bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.decode = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.decode.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.decode(torch.tanh(self.mix(self.embed(tokens))))
+
+
+@pytest.mark.parametrize("activations", [None, 4])
+@pytest.mark.parametrize("units", ["layer", "block", "network", ["embed", "mix", "decode"]], ids=str)
+@pytest.mark.parametrize("rounding", ["adaround", "softmax", "nearest"])
+def test_units_with_nothing_to_learn(activations, units, rounding):
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 11, (12, 5))
+    model = quantized(Tied().eval(), [tokens], 3, activations)
+    found = lq.reconstruct(model, [tokens], units=units, rounding=rounding, iterations=4, batch_size=4, bias_lr=0.01)
+    assert model.decode.weight.equal(model.embed.weight)
+    assert all(unit.after <= unit.before for unit in found.units)
+    if units != "network" and activations is None:
+        assert found.units[-1].iterations == 0
+
+
+def test_no_unit_at_all():
+    model = quantized(nn.Sequential(nn.Linear(8, 2)), [torch.randn(4, 8)])
+    with pytest.raises(PatternError, match=r"units: \[\] has no module, or an empty chain; give at least one name"):
+        lq.reconstruct(model, [torch.randn(4, 8)], units=[])

@@ -308,3 +308,44 @@ def test_layers_that_are_not_reached_are_named():
 def test_output_distortion_has_no_labels():
     model, batches = prepared(None)
     assert measure_sensitivity(model, [x for x, _ in batches], OutputDistortion()).samples == 12
+
+
+def some_ignored():
+    x, y = data()
+    return x, torch.where(torch.arange(12) % 3 == 0, -100, y)
+
+
+@pytest.mark.parametrize("metric", ["fisher", HawqV2(vectors=1), BruteForce("loss")], ids=str)
+def test_samples_without_a_label_do_not_count(metric):
+    model, _ = prepared(None)
+    x, y = some_ignored()
+    found = measure_sensitivity(model, [(x, y)], metric, widths=WIDTHS)
+    rest = measure_sensitivity(model, [(x[y >= 0], y[y >= 0])], metric, widths=WIDTHS)
+    nothing = torch.full((5,), -100)
+    more = measure_sensitivity(model, [(x, y), (x[:5], nothing)], metric, widths=WIDTHS)
+    assert found.samples == rest.samples == more.samples == 8
+    for a, b, c in zip(found.tensors, rest.tensors, more.tensors, strict=True):
+        np.testing.assert_allclose(a.loss, b.loss, rtol=1e-4, atol=1e-12)
+        np.testing.assert_allclose(a.loss, c.loss, rtol=1e-4, atol=1e-12)
+        np.testing.assert_allclose(a.error, b.error, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["fisher", "hawq_v2", BruteForce("loss")], ids=str)
+def test_labels_that_say_nothing(metric):
+    model, _ = prepared(None)
+    x, _ = data()
+    with pytest.raises(DataError, match="none of 12 samples has a label: all are -100.*give batches with labels"):
+        measure_sensitivity(model, [(x, torch.full((12,), -100))], metric)
+    with pytest.raises(DataError, match=r"a label is no class of an output .*classes go from 0 to 2, -100 stands for"):
+        measure_sensitivity(model, [(x, torch.full((12,), 7))], metric)
+
+
+def test_a_loss_that_says_nothing():
+    model, batches = prepared(None)
+    constant = Fisher(loss=lambda model, batch: (model(batch[0]) * 0).sum())
+    with pytest.raises(
+        DataError, match="nothing changes with the widths of any of 3 tensors: the gradient is zero for"
+    ):
+        measure_sensitivity(model, batches, constant)
+    with pytest.raises(DataError, match=r"sensitivities of 3 of 3 tensors are no finite numbers \(0.weight, 3.weight"):
+        measure_sensitivity(model, [(x * math.nan, y) for x, y in batches])

@@ -7,9 +7,10 @@ from torch import nn
 
 import lq
 from lq.errors import StateError
+from lq.samples import take
 from lq.sensitivity.items import find_items, float_model
 from lq.sensitivity.metrics import signs
-from lq.sensitivity.one_pass import OnePass, take
+from lq.sensitivity.one_pass import OnePass
 from lq.sites import quantizers
 from tests.models import Attention, every_model, example
 
