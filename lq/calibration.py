@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lq.cost import batch_size, count_macs
 from lq.errors import DataError, NoEffectWarning
 from lq.histogram import Reduce
+from lq.interception import call_quantizers
+from lq.quantizer import WeightQuantizer
 from lq.sites import (
     activation_quantizers,
     calls,
@@ -25,7 +27,6 @@ from lq.sites import (
     quantizers,
     require_attached,
     weight_quantizer,
-    weights_at_calls,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,9 +104,11 @@ def calibrate(
 
 
 def calibrate_weights(model: nn.Module) -> None:
-    """Find the ranges of all weights from the values they have now; of weights at calls, when they are next used."""
-    for at_call in weights_at_calls(model):
-        at_call.forget_range()
+    """Find the ranges of all weights from the values they have now; of those that calls compute, at the next call."""
+    for module in model.modules():
+        for at_call in call_quantizers(module).values():
+            if isinstance(at_call, WeightQuantizer) and not at_call.calibrate_within(module):
+                at_call.forget_range()
     for _, module in quantized_layers(model):
         quantizer, weight = weight_quantizer(module), float_weight(module)
         if quantizer is not None and weight is not None:

@@ -48,6 +48,7 @@ class _Frame:
     """One running forward of a module with call quantizers."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.quantizers: dict[str, nn.Module] = module._modules[CALLS]._modules  # type: ignore[union-attr, assignment]
         self.counts: dict[str, int] = {}
         self.below = 0  # how many modules below are running
@@ -81,7 +82,7 @@ class _Frame:
                     continue
                 operand = require_tensor(call.operand(slot), key)
                 if isinstance(quantizer, WeightQuantizer):
-                    call.replace(slot, quantizer.at_call(operand, call.layout(slot)))
+                    call.replace(slot, quantizer.at_call(operand, call.layout(slot), self.module))
                 else:
                     call.replace(slot, quantizer(operand))
         result = function(*call.args, **call.kwargs)
