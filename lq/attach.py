@@ -10,11 +10,10 @@
 import posixpath
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from lq.channels import ChannelLayout
@@ -43,8 +42,8 @@ from lq.sites import (
     require_attached,
     weight_quantizer,
 )
-from lq.sources import Source, known_sources
 from lq.spec import QuantSpec
+from lq.stored import bake_calls, find_range, find_range_in, note_known_sources, read_from
 from lq.structure import Structure
 
 M = TypeVar("M", bound=nn.Module)
@@ -126,7 +125,6 @@ def attach(
         exclude=exclude,
         overrides=overrides,
     )
-    plan = _read_by_quantized_calls(plan, structure)
     if not plan:
         raise StateError(
             f"{type(model).__name__} has no layer to quantize; attach after its layers are built, "
@@ -166,7 +164,7 @@ def attach_sites(model: nn.Module, plan: Mapping[str, PlannedSite], *, calibrate
             _attach_weight(module, name, spec, tied, calibrate)
         elif site.role == "weight":
             quantizer = WeightQuantizer(spec, ChannelLayout(site.channels), name).to(device)
-            quantizer.source = _below(site)
+            read_from(quantizer, site.source and site.source.below(site.module))
             add_call_quantizer(module, site.place, quantizer.train(module.training))
         elif planned.owner is None:
             placed[name] = ActivationQuantizer(spec, name, tokens=_is_rows(module, site)).to(device)
@@ -183,34 +181,12 @@ def attach_sites(model: nn.Module, plan: Mapping[str, PlannedSite], *, calibrate
             shared = SharedQuantizer(placed[planned.owner], path)
             _place(module, planned.site, shared.train(module.training))
             _complete_checkpoints(module)
-    for module in {id(m): m for m in modules.values()}.values():
-        weights = {slot: q for slot, q in call_quantizers(module).items() if isinstance(q, WeightQuantizer)}
-        for slot, source in known_sources(module, weights):
-            if weights[slot].source is None and weights[slot].bits.numel() in (1, source.channels):
-                weights[slot].source = source
-        for quantizer in weights.values() if calibrate else ():
-            quantizer.calibrate_within(module)
-
-
-def _read_by_quantized_calls(plan: dict[str, PlannedSite], structure: Structure | None) -> dict[str, PlannedSite]:
-    """The plan, in which sources of weights that other sites read in float are not alone."""
-    left = [site for site in (structure.sites if structure else ()) if site.name not in plan and site.source]
-    floats = {site.source.parameter for site in left if site.source}
-    found = dict(plan)
-    for name, planned in plan.items():
-        source = planned.site.source
-        if source is not None and source.parameter in floats:
-            site = replace(planned.site, source=replace(source, alone=False))
-            found[name] = replace(planned, site=site)
-    return found
-
-
-def _below(site: Site) -> Source | None:
-    """The source of a weight at a call, by its name below the module that makes the call."""
-    if site.source is None:
-        return None
-    name = site.source.parameter[len(site.module) + 1 :] if site.module else site.source.parameter
-    return replace(site.source, parameter=name)
+    note_known_sources(model)
+    if calibrate:
+        for module in model.modules():
+            for part in call_quantizers(module).values():
+                if isinstance(part, WeightQuantizer):
+                    find_range(part, module)
 
 
 def slot_of(site: Site) -> str:
@@ -268,8 +244,9 @@ def detach(model: M, bake: bool = False) -> M:
     Args:
         model: a model with quantizers.
         bake: False gives back the float weights, bit for bit, and removes every quantizer. True leaves the quantized
-            values in the weights and keeps the activations' quantizers, which no weight can stand for: the forward
-            stays the quantized one, bit for bit. A second ``detach(model)`` removes those too.
+            values in the weights and keeps the quantizers that no weight can stand for: those of activations, and of
+            weights that functions compute first or that something reads in float as well. The forward stays the
+            quantized one, bit for bit. A second ``detach(model)`` removes those too.
 
     Returns:
         The model.
@@ -283,6 +260,8 @@ def detach(model: M, bake: bool = False) -> M:
     True
     """
     require_attached(model, "lq.detach")
+    if bake:
+        bake_calls(model)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight") and weight_quantizer(module) is not None:
             order: list[str] = module.parametrizations.parameter_order  # type: ignore[union-attr, assignment]
@@ -359,7 +338,8 @@ def set_bits(
         given = widths if isinstance(widths, int) else tuple(widths)
         for name in select(pattern, [*named, *at_calls], argument="set_bits"):
             for at_call, owner in at_calls.get(name, []):
-                at_call.change_bits(given, owner)
+                at_call.set_bits(given)
+                at_call.outdated = not find_range(at_call, owner)
             weight = float_weight(model.get_submodule(name)) if name in named else None
             if weight is not None:
                 named[name].set_bits(given)
@@ -402,7 +382,7 @@ def accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefi
         if found is None or any(key.startswith(f"{prefix}{slot}.") for key in state_dict):
             continue
         if isinstance(found, WeightQuantizer):
-            _find_range_in(found, state_dict, prefix)
+            find_range_in(found, state_dict, prefix)
         elif isinstance(found, ActivationQuantizer) and found.calibrated:
             warnings.warn(
                 "a checkpoint without activation ranges was loaded into a calibrated model, whose ranges were kept; "
@@ -411,16 +391,6 @@ def accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefi
                 stacklevel=2,
             )
         state_dict.update(found.state_dict(prefix=f"{prefix}{slot}."))
-
-
-def _find_range_in(quantizer: WeightQuantizer, state_dict: dict[str, Any], prefix: str) -> None:
-    """Find the range of a weight at a call in a float checkpoint, or have the next call find it."""
-    source = quantizer.source
-    weight = None if source is None else state_dict.get(prefix + source.parameter)
-    quantizer.forget_range()
-    if source is not None and isinstance(weight, Tensor) and source.fits(weight):
-        quantizer.layout = source.layout
-        quantizer.calibrate(source.view(weight.to(quantizer.bits.device)))
 
 
 def _restore_weight(module: nn.Module, bake: bool) -> None:

@@ -28,6 +28,7 @@ from lq.sites import (
     require_attached,
     weight_quantizer,
 )
+from lq.stored import find_range
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -107,7 +108,7 @@ def calibrate_weights(model: nn.Module) -> None:
     """Find the ranges of all weights from the values they have now; of those that calls compute, at the next call."""
     for module in model.modules():
         for at_call in call_quantizers(module).values():
-            if isinstance(at_call, WeightQuantizer) and not at_call.calibrate_within(module):
+            if isinstance(at_call, WeightQuantizer) and not find_range(at_call, module):
                 at_call.forget_range()
     for _, module in quantized_layers(model):
         quantizer, weight = weight_quantizer(module), float_weight(module)

@@ -244,7 +244,7 @@ class WeightQuantizer(Quantizer):
         self.layout = layout
         #: At a call: where the weight is kept; None: it is computed first, or not the same one each time.
         self.source: Source | None = None
-        self._outdated = False  # the range is of other widths
+        self.outdated = False  # the range is of other widths: the next call finds it anew
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
     @torch.no_grad()
@@ -255,7 +255,7 @@ class WeightQuantizer(Quantizer):
             DataError: if the weight has NaN or Inf.
         """
         raise_if_not_finite(weight, self.name)
-        self._outdated = False
+        self.outdated = False
         self._set_range(*self.samples(weight), weights=True)
 
     @torch.no_grad()
@@ -288,29 +288,15 @@ class WeightQuantizer(Quantizer):
         return self._kept[1]
 
     def at_call(self, weight: Tensor, layout: ChannelLayout, module: nn.Module) -> Tensor:
-        """Return the rounded weight of a call of `module`, which may be computed anew for each; find its range first."""
+        """Return the rounded weight of a call of `module`, which may be computed anew for each."""
         self.layout = layout
         if self.source is not None and not torch.compiler.is_compiling() and not self.source.gives(weight, module):
             self.source = None
         if self.tap is not None:
             return self.tap(weight)
-        if not self._calibrated or self._outdated:
+        if not self._calibrated or self.outdated:
             self.calibrate(weight)
         return self._quantize(weight)
-
-    def change_bits(self, bits: int | tuple[int, ...], module: nn.Module) -> None:
-        """Change the width(s) at a call of `module` and find the range: now, or when the weight is computed next."""
-        self.set_bits(bits)
-        self._outdated = not self.calibrate_within(module)
-
-    def calibrate_within(self, module: nn.Module) -> bool:
-        """Find the range of the weight of a call of `module` where it is kept; False: that is not known."""
-        parameter = None if self.source is None else self.source.within(module)
-        if self.source is None or parameter is None:
-            return False
-        self.layout = self.source.layout
-        self.calibrate(self.source.view(parameter.detach()))
-        return True
 
     def forget_range(self) -> None:
         """Have the next `at_call` find the range."""

@@ -6,8 +6,9 @@ layers these are; for others they are the first and last in the order of registr
 layer's input is also the last tensor on the skip path, which is only pooled or normalized on its way there.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 from torch import nn
@@ -97,7 +98,8 @@ def plan_sites(
         spec = None
         if site.layer in chosen:
             spec = weight if site.role == "weight" else _activation_of(site, activation, skip, integer)
-        at_edge = site.layer in edges and (site.role not in ("skip", "result") or site.layer in last)
+        at_edge = site.layer in last or (site.layer in edges and site.role not in ("skip", "result"))
+        at_edge = at_edge and (site.layer in last or not _multiplies_states(site))
         if spec is not None and at_edge and first_last is not None:
             spec = spec.at_least(first_last)
         wanted[site.name] = spec
@@ -109,12 +111,27 @@ def plan_sites(
         for name, (site, spec) in planned.items()
         if site.covered_by and all(_covers(planned, other, spec) for other in site.covered_by)
     }
-    return _with_owners({n: found for n, found in planned.items() if n not in covered}, share_concats)
+    floats = {site.source.parameter for site in sites if site.source and site.name not in planned}
+    chosen_sites = {n: (_in_company(s, floats), spec) for n, (s, spec) in planned.items() if n not in covered}
+    return _with_owners(chosen_sites, share_concats)
+
+
+def _in_company(site: Site, floats: set[str]) -> Site:
+    """The site; its source is not alone if a call that stays float reads the parameter, too."""
+    if site.source is None or site.source.parameter not in floats:
+        return site
+    return replace(site, source=replace(site.source, alone=False))
 
 
 def _covers(planned: Mapping[str, tuple[Site, QuantSpec]], name: str, spec: QuantSpec) -> bool:
     """Whether there is a quantizer of that name, of the levels that `spec` asks for."""
     return name in planned and planned[name][1].bits == spec.bits
+
+
+def _multiplies_states(site: Site) -> bool:
+    """Whether it is a weight of a recurrent module that multiplies its states, not what it is called with."""
+    name = site.place if site.source is None else site.source.parameter
+    return site.role == "weight" and re.search(r"weight_(h[hr]|ih_l[1-9])", name) is not None
 
 
 def _quantizes(skip: Skip, site: Site) -> bool:

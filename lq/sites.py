@@ -162,12 +162,6 @@ def calls(model: nn.Module) -> dict[str, dict[str, Quantizer]]:
     return found
 
 
-def weights_at_calls(model: nn.Module) -> Iterator[WeightQuantizer]:
-    """Quantizers of weights that are quantized where a function uses them."""
-    for module in model.modules():
-        yield from (q for q in call_quantizers(module).values() if isinstance(q, WeightQuantizer))
-
-
 def quantizers(model: nn.Module) -> Iterator[Quantizer]:
     """All quantizers of a model."""
     return (module for module in model.modules() if isinstance(module, Quantizer))

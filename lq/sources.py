@@ -47,13 +47,14 @@ class Source:
             return found
         if not parameter.is_contiguous():
             return None
-        offset = operand.storage_offset() - parameter.storage_offset()
+        offset = int(operand.storage_offset()) - int(parameter.storage_offset())
         return replace(found, offset=offset, stride=tuple(operand.stride()))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Source":
         """The inverse of `dataclasses.asdict`, also after a way through JSON."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        tupled: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**tupled)
 
     @property
     def layout(self) -> ChannelLayout:
@@ -65,12 +66,16 @@ class Source:
         """Number of values."""
         return int(torch.Size(self.shape).numel())
 
+    def below(self, module: str) -> "Source":
+        """The same source, by its parameter's name below a module."""
+        return replace(self, parameter=self.parameter[len(module) + 1 :] if module else self.parameter)
+
     def fits(self, parameter: Tensor) -> bool:
         """Whether a tensor is large enough to have the part."""
         if self.stride is None:
             return tuple(parameter.shape) == self.shape
         reach = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return 0 <= self.offset and self.offset + reach < parameter.numel()
+        return self.offset >= 0 and self.offset + reach < parameter.numel()
 
     def view(self, parameter: Tensor) -> Tensor:
         """The part of a tensor shaped like the parameter; it shares the memory of a contiguous one."""
@@ -179,4 +184,5 @@ def _memory(tensor: Tensor) -> int | None:
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First and last element, in elements of the memory."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset(), tensor.storage_offset() + max(reach, 0)
+    first = int(tensor.storage_offset())
+    return first, first + max(reach, 0)

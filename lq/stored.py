@@ -5,16 +5,19 @@ of it: one for a linear map, three for the queries, keys and values of an attent
 `CallWeight.reason` explains.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lq.interception import SharedQuantizer, call_quantizers
+from lq.interception import SharedQuantizer, add_call_quantizer, call_quantizers, remove_call_quantizers
 from lq.quantizer import WeightQuantizer
 from lq.sites import Site, float_weight, weight_quantizer
-from lq.sources import Source
+from lq.sources import Source, known_sources
+
+_UNKNOWN = "computed first, another one at each call, or from a checkpoint, which does not say where it is kept"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ def call_weights(model: nn.Module) -> list[CallWeight]:
     for weight in found:
         if weight.source is not None and not weight.reason:
             by_parameter.setdefault(id(weight.parameter), []).append(weight)
-    checked = {id(old): new for group in by_parameter.values() for old, new in zip(group, _checked(group, keys))}
+    checked = {id(old): new for group in by_parameter.values() for old, new in _checked(group, keys)}
     return [checked.get(id(weight), weight) for weight in found]
 
 
@@ -89,6 +92,65 @@ def stay_float(model: nn.Module) -> str:
     return f"{len(left)} weights of functions are stored in float: {named}{', ...' if len(left) > 3 else ''}"
 
 
+def read_from(quantizer: WeightQuantizer, source: Source | None) -> None:
+    """Note where the weight of a call is kept."""
+    if source is not None:
+        quantizer.source, quantizer.layout = source, source.layout
+
+
+def note_known_sources(model: nn.Module) -> None:
+    """Note where torch's own modules keep weights of which only the quantizers are known, as from a checkpoint."""
+    for module in model.modules():
+        weights = {slot: q for slot, q in call_quantizers(module).items() if isinstance(q, WeightQuantizer)}
+        for slot, source in known_sources(module, weights):
+            if weights[slot].source is None and weights[slot].bits.numel() in (1, source.channels):
+                read_from(weights[slot], source)
+
+
+def find_range(quantizer: WeightQuantizer, module: nn.Module) -> bool:
+    """Find the range of the weight of a call of `module` where it is kept; False: that is not known."""
+    source = quantizer.source
+    parameter = None if source is None else source.within(module)
+    if source is None or parameter is None:
+        return False
+    quantizer.calibrate(source.view(parameter.detach()))
+    return True
+
+
+def find_range_in(quantizer: WeightQuantizer, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Find the range of a weight at a call in a float checkpoint, or have the next call find it."""
+    source = quantizer.source
+    weight = None if source is None else state_dict.get(prefix + source.parameter)
+    quantizer.forget_range()
+    if source is not None and isinstance(weight, Tensor) and source.fits(weight):
+        quantizer.calibrate(source.view(weight.to(quantizer.bits.device)))
+
+
+@torch.no_grad()
+def bake_calls(model: nn.Module) -> None:
+    """Leave the quantized values in the parameters that functions use, and remove the quantizers there."""
+    baked = [call for call in call_weights(model) if not call.reason]
+    values: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for call in baked:
+        if not call.again and call.parameter is not None and call.source is not None and call.weight is not None:
+            copied = call.parameter, call.parameter.detach().clone().contiguous()
+            _, whole = values.setdefault(id(call.parameter), copied)
+            call.source.view(whole).copy_(call.quantizer(call.weight))
+    for parameter, whole in values.values():
+        parameter.copy_(whole)
+    if baked:
+        gone = {(call.module, call.place) for call in baked}
+        kept = [
+            (module, place, quantizer)
+            for name, module in model.named_modules()
+            for place, quantizer in call_quantizers(module).items()
+            if (name, place) not in gone
+        ]
+        remove_call_quantizers(model)
+        for module, place, quantizer in kept:
+            add_call_quantizer(module, place, quantizer)
+
+
 def _at_calls(model: nn.Module) -> Iterator[tuple[CallWeight, nn.Module]]:
     for name, module in model.named_modules():
         for place, part in call_quantizers(module).items():
@@ -97,13 +159,11 @@ def _at_calls(model: nn.Module) -> Iterator[tuple[CallWeight, nn.Module]]:
                 yield CallWeight(name, place, quantizer), module
 
 
-def _resolved(
-    weight: CallWeight, module: nn.Module, keys: dict[int, list[str]], of_layers: set[int]
-) -> CallWeight:
+def _resolved(weight: CallWeight, module: nn.Module, keys: dict[int, list[str]], of_layers: set[int]) -> CallWeight:
     """The weight with its parameter, or the reason why it has none."""
     source = weight.quantizer.source
     if source is None:
-        return replace(weight, reason="computed first, another one at each call, or from a checkpoint, which does not say where it is kept")
+        return replace(weight, reason=_UNKNOWN)
     parameter = source.within(module)
     if parameter is None or id(parameter) not in keys:
         return replace(weight, reason=f"{source.parameter} is computed")
@@ -115,8 +175,8 @@ def _resolved(
     return weight
 
 
-def _checked(weights: list[CallWeight], keys: dict[int, list[str]]) -> list[CallWeight]:
-    """The weights of one parameter, with the reason why it stays float, if there is one."""
+def _checked(weights: list[CallWeight], keys: dict[int, list[str]]) -> list[tuple[CallWeight, CallWeight]]:
+    """The weights of one parameter, and what they are with the reason why it stays float, if there is one."""
     parameter = weights[0].parameter
     read = {f"{w.module}.{w.quantizer.source.parameter}".lstrip(".") for w in weights if w.quantizer.source}
     reason = ""
@@ -127,12 +187,12 @@ def _checked(weights: list[CallWeight], keys: dict[int, list[str]]) -> list[Call
     for weight in weights:
         source = weight.source
         one = first.setdefault((source.offset, source.stride, source.shape) if source else (), weight)
-        checked.append(replace(weight, again=one is not weight))
+        checked.append((weight, one is not weight))
         if one is not weight and not _same_grid(one, weight):
             reason = reason or f"{weight.key} has several grids"
     if not reason and parameter is not None and not _covers(parameter, [w.source for w in first.values() if w.source]):
         reason = f"only parts of {weights[0].key} are quantized"
-    return [replace(weight, reason=reason, again=weight.again and not reason) for weight in checked]
+    return [(w, replace(w, reason=reason, again=again and not reason)) for w, again in checked]
 
 
 def _same_grid(one: CallWeight, other: CallWeight) -> bool:

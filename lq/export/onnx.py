@@ -17,12 +17,13 @@ from torch import nn
 
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
-from lq.export.integers import integer_weights, quantized_weights
+from lq.export.integers import integer_weights
 from lq.export.program import Example, exported
 from lq.export.running import compare
 from lq.export.standard import standard_form
 from lq.files import whole_file
-from lq.sites import activation_quantizers, weights_at_calls
+from lq.sites import activation_quantizers
+from lq.stored import stay_float
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,10 @@ def _notes(model: nn.Module) -> list[str]:
         notes.append(f"{widths[16]} activations of 16 bits: onnxruntime computes what reads them in float")
     if not widths:
         notes.append("weights only: onnxruntime may round inputs of matrix products to 8 bits by itself")
-    if not any(True for _ in quantized_weights(model)):
+    if not integer_weights(model):
         notes.append("activations only: onnxruntime may round float weights between them by itself")
-    functions = sum(1 for _ in weights_at_calls(model))
-    if functions:
-        notes.append(
-            f"{functions} weights of functions (such as nn.MultiheadAttention) are stored in float and rounded"
-        )
+    if left := stay_float(model):
+        notes.append(f"{left}; they are rounded where they are used")
     return notes
 
 

@@ -3,7 +3,8 @@
 A file has two byte tensors: ``index`` says what there is (`lq.export.index`), ``data`` has it, in that order: of each
 quantizer the logarithms of its steps and, if they follow neither from the width nor are zero, its zero points; what is
 not quantized, as it is; of each weight the codes, channels of a width together (`lq.export.packing`). Pruned channels
-take nothing. Parameters that functions multiply by come from the codes of their parts. The last 16 bytes are a checksum (BLAKE2b) of the metadata, the index and the data. Little endian.
+take nothing. Parameters that functions multiply by come from the codes of their parts. The last 16 bytes are a checksum
+(BLAKE2b) of the metadata, the index and the data. Little endian.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ from lq.interception import CALLS
 from lq.quantizer import Quantizer, WeightQuantizer, middle
 from lq.sites import is_attached, require_attached
 from lq.sources import Source
-from lq.stored import stay_float, stored_weights
+from lq.stored import read_from, stay_float, stored_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -120,7 +121,7 @@ def load(path: str | Path, model: M) -> M:
             module.spec = grids[key].spec()
             module.refresh()
             if isinstance(module, WeightQuantizer) and (source := _source(grids[key])) is not None:
-                module.source, module.layout = source, source.layout
+                read_from(module, source)
     return model
 
 
@@ -176,12 +177,11 @@ class _Content:
         modules = dict(model.named_modules(remove_duplicate=False))
         quantizers = {key: module for key, module in modules.items() if isinstance(module, Quantizer)}
         shared = _shared(model)
-        weights = {id(q): weight for _, q, weight in quantized_weights(model) if id(weight) not in shared}
-        parts = {}
+        weights: dict[int, Tensor] = {id(q): w for _, q, w in quantized_weights(model) if id(w) not in shared}
+        parts: dict[int, Part] = {}
         for call in stored_weights(model):
             if call.weight is not None and call.source is not None and call.parameter is not None:
                 weights[id(call.quantizer)] = call.weight
-                call.quantizer.layout = call.source.layout
                 shape = tuple(call.parameter.shape)
                 parts[id(call.quantizer)] = Part(call.key, shape, call.source.offset, call.source.stride)
         keys: dict[int, str] = {}
