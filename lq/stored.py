@@ -17,7 +17,8 @@ from lq.quantizer import WeightQuantizer
 from lq.sites import Site, float_weight, weight_quantizer
 from lq.sources import Source, known_sources
 
-_UNKNOWN = "computed first, another one at each call, or from a checkpoint, which does not say where it is kept"
+_UNKNOWN = "no parameter as it is, another one at each call, or of a checkpoint, which does not tell where it is kept"
+_OF_LAYER = "the quantized weight of a layer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ def stored_weights(model: nn.Module) -> list[CallWeight]:
 
 def stay_float(model: nn.Module) -> str:
     """Which weights of calls are stored in float, and why, in a sentence; "" if all are stored as codes."""
-    left = [weight for weight in call_weights(model) if weight.reason]
+    left = [weight for weight in call_weights(model) if weight.reason not in ("", _OF_LAYER)]
     if not left:
         return ""
     named = ", ".join(f"{weight.name} ({weight.reason})" for weight in left[:3])
@@ -165,6 +166,9 @@ def _resolved(weight: CallWeight, module: nn.Module, keys: dict[int, list[str]],
     if source is None:
         return replace(weight, reason=_UNKNOWN)
     parameter = source.within(module)
+    owner = module.get_submodule(source.parameter.rpartition(".")[0])
+    if parameter is None and weight_quantizer(owner) is not None:
+        return replace(weight, reason=_OF_LAYER)
     if parameter is None or id(parameter) not in keys:
         return replace(weight, reason=f"{source.parameter} is computed")
     weight = replace(weight, parameter=parameter, source=source, key=keys[id(parameter)][0])
