@@ -260,6 +260,17 @@ def test_set_bits_finds_the_ranges_of_the_new_width():
     assert model[2].weight[0].abs().max() == 0
 
 
+def test_of_a_first_recurrent_module_only_weights_of_the_input_are_wide():
+    """Those that multiply its states, or what its first layer gives, are no first layer's."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LSTM(4, 6, num_layers=2, batch_first=True)), torch.randn(2, 3, 4)
+    model.append(nn.Linear(6, 5)).append(nn.Linear(5, 3))
+    model.forward = lambda x: model[2](model[1](model[0](x)[0]))
+    lq.attach(model, 3, structure=lq.inspect(model, x))
+    widths = {name.rpartition("_")[2]: int(q.bits[0]) for name, q in of_functions(model).items()}
+    assert widths == {"0": 8, "1": 3, "4": 3, "5": 3}
+
+
 def of_functions(model):
     """Quantizers of weights that functions use, by name."""
     at_calls = [q for m in model.modules() if isinstance(m, CallQuantizers) for q in m._modules.values()]

@@ -107,7 +107,7 @@ def test_allocated_bytes_are_those_of_the_file(tmp_path):
     torch.manual_seed(0)
     model, x = nn.TransformerEncoderLayer(96, 4, 192, batch_first=True).eval(), torch.randn(6, 5, 96)
     lq.calibrate(lq.attach(model, 4, 8, structure=lq.inspect(model, x), first_last=None), [x])
-    sensitivity = lq.measure_sensitivity(model, [(x, torch.zeros(6))], "mse", widths=(2, 4, 8), activations=False)
+    sensitivity = lq.measure_sensitivity(model, [x], "output_distortion", widths=(2, 4, 8), activations=False)
     found = lq.allocate(model, sensitivity, "45kB", granularity="layer")
     lq.set_bits(model, found.weights)
     size = lq.save(model, tmp_path / "m.safetensors")

@@ -254,7 +254,9 @@ def test_weights_are_the_integers_of_the_model(name, files):
 def types(path):
     """Names of the types of stored weights, by name."""
     named = {name: TensorProto.DataType.Name(t.data_type) for name, t in stored(path).items()}
-    return {name: kind for name, kind in named.items() if re.search(r"(\.weight|\.original|_weight(_\w+)?)$", name)}
+    return {
+        name: kind for name, kind in named.items() if re.search(r"(\.weight|\.original|_weight(_\d+|_[ih]h)?)$", name)
+    }
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_weights_are_integers(kind, programs):
     assert levels == set(keys.values())
     for name, weight in weights.items():
         stored = program.state_dict[keys[name]]
-        assert torch.equal(stored + 2 ** (weight.bits.view(-1, *[1] * (stored.ndim - 1)) - 1), weight.codes)
+        assert torch.equal(stored + 2 ** (weight.layout.spread(weight.bits, stored) - 1), weight.codes)
     assert not floats or kind in {"odd weights", "unfused block"}  # weights that are computed, a bias on scores
 
 
