@@ -1,42 +1,25 @@
-"""Put quantizers on a model, and take them off again.
+"""Put quantizers on a model, take them off again, and change their widths and estimators.
 
-`attach` registers a `WeightQuantizer` as parametrization of each weight and an `ActivationQuantizer` as submodule
-``input_quantizer`` or ``output_quantizer`` behind a hook; quantizers inside a module's forward are those of
-`lq.interception`. The model stays what it was: same classes (``isinstance`` holds), same Parameter objects, same code.
-`detach` is its exact inverse. Hooks look everything up on the module they are called with, so that copies of the model
-(`copy.deepcopy`) have quantizers of their own.
+The model stays what it was: same classes (``isinstance`` holds), same Parameter objects, same code (`lq.placement`).
+`detach` is the exact inverse of `attach`.
 """
 
-import posixpath
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
-from lq.channels import ChannelLayout
 from lq.errors import StateError
 from lq.estimators import Estimator
 from lq.estimators import estimator as estimator_of
 from lq.interception import (
-    CALLS,
-    CallQuantizers,
-    SharedQuantizer,
-    add_call_quantizer,
     call_quantizers,
     remove_call_quantizers,
-    rounded_in_place,
 )
 from lq.patterns import select
-from lq.places import Places
-from lq.quantizer import ActivationQuantizer, WeightQuantizer
-from lq.scheme import Override, PlannedSite, Skip, Width, left_in_float, plan_sites
+from lq.placement import attach_sites, remove_checkpoint_hooks, remove_from_tensors, remove_from_weight
+from lq.scheme import Override, Skip, Width, left_in_float, plan_sites
 from lq.sites import (
-    INPUT,
-    OUTPUT,
-    WEIGHT_STATE,
     Site,
     activation_quantizers,
     float_weight,
@@ -46,13 +29,12 @@ from lq.sites import (
     weight_quantizer,
 )
 from lq.spec import QuantSpec
+from lq.stored import bake_calls, find_range
 from lq.structure import Structure
 from lq.unseen import forget_left, watch_left
+from lq.weight_quantizer import WeightQuantizer
 
 M = TypeVar("M", bound=nn.Module)
-
-# Attribute of a copied tensor: the one that a module which works in place was given.
-_CHANGED = "_lq_changed"
 
 
 def attach(
@@ -150,130 +132,15 @@ def attach(
     return model
 
 
-def attach_sites(
-    model: nn.Module,
-    plan: Mapping[str, PlannedSite],
-    *,
-    calibrate: bool = True,
-    places: Mapping[str, Places] | None = None,
-) -> None:
-    """Put quantizers at the planned sites of `model`.
-
-    Args:
-        model: a model without quantizers.
-        plan: the sites.
-        calibrate: whether to find the ranges of its weights.
-        places: where in the code the calls of each module stand; found out in the first run if it is not known.
-
-    Raises:
-        StateError: if the model lacks a module of the plan, or is on the meta device.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    missing = next((p.site.module for p in plan.values() if p.site.module not in modules), None)
-    if missing is not None:
-        raise StateError(
-            f"the structure has a module {missing!r} that {type(model).__name__} does not have; "
-            "inspect this model, or build the one that was inspected"
-        )
-    unmade = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if unmade is not None:
-        raise StateError(
-            f"{unmade} is on the meta device and has no values to find ranges of; give the model its weights first "
-            "(model.to_empty(device=...) and load_state_dict)"
-        )
-    reference = next(iter([*model.parameters(), *model.buffers()]), None)
-    device = torch.device("cpu") if reference is None else reference.device
-    tied: dict[tuple[int, QuantSpec], WeightQuantizer] = {}
-    placed: dict[str, ActivationQuantizer] = {}
-    # Quantizers at calls come last: their hooks on the modules below go around the quantizers there.
-    for name, planned in sorted(plan.items(), key=lambda item: item[1].site.at_call):
-        module, site, spec = modules[planned.site.module], planned.site, planned.spec
-        if site.place == "weight":
-            _attach_weight(module, name, spec, tied, calibrate)
-        elif site.role == "weight":
-            quantizer = WeightQuantizer(spec, ChannelLayout(site.channels), name).to(device)
-            add_call_quantizer(module, site.place, quantizer.train(module.training))
-        elif planned.owner is None:
-            placed[name] = ActivationQuantizer(spec, name, tokens=_is_rows(module, site)).to(device)
-            placed[name].result_may_change = site.place.endswith("output")
-            _place(module, site, placed[name].train(module.training))
-        _complete_checkpoints(module)
-    for _, planned in sorted(plan.items(), key=lambda item: item[1].site.at_call):
-        if planned.owner is not None:
-            module, owner = modules[planned.site.module], plan[planned.owner].site
-            start, target = (site.module.replace(".", "/") or "." for site in (planned.site, owner))
-            path = posixpath.normpath(
-                posixpath.join(posixpath.relpath(target, start), slot_of(owner).replace(".", "/"))
-            )
-            shared = SharedQuantizer(placed[planned.owner], path)
-            _place(module, planned.site, shared.train(module.training))
-            _complete_checkpoints(module)
-    for name, known in (places or {}).items():
-        calls = modules[name]._modules.get(CALLS) if name in modules else None
-        if isinstance(calls, CallQuantizers):
-            calls.places = known
-
-
-def slot_of(site: Site) -> str:
-    """Name, below its module, of the quantizer of an activation."""
-    return {"input": INPUT, "output": OUTPUT}.get(site.place, f"{CALLS}.{site.place}")
-
-
-def _attach_weight(
-    module: nn.Module, name: str, spec: QuantSpec, tied: dict[tuple[int, QuantSpec], WeightQuantizer], calibrate: bool
-) -> None:
-    """Parametrize the weight of a layer; layers that share a Parameter share its quantizer."""
-    weight = float_weight(module)
-    if weight is None:
-        return
-    quantizer = tied.get((id(weight), spec))
-    if quantizer is None:
-        quantizer = WeightQuantizer(spec, ChannelLayout.of(module, weight), name)
-        quantizer.to(weight.device).train(module.training)
-        tied[id(weight), spec] = quantizer
-        if calibrate:
-            quantizer.calibrate(weight)
-    order = list(module._parameters)
-    parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)  # checks would quantize once more
-    module.parametrizations.parameter_order = order  # type: ignore[union-attr]
-
-
-def _place(module: nn.Module, site: Site, quantizer: nn.Module) -> None:
-    """Put the quantizer of an activation where it belongs."""
-    if site.place == "input":
-        module.add_module(INPUT, quantizer)
-        module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-    elif site.place == "output":
-        module.add_module(OUTPUT, quantizer)
-        module.register_forward_hook(_quantize_output)
-        if getattr(module, "inplace", False) is True:
-            module.register_forward_pre_hook(_copy_what_is_changed)
-    else:
-        add_call_quantizer(module, site.place, quantizer)
-
-
-def _is_rows(module: nn.Module, site: Site) -> bool:
-    """Whether the tensor holds vectors along its last dimension (keys come transposed or not)."""
-    if site.place == "input":
-        return isinstance(module, nn.Linear)
-    return site.at_call and not site.place.startswith("conv") and not site.place.endswith("_right")
-
-
-def _complete_checkpoints(module: nn.Module) -> None:
-    hooks = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", hook) is accept_float_checkpoint for hook in hooks):
-        module.register_load_state_dict_pre_hook(accept_float_checkpoint)
-        module.register_state_dict_pre_hook(_take_over_writes)
-
-
 def detach(model: M, bake: bool = False) -> M:
     """Take the quantizers off `model`, in place.
 
     Args:
         model: a model with quantizers.
         bake: False gives back the float weights, bit for bit, and removes every quantizer. True leaves the quantized
-            values in the weights and keeps the activations' quantizers, which no weight can stand for: the forward
-            stays the quantized one, bit for bit. A second ``detach(model)`` removes those too.
+            values in the weights and keeps the quantizers that no weight can stand for: those of activations, and of
+            weights that functions compute first or that something reads in float as well. The forward stays the
+            quantized one, bit for bit. A second ``detach(model)`` removes those too.
 
     Returns:
         The model.
@@ -287,28 +154,17 @@ def detach(model: M, bake: bool = False) -> M:
     True
     """
     require_attached(model, "lq.detach")
+    if bake:
+        bake_calls(model)
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module, "weight") and weight_quantizer(module) is not None:
-            order: list[str] = module.parametrizations.parameter_order  # type: ignore[union-attr, assignment]
-            _restore_weight(module, bake)
-            module._parameters = {key: module._parameters[key] for key in order}
-        for name, table, hook in (
-            (INPUT, module._forward_pre_hooks, _quantize_input),
-            (OUTPUT, module._forward_hooks, _quantize_output),
-        ):
-            if not bake and name in module._modules:
-                delattr(module, name)
-                for key in _remove_hooks(table, hook):
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-                if name == OUTPUT:
-                    _remove_hooks(module._forward_pre_hooks, _copy_what_is_changed)
+        remove_from_weight(module, bake)
+        if not bake:
+            remove_from_tensors(module)
     if not bake:
         remove_call_quantizers(model)
     for module in model.modules():
         forget_left(module)
-        if not {INPUT, OUTPUT, CALLS} & module._modules.keys():
-            _remove_hooks(module._load_state_dict_pre_hooks, accept_float_checkpoint)
-            _remove_hooks(module._state_dict_pre_hooks, _take_over_writes)
+        remove_checkpoint_hooks(module)
     return model
 
 
@@ -356,19 +212,19 @@ def set_bits(
     """
     require_attached(model, "lq.set_bits")
     named = {name: found for name, module in model.named_modules() if (found := weight_quantizer(module)) is not None}
-    at_calls: dict[str, list[WeightQuantizer]] = {}  # by call, and by the call's operand
+    at_calls: dict[str, list[tuple[WeightQuantizer, nn.Module]]] = {}  # by call, and by the call's operand
     for name, module in model.named_modules():
         for place, quantizer in call_quantizers(module).items():
             if isinstance(quantizer, WeightQuantizer):
                 site = Site(name, place, "weight")
                 for key in (site.layer, site.name):
-                    at_calls.setdefault(key, []).append(quantizer)
+                    at_calls.setdefault(key, []).append((quantizer, module))
     for pattern, widths in weights.items():
         given = widths if isinstance(widths, int) else tuple(widths)
         for name in select(pattern, [*named, *at_calls], argument="set_bits"):
-            for at_call in at_calls.get(name, []):
+            for at_call, owner in at_calls.get(name, []):
                 at_call.set_bits(given)
-                at_call.forget_range()
+                at_call.outdated = not find_range(at_call, owner)
             weight = float_weight(model.get_submodule(name)) if name in named else None
             if weight is not None:
                 named[name].set_bits(given)
@@ -379,87 +235,3 @@ def set_bits(
             sites[name].set_bits(width)
             if sites[name].seen is not None:
                 sites[name].refit()
-
-
-def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook: quantize the first argument by the quantizer of the module that is called."""
-    quantizer = getattr(module, INPUT)
-    if args:
-        return (quantizer(args[0]), *args[1:]), kwargs
-    return args, {key: quantizer(value) if key == "input" else value for key, value in kwargs.items()}
-
-
-def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook: quantize the result by the quantizer of the module that was called."""
-    quantizer = getattr(module, OUTPUT)
-    if not isinstance(output, Tensor) or not any(output is given for given in args[:1]):
-        return quantizer(output)
-    changed = getattr(output, _CHANGED, output)  # by a module that works in place
-    return rounded_in_place(quantizer, changed, lambda _: output)
-
-
-def _copy_what_is_changed(module: nn.Module, args: tuple[Any, ...]) -> Any:
-    """Forward pre-hook of modules that work in place, which may need their result, not the rounded one, in backward."""
-    if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    copied = args[0].clone()
-    setattr(copied, _CHANGED, args[0])
-    return (copied, *args[1:])
-
-
-def _take_over_writes(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """State-dict hook: what code has written into the quantized weight is saved."""
-    float_weight(module)
-
-
-def accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load-state-dict hook: complete what a float checkpoint lacks of a quantized layer.
-
-    The weight goes to where the quantizer reads it, and its range is found anew. Activation ranges stay as they are.
-    """
-    quantizer = weight_quantizer(module)
-    if quantizer is not None and f"{prefix}weight" in state_dict and f"{prefix}{WEIGHT_STATE}bits" not in state_dict:
-        weight = state_dict.pop(f"{prefix}weight")
-        state_dict[f"{prefix}parametrizations.weight.original"] = weight
-        if weight.shape == module.parametrizations.weight.original.shape:  # type: ignore[union-attr]  # else torch reports the mismatch
-            quantizer.calibrate(weight.to(quantizer.bits.device))
-        state_dict.update(quantizer.state_dict(prefix=f"{prefix}{WEIGHT_STATE}"))
-    calls = {f"{CALLS}.{slot}": found for slot, found in call_quantizers(module).items()}
-    for slot, found in {**{name: module._modules.get(name) for name in (INPUT, OUTPUT)}, **calls}.items():
-        if found is None or any(key.startswith(f"{prefix}{slot}.") for key in state_dict):
-            continue
-        if isinstance(found, WeightQuantizer):
-            found.forget_range()
-        elif isinstance(found, ActivationQuantizer) and found.calibrated:
-            warnings.warn(
-                "a checkpoint without activation ranges was loaded into a calibrated model, whose ranges were kept; "
-                "run lq.calibrate(model, batches) to fit them to the loaded weights",
-                UserWarning,
-                stacklevel=2,
-            )
-        state_dict.update(found.state_dict(prefix=f"{prefix}{slot}."))
-
-
-def _restore_weight(module: nn.Module, bake: bool) -> None:
-    """Remove the parametrization of the weight from this module, and from no copy of it.
-
-    Copies share the class that torch made for the parametrized module, and removal deletes its property: a class of its
-    own keeps that from the copies.
-    """
-    shared = type(module)
-    body = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, body)
-    with torch.no_grad():
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=bake)
-
-
-def _remove_hooks(hooks: dict[int, Any], function: Any) -> list[int]:
-    """Drop `function` from a module's hook table, wrapped or not; return the keys it had."""
-    keys = [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]
-    for key in keys:
-        del hooks[key]
-    return keys
-
-
-def _join(name: str, tensor: str) -> str:
-    return f"{name}.{tensor}".lstrip(".")

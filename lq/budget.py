@@ -32,8 +32,8 @@ from lq.sites import (
     quantized_layers,
     require_attached,
     weight_quantizer,
-    weights_at_calls,
 )
+from lq.stored import call_weights, stored_weights
 
 Kind = Literal["bits", "compression", "bytes", "bitops", "latency"]
 
@@ -233,7 +233,14 @@ class Costs:
             right, left = add(quantizer, "weight", count), add(given, "activation")
             counted = [q.macs for q in (quantizer, given) if q is not None and q.macs is not None]
             products.append(Product(name, counted[0] if counted else 0.0, left, right))
-        at_calls = {id(quantizer) for quantizer in weights_at_calls(model)}
+        at_calls = {id(weight.quantizer) for weight in call_weights(model)}
+        for weight_of_call in stored_weights(model):
+            quantizer, count = (
+                weight_of_call.quantizer,
+                0 if weight_of_call.source is None else weight_of_call.source.numel,
+            )
+            codes += float(quantizer.bits.detach().mean()) * count / 8
+            add(quantizer, "weight", count)
         for name, operands in calls(model).items():
             named = {
                 operand: add(quantizer, "weight" if id(quantizer) in at_calls else "activation")

@@ -16,6 +16,7 @@ from lq.cost import batch_size, count_macs
 from lq.errors import DataError, NoEffectWarning
 from lq.forward import Forward, describe, eval_mode, run
 from lq.histogram import Histogram, Reduce
+from lq.interception import call_quantizers
 from lq.late import mark_unreached
 from lq.quantizer import ActivationQuantizer
 from lq.recomputation import without_recomputation
@@ -30,6 +31,8 @@ from lq.sites import (
     weight_quantizer,
     weights_at_calls,
 )
+from lq.stored import find_range
+from lq.weight_quantizer import WeightQuantizer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -136,9 +139,11 @@ def _few(names: list[str]) -> str:
 
 
 def calibrate_weights(model: nn.Module) -> None:
-    """Find the ranges of all weights from the values they have now; of weights at calls, when they are next used."""
-    for at_call in weights_at_calls(model):
-        at_call.forget_range()
+    """Find the ranges of all weights from the values they have now; of those that calls compute, at the next call."""
+    for module in model.modules():
+        for at_call in call_quantizers(module).values():
+            if isinstance(at_call, WeightQuantizer) and not find_range(at_call, module):
+                at_call.forget_range()
     for _, module in quantized_layers(model):
         quantizer, weight = weight_quantizer(module), float_weight(module)
         if quantizer is not None and weight is not None:

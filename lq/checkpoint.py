@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lq.attach import attach_sites, detach, set_estimator
+from lq.attach import detach, set_estimator
 from lq.errors import DataError
 from lq.foldable import foldable_pairs, is_norm
 from lq.folding import fold_pair, folded_norms, unfold_for
 from lq.interception import CALLS, is_weight_key
+from lq.placement import attach_sites
 from lq.scheme import PlannedSite
 from lq.sites import INPUT, OUTPUT, WEIGHT_STATE, Role, Site, is_attached, quantizers
 from lq.spec import QuantSpec

@@ -7,6 +7,7 @@ A tensor that several of them read has one quantizer. On request (``skip=True``,
 that a residual sum reads besides others, and each sum after its activation: all readers get the quantized tensor.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from lq.forward import tensors_of
 from lq.interception import activation_key, weight_key
 from lq.places import Places
 from lq.sites import Site, is_attached
+from lq.sources import Source
 from lq.structure import CONSTANT, NOT_USED, FloatTensor, Operation, Structure
 from lq.tracing import CallEvent, Trace, Value, trace
 
@@ -84,6 +86,7 @@ class _Builder:
         self._skips()
         self._results()
         self._relations()
+        self._sources()
         sites, operations = tuple(self.sites.values()), tuple(self.operations.values())
         ran = tuple(self.trace.outputs)
         return Structure(sites, operations, self._floats(), *self._edges(), ran, self._places())
@@ -161,7 +164,9 @@ class _Builder:
             if value.parameter is not None:
                 self.covered.add(value.parameter)
             channels = event.layouts[slot].channels
-            return Site(module, weight_key(prefix, slot), "weight", value.shape, channels=channels), ""
+            source = event.sources.get(slot)
+            shape = value.shape if source is None else source.shape
+            return Site(module, weight_key(prefix, slot), "weight", shape, channels=channels, source=source), ""
         if layer and slot == "input":
             first = self.trace.inputs[module][0]
             return Site(module, "input", "activation", value.shape, network_input=_source(first).origin == "input"), ""
@@ -267,6 +272,27 @@ class _Builder:
                 first.setdefault(key, name)
             concat = next((groups[id(v)] for value in read for v in _chain(value) if id(v) in groups), None)
             self.sites[name] = replace(site, shares=shares, concat=concat, covered_by=covered)
+
+    def _sources(self) -> None:
+        """Keep sources below the modules that make the calls, and say whether only calls with a site read them."""
+        read = Counter(s.parameter for e in self.trace.calls for s in e.sources.values() if self._at_site(e, s))
+        first = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        names: dict[str, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(first[id(parameter)], []).append(name)
+        for name, site in self.sites.items():
+            if (source := site.source) is not None:
+                alone = read[source.parameter] == self.trace.reads[source.parameter]
+                prefix = f"{site.module}." if site.module else ""
+                below = next((known for known in names[source.parameter] if known.startswith(prefix)), None)
+                source = None if below is None else replace(source, parameter=below, alone=alone)
+                self.sites[name] = replace(site, source=source)
+
+    def _at_site(self, event: CallEvent, source: Source) -> bool:
+        """Whether the operand that a parameter is the source of has a site of its own at the call."""
+        slots = (slot for slot, found in event.sources.items() if found is source)
+        names = (_join(event.module or "", weight_key(f"{event.name}_", slot)) for slot in slots)
+        return any(name in self.sites and self.sites[name].source == source for name in names)
 
     def _concats(self) -> dict[int, int]:
         """Number of the concatenation that each value is a part or the result of; overlapping ones are one."""

@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from lq.calls import ATTENTION, FUNCTIONS, MULTI_HEAD, RESULTS, Call, attention, multi_head_attention, require_tensor
 from lq.places import CallOrder, Places, call_of, line_in_code, place_in_code
-from lq.quantizer import PARTS, ActivationQuantizer, Quantizer, WeightQuantizer
+from lq.quantizer import PARTS, ActivationQuantizer, Quantizer
 from lq.recomputation import carried_into_recomputation
+from lq.weight_quantizer import WeightQuantizer
 
 #: Attribute of a module that holds the quantizers of its calls.
 CALLS = "call_quantizers"
@@ -66,9 +67,9 @@ class _Frame:
     """
 
     def __init__(self, module: nn.Module, prefix: str = "") -> None:
+        self.module = module
         self.calls: CallQuantizers = module._modules[CALLS]  # type: ignore[assignment]
         self.quantizers: dict[str, Any] = self.calls._modules
-        self.name = type(module).__name__
         self.prefix = prefix
         self.below = 0  # how many modules below are running
         by_place = self.calls.places is not None and not torch.compiler.is_compiling()
@@ -104,8 +105,8 @@ class _Frame:
             return
         self.calls.unknown.add(call)
         warnings.warn(
-            f"{self.name} calls {call}, which it did not do in the run that quantizers were placed by (another branch, "
-            "a longer loop): the call stays float. To quantize it, give lq.inspect (or the module's "
+            f"{type(self.module).__name__} calls {call}, which it did not do in the run that quantizers were placed by "
+            "(another branch, a longer loop): the call stays float. To quantize it, give lq.inspect (or the module's "
             "example_input_array) an example that takes this path",
             UserWarning,
             stacklevel=2,
@@ -141,7 +142,7 @@ class _Frame:
                     continue
                 operand = require_tensor(call.operand(slot), key)
                 if isinstance(quantizer, WeightQuantizer):
-                    call.replace(slot, quantizer.at_call(operand, call.layout(slot)))
+                    call.replace(slot, quantizer.at_call(operand, call.layout(slot), self.module))
                 else:
                     call.replace(slot, quantizer(operand))
         result = function(*call.args, **call.kwargs)

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.channels import ChannelLayout
 from lq.errors import SpecError, StateError
 from lq.estimators import STE, Estimator, estimator
-from lq.functional import Bound, fake_quantize, round_to_grid, step_size, transforms_active
+from lq.functional import Bound, fake_quantize, step_size, transforms_active
 from lq.histogram import Histogram, raise_if_not_finite
-from lq.kept_weight import KeptWeight, WrittenWeight, read_outside_of_forwards
 from lq.late import find_range, passed
 from lq.ranges import Levels, Samples, range_rule
 from lq.spec import QuantSpec, check_bits
@@ -253,126 +251,6 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
-
-
-class WeightQuantizer(Quantizer):
-    """Rounds a weight; used as a parametrization of it.
-
-    In eval mode without gradients the result is kept until the weight, the grid or the mode changes (`lq.kept_weight`).
-    Code that writes into ``layer.weight`` in place changes the float weight behind it.
-
-    Args:
-        spec: widths, granularity, range rule.
-        layout: where the output channels of the weight lie.
-        name: name of the weight, for messages.
-    """
-
-    def __init__(self, spec: QuantSpec, layout: ChannelLayout, name: str = "weight") -> None:
-        if isinstance(spec.bits, tuple) and len(spec.bits) != layout.channels:
-            raise SpecError(f"{name}: {len(spec.bits)} widths were given for {layout.channels} channels")
-        super().__init__(spec, layout.channels if spec.per_channel else None, name)
-        self.layout = layout
-        self._kept: KeptWeight | None = None
-        self._written: WrittenWeight | None = None
-
-    @torch.no_grad()
-    def calibrate(self, weight: Tensor) -> None:
-        """Find the range of every channel of `weight`.
-
-        Raises:
-            DataError: if the weight has NaN or Inf.
-        """
-        raise_if_not_finite(weight, self.name)
-        self._set_range(*self.samples(weight), weights=True)
-
-    @torch.no_grad()
-    def rounded_at(self, weight: Tensor, bits: int) -> Tensor:
-        """Return `weight` as it would be at another width with the range of that width; the state stays as it is."""
-        samples, signed = self.samples(weight)
-        widths = torch.full_like(samples.low, float(check_bits(bits)))
-        step, zero_point = self.grid(samples, signed, widths, weights=True)
-        low = -zero_point
-        parts = (step, low, torch.exp2(widths) - 1 + low, zero_point.frac())
-        step, *grid = (self.layout.spread(part.to(weight.dtype).view(self.bits.shape), weight) for part in parts)
-        return self.layout.join(round_to_grid(self.layout.split(weight), step, *grid))
-
-    def samples(self, weight: Tensor) -> tuple[Samples, bool]:
-        """The values that share a step, by row, and whether they have both signs."""
-        weight = weight.detach().float()
-        values = self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
-        asked = self.spec.signed if self.spec else True
-        return Samples(values), bool(values.min() < 0) if asked is None else asked
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return `weight` rounded to the grid; same shape and dtype."""
-        if self.tap is not None:
-            return self.tap(weight)
-        if torch.compiler.is_compiling():
-            return self._quantize(weight)
-        self.take_over_writes()
-        keeps = not (self.training or torch.is_grad_enabled() or transforms_active())
-        kept = self._kept if keeps else None
-        if kept is None or not kept.is_of(weight, self):
-            rounded = self._quantize(weight)
-            self._kept = KeptWeight(weight, self, rounded) if keeps else None
-        else:
-            rounded = kept.rounded
-        if not transforms_active() and read_outside_of_forwards():
-            rounded = rounded.clone() if keeps else rounded
-            self._written = WrittenWeight(weight, rounded)
-        return rounded
-
-    def take_over_writes(self) -> None:
-        """Change the float weight as code outside of a forward has changed ``layer.weight`` in place."""
-        written, self._written = self._written, None
-        if written is None:
-            return
-        split = self.layout.split(written.weight.detach())
-        half_step = self.layout.spread(self.step.detach() / 2, written.weight).expand_as(split)
-        if written.take_over(self.layout.join(half_step)):
-            self._kept = None
-            self.calibrate(written.weight)
-
-    def at_call(self, weight: Tensor, layout: ChannelLayout) -> Tensor:
-        """Return the rounded weight of a functional call, which may be computed anew for each; find its range first."""
-        self.layout = layout
-        if self.tap is not None:
-            return self.tap(weight)
-        if not self._calibrated:
-            self.calibrate(weight)
-        return self._quantize(weight)
-
-    def forget_range(self) -> None:
-        """Have the next `at_call` find the range."""
-        with torch.no_grad():
-            self.log2_step.fill_(torch.nan)
-        self.refresh()
-
-    def train(self, mode: bool = True) -> "WeightQuantizer":
-        """Set the mode, and let go of the kept weight."""
-        self.take_over_writes()
-        self._kept = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies recompute the kept weight."""
-        return {**super().__getstate__(), "_kept": None, "_written": None}
-
-    def _quantize(self, weight: Tensor) -> Tensor:
-        self._check_finite(weight)
-        log2_step, *bounds = self._grid()
-        low, high, offset = (self.layout.spread(b, weight) if isinstance(b, Tensor) else b for b in bounds)
-        values_per_step = weight.numel() / max(self.bits.numel(), 1)
-        rounded = fake_quantize(
-            self.layout.split(weight),
-            self.layout.spread(log2_step, weight),
-            low,
-            high,
-            offset,
-            gradient_scale=self.estimator.gradient_scale(values_per_step, high),
-            backward=self.estimator if self.estimator.changes_gradients else None,
-        )
-        return self.layout.join(rounded)
 
 
 class ActivationQuantizer(Quantizer):

@@ -1,5 +1,6 @@
 """What a quantized model is made of: per layer and in total, as a table and as plain values."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from lq.calibration import Forward, eval_mode, run
 from lq.cost import batch_size, count_macs
 from lq.quantizer import Quantizer
 from lq.sites import calls, float_weight, input_quantizer, quantized_layers, require_attached, weight_quantizer
+from lq.stored import CallWeight, call_weights, stay_float, stored_weights
 from lq.tables import Table, amount
 
 FLOAT_BITS = 32
@@ -24,7 +26,7 @@ class LayerSummary:
     Args:
         name: name of the layer in the model.
         kind: its class, such as "Conv2d".
-        shape: shape of its weight.
+        shape: shape of its weight; of several that a function uses (an LSTM's), of one beside the other.
         weight_bits: widths of the weight, ascending (several if channels differ), or of the right operand of a product
             of activations; empty: float.
         average_bits: mean width over the values of the weight.
@@ -53,8 +55,9 @@ class Summary:
         layers: its quantized layers, in order.
         bytes: size as stored, in bytes: the layers and everything that stays float.
         float_bytes: size of the model in float, in bytes.
-        average_bits: mean width over all quantized weights, in bits.
+        average_bits: mean width over all quantized weights that are stored as codes, in bits.
         bitops: total bit operations per sample of the quantized layers; None if no batch was run.
+        notes: what is not stored as its width says, and why.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -62,6 +65,7 @@ class Summary:
     float_bytes: int
     average_bits: float
     bitops: float | None
+    notes: tuple[str, ...] = ()
 
     @property
     def compression(self) -> float:
@@ -103,7 +107,7 @@ class Summary:
         return self._table().__rich__()
 
     def _table(self) -> Table:
-        return Table(HEADER, tuple(self.rows()), (self.total(),))
+        return Table(HEADER, tuple(self.rows()), (self.total(), *self.notes))
 
 
 HEADER = ("layer", "kind", "weight", "bits", "input bits", "size", "bit ops")
@@ -137,31 +141,37 @@ def summary(model: nn.Module, example: Any = None, *, forward: Forward | None = 
     for name, module in quantized_layers(model):
         macs = _noted_macs(module) if counted is None else counted.get(name)
         layers.append(_summarize(name, module, macs, stored))
+    of_calls: dict[str, list[CallWeight]] = {}
+    for call in call_weights(model):
+        of_calls.setdefault(call.call, []).append(call)
     for name, operands in calls(model).items():
         if set(operands) != {"output"}:
             macs = next(iter(operands.values())).macs if counted is None else counted.get(name)
-            layers.append(_summarize_call(name, operands, macs))
+            layers.append(_summarize_call(name, operands, of_calls.get(name, []), macs))
     quantized = {id(t) for _, module in quantized_layers(model) for t in _own_tensors(module)}
+    at_calls = stored_weights(model)
+    quantized |= {id(call.parameter) for call in at_calls}
     quantizer_state = {
         id(t) for q in model.modules() if isinstance(q, Quantizer) for t in q.state_dict(keep_vars=True).values()
     }
     everything = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in quantizer_state}
     rest = sum(_bytes(t) for key, t in everything.items() if key not in quantized)
     weights = {
-        id(w): (q, w)
+        id(w): (q, w.numel())
         for _, m in quantized_layers(model)
         if (q := weight_quantizer(m)) and (w := float_weight(m)) is not None
-    }.values()  # shared ones once
-    values = sum(w.numel() for _, w in weights)
+    }  # shared ones once
+    weights |= {id(call): (call.quantizer, call.source.numel) for call in at_calls if call.source is not None}
+    values = sum(count for _, count in weights.values())
+    bits = sum(float(q.bits.detach().mean()) * count for q, count in weights.values())
     bitops = [layer.bitops for layer in layers if layer.bitops is not None]
     return Summary(
         layers=tuple(layers),
         bytes=rest + sum(layer.bytes for layer in layers),
         float_bytes=sum(_bytes(t) for t in everything.values()),
-        average_bits=sum(float(q.bits.detach().mean()) * w.numel() for q, w in weights) / values
-        if values
-        else float(FLOAT_BITS),
+        average_bits=bits / values if values else float(FLOAT_BITS),
         bitops=sum(bitops) if bitops else None,
+        notes=tuple(note for note in [stay_float(model)] if note),
     )
 
 
@@ -179,8 +189,7 @@ def _summarize(name: str, module: nn.Module, macs: float | None, stored_before: 
         stored += _bytes(weight) if quantizer is None else -(-_code_bits(quantizer, count) // 8)
     for part in (None if again else quantizer, site):
         if part is not None:
-            fixed_zero = part is quantizer and (part.spec is None or part.spec.symmetric)
-            stored += _bytes(part.log2_step) * (1 if fixed_zero else 2)
+            stored += _grid_bytes(part)
     return LayerSummary(
         name=name,
         kind=kind,
@@ -196,23 +205,46 @@ def _summarize(name: str, module: nn.Module, macs: float | None, stored_before: 
     )
 
 
-def _summarize_call(name: str, operands: dict[str, Quantizer], macs: float | None) -> LayerSummary:
-    """A call: its weight, if it has one, stays stored in float and counts with the rest of the model."""
+def _summarize_call(
+    name: str, operands: dict[str, Quantizer], weights: list[CallWeight], macs: float | None
+) -> LayerSummary:
+    """A call. Weights that stay float count with the rest of the model, those of two calls with the first."""
     second = [q for operand, q in operands.items() if "weight" in operand or operand == "right"]
     first = [q for operand, q in operands.items() if operand in ("input", "left") and not q.unreached]
-    average = float(second[0].bits.detach().mean()) if second else float(FLOAT_BITS)
+    counts = [1 if w.source is None else w.source.numel for w in weights] or [1] * len(second)
+    average = float(FLOAT_BITS)
+    if second:
+        mean = sum(float(q.bits.detach().mean()) * count for q, count in zip(second, counts, strict=True))
+        average = mean / sum(counts)
     input_bits = int(first[0].bits.detach()) if first and first[0].bits.ndim == 0 else None
+    codes = [w for w in weights if not w.reason and not w.again]
     return LayerSummary(
         name=name,
         kind=name.rpartition(".")[2].rpartition("_")[0],
-        shape=(),
+        shape=_together([w.source.shape for w in weights if w.source is not None]),
         weight_bits=tuple(sorted({int(b) for q in second for b in q.bits.detach().flatten().tolist()})),
         average_bits=average,
         input_bits=input_bits,
-        bytes=sum(2 * _bytes(q.log2_step) for q in operands.values()),
+        bytes=sum(_grid_bytes(q) for q in operands.values())
+        + sum(-(-_code_bits(w.quantizer, w.source.numel) // 8) for w in codes if w.source is not None),
         macs=macs,
         bitops=None if macs is None else macs * average * (FLOAT_BITS if input_bits is None else input_bits),
     )
+
+
+def _together(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of weights one beside the other, if they are matrices of as many rows; else their number of values."""
+    if len(shapes) < 2:
+        return shapes[0] if shapes else ()
+    if {(len(shape), shape[0]) for shape in shapes} == {(2, shapes[0][0])}:
+        return shapes[0][0], sum(shape[1] for shape in shapes)
+    return (sum(math.prod(shape) for shape in shapes),)
+
+
+def _grid_bytes(quantizer: Quantizer) -> int:
+    """Bytes of steps and, unless they are fixed, zero points."""
+    fixed_zero = quantizer.is_weight and (quantizer.spec is None or quantizer.spec.symmetric)
+    return _bytes(quantizer.log2_step) * (1 if fixed_zero else 2)
 
 
 def _code_bits(quantizer: Quantizer | None, count: int) -> int:

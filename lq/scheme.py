@@ -7,15 +7,17 @@ layer's input is also the last tensor on the skip path, which is only pooled or 
 the structure says nothing of, because the dry run did not reach them, are told by their class (`lq.unseen`).
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 from torch import nn
 
+from lq.channels import ChannelLayout
 from lq.errors import SpecError, StateError
 from lq.patterns import matches, only_matching, select
-from lq.sites import Site, layers
+from lq.sites import Site, float_weight, layers
 from lq.spec import QuantSpec, activation_spec, check_bits, weight_spec
 from lq.structure import Structure
 from lq.unseen import unseen_layers
@@ -97,24 +99,59 @@ def plan_sites(
         spec = None
         if site.layer in chosen:
             spec = weight if site.role == "weight" else _activation_of(site, activation, skip, integer)
-        at_edge = site.layer in edges and (site.role not in ("skip", "result") or site.layer in last)
+        at_edge = site.layer in last or (site.layer in edges and site.role not in ("skip", "result"))
+        at_edge = at_edge and (site.layer in last or not _multiplies_states(site))
         if spec is not None and at_edge and first_last is not None:
             spec = spec.at_least(first_last)
         wanted[site.name] = spec
     for pattern, override in (overrides or {}).items():
         _apply_override(sites, wanted, chosen, pattern, override, symmetric)
     planned = {site.name: (site, spec) for site in sites if (spec := wanted[site.name]) is not None}
+    _use_one_spec_for_each_weight(model, planned)
     covered = {
         name
         for name, (site, spec) in planned.items()
         if site.covered_by and all(_covers(planned, other, spec) for other in site.covered_by)
     }
-    return _with_owners({n: found for n, found in planned.items() if n not in covered}, share_concats)
+    floats = {site.source.parameter for site in sites if site.source and site.name not in planned}
+    chosen_sites = {n: (_in_company(s, floats), spec) for n, (s, spec) in planned.items() if n not in covered}
+    return _with_owners(chosen_sites, share_concats)
+
+
+def _use_one_spec_for_each_weight(model: nn.Module, planned: dict[str, tuple[Site, QuantSpec]]) -> None:
+    """Give sites that quantize one parameter, such as tied embeddings, the widest of their specs."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    uses: dict[tuple[object, ...], list[str]] = {}
+    for name, (site, _) in planned.items():
+        module = modules.get(site.module)
+        if site.role != "weight" or module is None:
+            continue
+        if site.place == "weight" and (weight := float_weight(module)) is not None:
+            uses.setdefault((id(weight), ChannelLayout.of(module, weight)), []).append(name)
+        elif site.source is not None and (found := site.source.below(site.module).within(module)) is not None:
+            part = replace(site.source, parameter="", alone=True)
+            uses.setdefault((id(found), part), []).append(name)
+    for names in uses.values():
+        widest = max((planned[name][1] for name in names), key=lambda spec: max(spec.widths))
+        planned.update({name: (planned[name][0], widest) for name in names})
+
+
+def _in_company(site: Site, floats: set[str]) -> Site:
+    """The site; its source is not alone if a call that stays float reads the parameter, too."""
+    if site.source is None or site.source.parameter not in floats:
+        return site
+    return replace(site, source=replace(site.source, alone=False))
 
 
 def _covers(planned: Mapping[str, tuple[Site, QuantSpec]], name: str, spec: QuantSpec) -> bool:
     """Whether there is a quantizer of that name, of the levels that `spec` asks for."""
     return name in planned and planned[name][1].bits == spec.bits
+
+
+def _multiplies_states(site: Site) -> bool:
+    """Whether it is a weight of a recurrent module that multiplies its states, not what it is called with."""
+    name = site.place if site.source is None else site.source.parameter
+    return site.role == "weight" and re.search(r"weight_(h[hr]|ih_l[1-9])", name) is not None
 
 
 def _quantizes(skip: Skip, site: Site) -> bool:

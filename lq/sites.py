@@ -1,7 +1,7 @@
 """Where quantizers sit on a model, and how to find them: always on the modules, never in a table beside them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,9 @@ from torch.nn.utils import parametrize
 from lq.errors import StateError
 from lq.interception import SharedQuantizer, call_quantizers
 from lq.places import call_of
-from lq.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from lq.quantizer import ActivationQuantizer, Quantizer
+from lq.sources import Source
+from lq.weight_quantizer import WeightQuantizer
 
 #: Attributes of a module that hold the quantizers of its input and of its output.
 INPUT = "input_quantizer"
@@ -39,6 +41,7 @@ class Site:
         network_input: it reads the network's own input.
         channels: number of output channels of a weight at a call; 0: not one.
         normalized: a layer norm, or another over channels, is among those who read it, as in pre-norm transformers.
+        source: the parameter that a weight at a call is, or a part of; None: it is computed first.
     """
 
     module: str
@@ -51,6 +54,11 @@ class Site:
     network_input: bool = False
     channels: int = 0
     normalized: bool = False
+    source: Source | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Mapping):  # from JSON
+            object.__setattr__(self, "source", Source.from_dict(self.source))
 
     @property
     def name(self) -> str:

@@ -95,6 +95,7 @@ class Structure:
                 module=inside(site.module),
                 shares=site.shares and inside(site.shares),
                 covered_by=tuple(map(inside, site.covered_by)),
+                source=site.source and replace(site.source, parameter=inside(site.source.parameter)),
             )
             for site in self.sites
         )

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lq.calls import ATTENTION, FUNCTIONS, MULTI_HEAD, RESULTS, Call, multi_head_attention
 from lq.channels import ChannelLayout
 from lq.places import FUSED, place_in_code
+from lq.sources import Parameters, Source
 
 #: Functions whose result holds all numbers of their first argument, and no others.
 _SAME = {
@@ -90,6 +91,7 @@ class CallEvent:
     macs: float
     place: str = ""  # in the code of the module (`lq.places`)
     run: int = 0  # of the module, as it may be called several times
+    sources: dict[str, Source] = field(default_factory=dict)  # of operands that are parts of parameters
 
     @property
     def name(self) -> str:
@@ -106,6 +108,7 @@ class Trace:
     outputs: dict[str, list[Value | None]] = field(default_factory=dict)
     concats: list[Value] = field(default_factory=list)
     uses: dict[str, set[str]] = field(default_factory=dict)
+    reads: Counter[str] = field(default_factory=Counter)  # how often the memory of a parameter is read
     values: list[Value] = field(default_factory=list)
     results: list[Value] = field(default_factory=list)
 
@@ -136,6 +139,7 @@ class _Recorder(TorchFunctionMode):
         self.values: Any = WeakIdKeyDictionary()
         self.running: list[tuple[str, Counter[str]]] = []
         self.runs: list[Counter[str]] = []
+        self.parameters = Parameters(model.named_parameters())
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.values[tensor] = self._new(tensor, "parameter", parameter=name)
         for tensor in tree_leaves(example):
@@ -185,6 +189,7 @@ class _Recorder(TorchFunctionMode):
         if name in _QUERIES and not isinstance(result, Tensor):
             return result
         changed = [v is not None and t._version != v for t, v in zip(given, versions, strict=True)]
+        self._note_reads(given, result)
         self._note_uses(name, args, kwargs, given, values)
         made = self._results(name, args, kwargs, given, values, result, changed)
         if name in FUNCTIONS:
@@ -207,6 +212,16 @@ class _Recorder(TorchFunctionMode):
         if not same and name not in _QUERIES:
             for value in {id(v): v for v in values}.values():
                 value.readers.append(name)
+
+    def _note_reads(self, given: list[Tensor], result: Any) -> None:
+        """Count what reads the numbers of a parameter: all that returns anything but views of it."""
+        made = [found and found[0] for t in tree_leaves(result) if isinstance(t, Tensor) for found in [self._memory(t)]]
+        for name in {id(t): found[0] for t in given if (found := self._memory(t)) is not None}.values():
+            if not made or any(other != name for other in made):
+                self.trace.reads[name] += 1
+
+    def _memory(self, tensor: Tensor) -> tuple[str, nn.Parameter] | None:
+        return self.parameters.find(tensor) if tensor.is_floating_point() else None
 
     def _results(
         self,
@@ -256,6 +271,10 @@ class _Recorder(TorchFunctionMode):
         event = self._add_event(call.kind, name, {s: self.value(t) for s, t in slots.items()}, made, call.macs(result))
         event.whole = {s: isinstance(t, nn.Parameter) for s, t in slots.items()}
         event.layouts = {s: call.layout(s) for s, t in slots.items() if s != "input" and t.ndim > 1}
+        for slot, layout in event.layouts.items():
+            if (found := self._memory(slots[slot])) is not None:
+                source = Source.of(*found, slots[slot], layout)
+                event.sources |= {} if source is None else {slot: source}
 
     def _attention(self, given: list[Tensor], values: list[Value], result: Tensor, made: Value) -> None:
         query, key, value = given[:3]

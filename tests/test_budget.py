@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 
 import lq
@@ -98,3 +99,28 @@ def test_a_shared_weight_counts_once():
     model[1].weight = model[0].weight
     lq.attach(model, 4, first_last=None)
     assert {name: tensor.numel for name, tensor in Costs.of(model).tensors.items()} == {"0.weight": 16}
+
+
+def test_weights_of_functions_count_what_they_take():
+    """An LSTM, one of whose rows of eight bits takes twice the codes."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LSTM(16, 16, batch_first=True)), torch.randn(3, 4, 16)
+    structure = lq.inspect(model, x, forward=lambda m, x: m[0](x))
+    lq.calibrate(lq.attach(model, 4, structure=structure, first_last=None), [x], forward=lambda m, x: m[0](x))
+    costs = Costs.of(model)
+    weights = {name: t.numel for name, t in costs.tensors.items() if t.role == "weight"}
+    assert weights == {"0.rnn_0_weight_0": 1024, "0.rnn_0_weight_1": 1024}
+    assert costs.overhead == 2 * 64 * 4 + 2 * 64 * 4  # steps, biases
+    assert lq.summary(model).bytes == costs.overhead + 1024
+
+
+def test_allocated_bytes_are_those_of_the_file(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.TransformerEncoderLayer(96, 4, 192, batch_first=True).eval(), torch.randn(6, 5, 96)
+    lq.calibrate(lq.attach(model, 4, 8, structure=lq.inspect(model, x), first_last=None), [x])
+    sensitivity = lq.measure_sensitivity(model, [x], "output_distortion", widths=(2, 4, 8), activations=False)
+    found = lq.allocate(model, sensitivity, "45kB", granularity="layer")
+    lq.set_bits(model, found.weights)
+    size = lq.save(model, tmp_path / "m.safetensors")
+    assert 44_000 < size < 45_000 * 1.02
+    assert abs(lq.summary(model).bytes - size) < 0.015 * size

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.quantizer import WeightQuantizer
 from lq.sites import float_weight, weight_quantizer
+from lq.weight_quantizer import WeightQuantizer
 from tests.test_attach import images, quantized, small
 
 

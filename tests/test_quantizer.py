@@ -13,9 +13,10 @@ import lq
 from lq.channels import ChannelLayout
 from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Histogram
-from lq.quantizer import ActivationQuantizer, WeightQuantizer
+from lq.quantizer import ActivationQuantizer
 from lq.sites import quantizers
 from lq.spec import WIDTHS, QuantSpec
+from lq.weight_quantizer import WeightQuantizer
 from tests.test_functional import reference, reference_gradients
 
 quick = settings(max_examples=40, deadline=None, database=None)

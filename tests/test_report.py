@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lq
@@ -152,3 +153,50 @@ def test_tied_tensors_count_once():
     net[2].weight = net[1].weight
     lq.attach(net, 4, first_last=None)
     assert lq.summary(net).float_bytes == 64 + 3 * 16
+
+
+class Functions(nn.Module):
+    """Weights that functions use: of an LSTM, one that two calls share, one that is computed first."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+        self.twice = nn.Parameter(torch.randn(5, 5))
+        self.scaled = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x):
+        x = self.lstm(x)[0]
+        return F.linear(x, self.twice) + F.linear(x, self.scaled * 2)
+
+
+def functions(**options):
+    torch.manual_seed(0)
+    net, x = Functions().eval(), torch.randn(3, 4, 6)
+    options = {"weights": 4, "first_last": None, **options}
+    return lq.calibrate(lq.attach(net, structure=lq.inspect(net, x), **options), [x]), x
+
+
+def test_weights_of_functions_count_as_they_are_stored():
+    net, x = functions()
+    twice, scaled, lstm = lq.summary(net, x).layers
+    assert (lstm.name, lstm.shape, lstm.weight_bits, lstm.average_bits) == ("lstm.rnn_0", (20, 11), (4,), 4)
+    assert lstm.bytes == 20 * 11 // 2 + 2 * 20 * 4  # a step for each row of both matrices
+    assert (twice.shape, twice.bytes) == ((5, 5), 13 + 5 * 4)
+    assert (scaled.shape, scaled.bytes) == ((), 5 * 4)  # stored in float: with the rest
+    summary = lq.summary(net)
+    assert summary.bytes == lstm.bytes + twice.bytes + scaled.bytes + (25 + 40) * 4
+    assert summary.float_bytes == (20 * 11 + 40 + 50) * 4
+    assert summary.average_bits == 4
+    assert len(summary.notes) == 1 and "linear_1_weight (no parameter as it is" in summary.notes[0]
+    assert str(summary).endswith(summary.notes[0])
+
+
+def test_widths_of_several_weights_count_by_their_values():
+    net, x = functions()
+    lq.set_bits(net, {"lstm.rnn_0_weight_1": [0, 2, 3, 8] * 5})
+    lstm = lq.summary(net, x).layers[-1]
+    assert lstm.weight_bits == (0, 2, 3, 4, 8)
+    assert lstm.average_bits == pytest.approx((4 * 120 + 13 / 4 * 100) / 220)
+    codes = 120 * 4 // 8 + (5 * 13 * 5 + 4 * 20 + 7) // 8
+    assert lstm.bytes == codes + 2 * 20 * 4
+    assert lstm.bitops == lstm.macs * lstm.average_bits * FLOAT_BITS

@@ -20,6 +20,10 @@ _UNSIGNED = (("uint2", 0, 3), ("uint4", 0, 15), ("uint8", 0, 255), ("uint16", 0,
 # Layers whose bias integer kernels round.
 _WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
 
+# Ends of names of constants that are weights of layers, and of calls.
+_OF_LAYERS = "parametrizations.weight.original"
+_OF_CALLS = "_weight.levels"
+
 #: Opsets from which on there are types of 4 and of 2 bits.
 OPSET, OPSET_OF_INT2 = 21, 25
 
@@ -144,6 +148,8 @@ class Graph:
             if not alone or levels.min(initial=0) < -128 or levels.max(initial=0) > 128:
                 continue
             beyond = levels == 128
+            if beyond.any() and source.endswith(_OF_CALLS):
+                continue  # the model's parameter may be another part of it
             if beyond.any():
                 steps = np.broadcast_to(self.constants[step], gain.shape).reshape(spread)
                 codes = (codes + beyond).astype(codes.dtype)
@@ -225,7 +231,8 @@ class Graph:
                 continue
             signs = np.sign(self.constants[step]).astype(np.int32).reshape(shape)
             if (source, zeros) not in done:
-                name = source.replace("parametrizations.weight.original", "weight") + f"_{len(done)}" * (source in used)
+                name = source.replace(_OF_LAYERS, "weight").replace("call_quantizers.", "").removesuffix(".levels")
+                name += f"_{len(done)}" * (source in used)
                 done[source, zeros] = self._stored(name, node, codes, centre, _factors(levels * signs, shape) * signs)
                 used.add(source)
             node.input[0], factors = done[source, zeros]

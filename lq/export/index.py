@@ -33,18 +33,51 @@ _ENDS = {f".{WEIGHT}": ":w", f".{INPUT}": ":i", f".{OUTPUT}": ":o"}
 
 
 @dataclass(frozen=True)
+class Part:
+    """The parameter that a weight of a function is, or a part of one: `Source`, and the shape of the parameter."""
+
+    key: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """All of that in a line."""
+        stride = "" if self.stride is None else _text(self.stride)
+        return f"{self.offset}/{stride}/{_text(self.shape)}/{self.key}"
+
+    @classmethod
+    def of(cls, text: str) -> "Part":
+        """The inverse of `text`."""
+        offset, stride, shape, key = text.split("/", 3)
+        return cls(key, _numbers(shape), int(offset), _numbers(stride) if stride else None)
+
+
+@dataclass(frozen=True)
 class Codes:
-    """A weight that is stored as codes: its shape, its type and where its channels lie (`ChannelLayout`)."""
+    """A weight that is stored as codes: its shape, its type and where its channels lie (`ChannelLayout`).
+
+    Weights of layers are all of the parameter beside their quantizer; for those of functions, `part` says which it is.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     dim: int = 0
     groups: int = 1
+    part: Part | None = None
 
     @property
     def text(self) -> str:
         """All of that in a line."""
-        return f"{_text(self.shape)}/{self.dtype}/{self.dim}/{self.groups}"
+        part = "" if self.part is None else f"/{self.part.text}"
+        return f"{_text(self.shape)}/{self.dtype}/{self.dim}/{self.groups}{part}"
+
+    @classmethod
+    def of(cls, text: str) -> "Codes":
+        """The inverse of `text`."""
+        shape, dtype, dim, groups, *part = text.split("/", 4)
+        return cls(_numbers(shape), _dtype(dtype), int(dim), int(groups), Part.of(part[0]) if part else None)
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,8 @@ class Grid:
     @property
     def weight_key(self) -> str:
         """Name of the weight in the state dict."""
+        if self.codes is not None and self.codes.part is not None:
+            return self.codes.part.key
         return self.key.removesuffix(WEIGHT) + ORIGINAL
 
     @property
@@ -115,7 +150,7 @@ class Grid:
         """The spec of such a quantizer."""
         widths = tuple(int(b) for b in self.bits.flatten().tolist())
         bits = widths if self.channels is not None and len(set(widths)) > 1 else widths[0]
-        signed = True if self.key.endswith(WEIGHT) else None
+        signed = True if self.key.endswith(WEIGHT) or self.codes is not None else None
         return QuantSpec(bits, per_channel=self.channels is not None, symmetric=self.symmetric, signed=signed)
 
     @classmethod
@@ -211,8 +246,7 @@ class Index:
             found = cls(aliases=dict(aliases), texts=dict(texts))
             for key, width, letter, count, code in rows:
                 zeros = _KINDS[letter.lower()]
-                shape, *rest = code.split("/")
-                weight = Codes(_numbers(shape), _dtype(rest[0]), *map(int, rest[1:])) if code else None
+                weight = Codes.of(code) if code else None
                 grid = Grid(_long(key), width, int(count) if count else None, zeros, letter.isupper(), weight)
                 found.grids.append(grid)
             for key, shape, dtype in zip(*(_split(column, others) for column in of_others), strict=True):

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from lq.channels import ChannelLayout
 from lq.errors import StateError
-from lq.quantizer import Quantizer, WeightQuantizer
+from lq.quantizer import Quantizer
 from lq.sites import float_weight, require_attached, weight_quantizer
+from lq.stored import call_weights
+from lq.weight_quantizer import WeightQuantizer
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class IntegerWeight:
 
 
 def integer_weights(model: nn.Module) -> dict[str, IntegerWeight]:
-    """Codes, steps and zero points of all quantized weights of layers, by name of the layer.
+    """Codes, steps and zero points of all quantized weights, by name of the layer.
 
-    Weights that functions use (those of ``nn.MultiheadAttention`` and of recurrent layers) are quantized on their way
-    into the function; they are not among them.
+    Weights that functions use (those of ``nn.MultiheadAttention`` and of recurrent layers) have the name of the operand
+    of the call, such as ``"lstm.rnn_0_weight_1"``. Those that are computed first, or that something reads in float as
+    well, are not among them.
 
     Raises:
         StateError: if the model has no quantizers, or widths that are still being learned.
@@ -53,7 +56,9 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeight]:
     True
     """
     require_attached(model, "lq.integer_weights")
-    return {name: as_integers(quantizer, weight) for name, quantizer, weight in quantized_weights(model)}
+    found = {name: as_integers(quantizer, weight) for name, quantizer, weight in quantized_weights(model)}
+    at_calls = ((call, call.weight) for call in call_weights(model) if not call.reason)
+    return found | {call.name: as_integers(call.quantizer, w) for call, w in at_calls if w is not None}
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, WeightQuantizer, nn.Parameter]]:

@@ -3,6 +3,7 @@
 Activations of fewer than 8 bits are 8-bit integers limited by a Min, weights of other widths take the next larger type.
 """
 
+import copy
 import importlib
 import json
 from collections import Counter
@@ -17,12 +18,13 @@ from torch import nn
 
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
-from lq.export.integers import integer_weights, quantized_weights
-from lq.export.program import Example, exported
+from lq.export.integers import integer_weights
+from lq.export.program import Example, batch_length, exported, first_line, in_float32, pieces
 from lq.export.running import compare
 from lq.export.standard import standard_form
 from lq.files import whole_file
-from lq.sites import activation_quantizers, weights_at_calls
+from lq.sites import activation_quantizers, quantizers
+from lq.stored import stay_float
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def export_onnx(
     """Write a quantized model as ONNX, for batches of any size, and compare it with the model in onnxruntime.
 
     BatchNorms behind a convolution that training left unfolded are folded into its steps, where its levels fit 8 bits;
-    a level of -128 whose sign they turn becomes -127, in `model` as well.
+    a level of -128 whose sign they turn becomes -127, in `model` as well. A model in bfloat16 or float64
+    (``precision="bf16-true"``) is exported as its copy in float32: engines have few operators of those types.
     For integer kernels throughout, quantize with ``integer=True`` (see `lq.attach`). Such kernels have biases that are
     multiples of the product of their steps: those of convolutions and of linear layers on matrices are rounded to them,
     in `model` as well, so that it says what the file says. A report of what differs is written beside the file, as
@@ -102,39 +105,54 @@ def export_onnx(
     onnx = _require("onnx")
     _require("onnxscript")
     path = Path(path)
-    standard = standard_form(model)
-    program, reason = exported(standard, example)
-    if program is None:
-        raise DataError(f"torch.export cannot export {type(model).__name__}: {reason}")
-    notes = [f"the batch size is fixed: {reason}"] if reason else []
-    notes += _notes(model)
+    kinds = other_types(model)
+    standard = standard_form(copy.deepcopy(model).float() if kinds else model)
     few = any(int(weight.bits.max()) <= 2 for weight in integer_weights(model).values())
     opset = opset or (OPSET_OF_INT2 if few else OPSET)
     if opset < OPSET:
         raise DataError(f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}")
-    try:
-        made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
-    except torch.onnx.OnnxExporterError as error:
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise DataError(f"torch.onnx cannot export {type(model).__name__}: {cause}") from error
-    proto = made.model_proto  # type: ignore[union-attr]
+    made, reason = _translated(standard, in_float32(example) if kinds else example, opset, type(model).__name__)
+    samples = batch_length(example) if reason else None
+    notes = [f"the batch size is fixed: {reason}; it is the example's, {samples} (example=)"] if reason else []
+    notes += [f"the file computes in float32, where the model does in {kinds}"] if kinds else []
+    notes += _notes(model)
+    proto = made.model_proto
     if opset not in [found.version for found in proto.opset_import if found.domain == ""]:
         raise DataError(f"opset={opset} is not one that torch {torch.__version__} exports")
     graph = Graph(proto)
     graph.optimize(two_bits=opset >= OPSET_OF_INT2)
     graph.write()
     proto.producer_name = "lq"
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:  # of several classes, none of them public
+        raise DataError(f"torch.onnx makes an invalid file of {type(model).__name__}: {first_line(error)}") from error
     with whole_file(path) as unfinished, _taken_over(model, graph, notes):
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)
-        run = compare(model, unfinished, batches)
+        run = compare(model, unfinished, batches if samples is None else pieces(batches, samples))
         size = unfinished.stat().st_size
     measured = asdict(run) | {"notes": (*notes, *run.notes)}
     report = OnnxReport(str(path), size, opset, dict(graph.stored), **measured)
     with whole_file(path.with_suffix(".report.json")) as unfinished:
         unfinished.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return report
+
+
+def _translated(standard: nn.Module, example: Example, opset: int, name: str) -> tuple[Any, str]:
+    """The model in ONNX's operators, for batches of any size if it can be; and why it cannot."""
+    program, reason = exported(standard, example)
+    while program is not None:
+        try:
+            return torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False), reason
+        except torch.onnx.OnnxExporterError as error:
+            cause = first_line(error.__cause__ or error)
+            if reason:  # already for one batch size
+                raise DataError(f"torch.onnx cannot export {name}: {cause}") from error
+            program, cannot = exported(standard, example, any_batch=False)
+            by_sample = "aten.conv" in cause and "sym_size" in cause
+            reason = cannot or ("a convolution has a group for each sample" if by_sample else cause)
+    raise DataError(f"torch.export cannot export {name}: {reason}")
 
 
 @contextmanager
@@ -166,6 +184,14 @@ def _taken_over(model: nn.Module, graph: Graph, notes: list[str]) -> Iterator[No
         raise
 
 
+def other_types(model: nn.Module) -> str:
+    """Floating types of the model's tensors, in words, if onnxruntime lacks most operators of one; "" if not."""
+    tensors = [t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()]
+    of_quantizers = {id(t) for q in quantizers(model) for t in [*q.parameters(), *q.buffers()]}
+    types = {str(t.dtype).removeprefix("torch.") for t in tensors if id(t) not in of_quantizers}
+    return " and ".join(sorted(types)) if types - {"float32", "float16"} else ""
+
+
 def _notes(model: nn.Module) -> list[str]:
     """What a reader of the file has to know."""
     notes = []
@@ -181,13 +207,10 @@ def _notes(model: nn.Module) -> list[str]:
         notes.append(f"{widths[16]} activations of 16 bits: onnxruntime computes what reads them in float")
     if not widths:
         notes.append("weights only: onnxruntime may round inputs of matrix products to 8 bits by itself")
-    if not any(True for _ in quantized_weights(model)):
+    if not integer_weights(model):
         notes.append("activations only: onnxruntime may round float weights between them by itself")
-    functions = sum(1 for _ in weights_at_calls(model))
-    if functions:
-        notes.append(
-            f"{functions} weights of functions (such as nn.MultiheadAttention) are stored in float and rounded"
-        )
+    if left := stay_float(model):
+        notes.append(f"{left}; they are rounded where they are used")
     return notes
 
 

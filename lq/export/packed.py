@@ -3,13 +3,16 @@
 A file has two byte tensors: ``index`` says what there is (`lq.export.index`), ``data`` has it, in that order: of each
 quantizer the logarithms of its steps and, if they follow neither from the width nor are zero, its zero points; what is
 not quantized, as it is; of each weight the codes, channels of a width together (`lq.export.packing`). Pruned channels
-take nothing. The last 16 bytes are a checksum (BLAKE2b) of the metadata, the index and the data. Little endian.
+take nothing. Parameters that functions multiply by come from the codes of their parts. The last 16 bytes are a checksum
+(BLAKE2b) of the metadata, the index and the data. Little endian.
 """
 
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,19 +24,24 @@ from torch import Tensor, nn
 from lq.channels import ChannelLayout
 from lq.checkpoint import rebuild
 from lq.errors import DataError
-from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other
+from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other, Part
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
 from lq.files import whole_file
 from lq.foldable import foldable_pairs
 from lq.functional import step_size
-from lq.quantizer import Quantizer, WeightQuantizer, middle
+from lq.interception import CALLS
+from lq.quantizer import Quantizer, middle
 from lq.sites import is_attached, require_attached
+from lq.sources import Source
+from lq.stored import read_from, stay_float, stored_weights
+from lq.weight_quantizer import WeightQuantizer
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Version of the format; files of a newer one are refused.
-FORMAT = 1
+#: Version of the format; files of a newer one are refused. Files get the oldest one that they can have: 2 if they hold
+#: codes of weights that functions use.
+FORMAT = 2
 
 #: How the name of a packed file ends.
 SUFFIX = ".safetensors"
@@ -47,9 +55,10 @@ _UNREADABLE = (AttributeError, TypeError, ValueError, LookupError, RuntimeError,
 def save(model: nn.Module, path: str | Path) -> int:
     """Write a quantized model to a file as small as its widths, which `lq.load` reads.
 
-    Weights of layers are stored as codes of their true width, with steps, zero points and the ranges of activations;
-    everything else as it is. Weights that functions use (of ``nn.MultiheadAttention``, of recurrent layers) stay float.
-    An existing file is replaced when the new one is complete.
+    Weights are stored as codes of their true width, with steps, zero points and the ranges of activations;
+    everything else as it is. Weights that functions use (of ``nn.MultiheadAttention``, of recurrent layers) are stored
+    as codes too if the parameter that they are, or are parts of, is used by such functions only; a warning names those
+    that stay float. An existing file is replaced when the new one is complete.
 
     Args:
         model: a model whose quantizers have their ranges.
@@ -74,8 +83,10 @@ def save(model: nn.Module, path: str | Path) -> int:
     require_attached(model, "lq.save")
     path = packed_path(path)
     content = _Content(model)
+    if left := stay_float(model):
+        warnings.warn(f"{path}: {left}", UserWarning, stacklevel=2)
     index, size = content.index.encode(), content.index.size + _DIGEST
-    metadata = _metadata()
+    metadata = _metadata(FORMAT if any(g.codes and g.codes.part for g in content.index.grids) else 1)
     header = {
         "__metadata__": metadata,
         "index": {"dtype": "U8", "shape": [len(index)], "data_offsets": [0, len(index)]},
@@ -110,6 +121,8 @@ def load(path: str | Path, model: M) -> M:
         if key in grids and isinstance(module, Quantizer):
             module.spec = grids[key].spec()
             module.refresh()
+            if isinstance(module, WeightQuantizer) and (source := _source(grids[key])) is not None:
+                read_from(module, source)
     return model
 
 
@@ -165,11 +178,17 @@ class _Content:
         modules = dict(model.named_modules(remove_duplicate=False))
         quantizers = {key: module for key, module in modules.items() if isinstance(module, Quantizer)}
         shared = _shared(model)
-        weights = {id(q): weight for _, q, weight in quantized_weights(model) if id(weight) not in shared}
+        weights: dict[int, Tensor] = {id(q): w for _, q, w in quantized_weights(model) if id(w) not in shared}
+        parts: dict[int, Part] = {}
+        for call in stored_weights(model):
+            if call.weight is not None and call.source is not None and call.parameter is not None:
+                weights[id(call.quantizer)] = call.weight
+                shape = tuple(call.parameter.shape)
+                parts[id(call.quantizer)] = Part(call.key, shape, call.source.offset, call.source.stride)
         keys: dict[int, str] = {}
         for key, quantizer in quantizers.items():
             if keys.setdefault(id(quantizer), key) == key:
-                self._add(key, quantizer, weights.get(id(quantizer)))
+                self._add(key, quantizer, weights.get(id(quantizer)), parts.get(id(quantizer)))
         known = {f"{key}.{part}" for key in quantizers for part in ("log2_step", "zero_point", "bits")}
         known |= {grid.weight_key for grid, *_ in self._weights}
         first: dict[int, str] = {}
@@ -186,10 +205,10 @@ class _Content:
                 self.index.others.append(Other(key, tuple(value.shape), _name(value)))
                 self._others.append(value)
 
-    def _add(self, key: str, quantizer: Quantizer, weight: Tensor | None) -> None:
+    def _add(self, key: str, quantizer: Quantizer, weight: Tensor | None, part: Part | None) -> None:
         codes = None
         if isinstance(quantizer, WeightQuantizer) and weight is not None:
-            codes = Codes(tuple(weight.shape), _name(weight), quantizer.layout.dim, quantizer.layout.groups)
+            codes = Codes(tuple(weight.shape), _name(weight), quantizer.layout.dim, quantizer.layout.groups, part)
         grid, zero_point = Grid.of(key, quantizer, codes)
         self.index.grids.append(grid)
         for values, kind in zip((quantizer.log2_step.detach().cpu(), zero_point), grid.stored_types, strict=False):
@@ -227,14 +246,33 @@ class _Reader:
             dtype = getattr(torch, other.dtype)
             empty = torch.empty(other.shape, dtype=dtype)
             state[other.key] = raw.view(dtype).view(other.shape) if other.size else empty
+        self._require_whole_parameters()
         for grid in self.index.grids:
             if grid.codes is not None:
-                state[grid.weight_key] = self._weight(grid, grid.codes, state)
+                weight, part = self._weight(grid, grid.codes, state), grid.codes.part
+                if part is not None:
+                    whole = state.setdefault(part.key, torch.zeros(part.shape, dtype=weight.dtype))
+                    _part(grid.codes, part).view(whole).copy_(weight)
+                else:
+                    state[grid.weight_key] = weight
         for key, text in self.index.texts.items():
             state[key] = torch.tensor(list(text.encode("latin-1")), dtype=torch.uint8)
         state |= {key: state[first] for key, first in self.index.aliases.items()}
         of_weights = [key for key in state if f".{key}".rpartition(".")[0].endswith(f".{WEIGHT}")]
         return {key: state[key] for key in of_weights} | state  # in a module, its weight's quantizer comes first
+
+    def _require_whole_parameters(self) -> None:
+        """Raise if parts of parameters are not in them, or are not all of them."""
+        left: dict[str, int] = {}
+        for codes in (grid.codes for grid in self.index.grids if grid.codes is not None):
+            part = codes.part
+            if part is not None:
+                whole = torch.empty(part.shape, dtype=getattr(torch, codes.dtype), device="meta")
+                if min(*part.shape, *codes.shape, *(part.stride or ()), 0) < 0 or not _part(codes, part).fits(whole):
+                    raise DataError(f"{part.key} has a part that is not in it")
+                left[part.key] = left.get(part.key, whole.numel()) - math.prod(codes.shape)
+        if wrong := [key for key, count in left.items() if count]:
+            raise DataError(f"the parts of {wrong[0]} are not all of it")
 
     def _take(self, size: int) -> NDArray[np.uint8]:
         self.position += size
@@ -284,7 +322,7 @@ def _require_fit(model: nn.Module, index: Index, state: dict[str, Tensor], path:
     shapes = [k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape]
     for grid in index.grids:
         key = grid.weight_key.replace(ORIGINAL, "weight")
-        if grid.channels and grid.codes and key in ours and not shapes:
+        if grid.channels and grid.codes and grid.codes.part is None and key in ours and not shapes:
             layout = ChannelLayout.of(model.get_submodule(key.removesuffix("weight").rstrip(".")), ours[key])
             if layout != grid.layout:
                 raise DataError(f"{path}: {key} has its channels elsewhere; build the model that was saved")
@@ -298,6 +336,21 @@ def _require_fit(model: nn.Module, index: Index, state: dict[str, Tensor], path:
         )
 
 
+def _part(codes: Codes, part: Part) -> Source:
+    """The source of a weight of a function."""
+    channels = codes.shape[codes.dim] * codes.groups if codes.shape else 1
+    return Source(part.key, codes.shape, channels, codes.dim, codes.groups, part.offset, part.stride)
+
+
+def _source(grid: Grid) -> Source | None:
+    """That source, as the quantizer knows it: by the parameter's name in the module that makes the call."""
+    if grid.codes is None or grid.codes.part is None:
+        return None
+    owner = f".{grid.key}".rpartition(f".{CALLS}.")[0][1:]
+    key = grid.codes.part.key
+    return replace(_part(grid.codes, grid.codes.part), parameter=key.removeprefix(f"{owner}.") if owner else key)
+
+
 def _shared(model: nn.Module) -> set[int]:
     """Identities of weights that two layers quantize differently, or only one of them: these stay float."""
     quantizers = {f"{name}.{ORIGINAL}".lstrip("."): id(q) for name, q, _ in quantized_weights(model)}
@@ -307,10 +360,10 @@ def _shared(model: nn.Module) -> set[int]:
     return {identity for identity, found in uses.items() if len(found) > 1}
 
 
-def _metadata() -> dict[str, str]:
+def _metadata(version: int) -> dict[str, str]:
     import lq
 
-    return {"format": f"lq packed {FORMAT}", "lq": lq.__version__}
+    return {"format": f"lq packed {version}", "lq": lq.__version__}
 
 
 def _require_format(metadata: dict[str, str]) -> None:

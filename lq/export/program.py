@@ -81,6 +81,16 @@ def map_tensors(example: Example, change: Callable[[Tensor], Tensor]) -> Example
     return tree_map_only(Tensor, change, example)  # type: ignore[no-any-return]
 
 
+def in_float32(example: Example) -> Example:
+    """The example with its floating tensors in float32."""
+    return map_tensors(example, lambda x: x.float() if x.is_floating_point() else x)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def batch_length(example: Example) -> int:
     """Number of samples: the length of the first tensor with a dimension; 0 if there is none."""
     tensors = [x for x in tree_leaves(arguments(example)) if isinstance(x, Tensor) and x.ndim]
@@ -93,12 +103,25 @@ def first_samples(example: Example, count: int = 2) -> Example:
     return map_tensors(example, lambda x: x[:count] if x.ndim and len(x) == samples else x)
 
 
-def exported(model: nn.Module, example: Example) -> tuple[ExportedProgram | None, str]:
+def pieces(batches: Sequence[Example], count: int) -> list[Example]:
+    """Batches in pieces of `count` samples each; what is left over is left out."""
+    found = []
+    for batch in batches:
+        samples = batch_length(batch)
+        for first in range(0, samples - count + 1, count):
+            cut = lambda x, n=samples, i=first: x[i : i + count] if x.ndim and len(x) == n else x  # noqa: E731
+            found.append(map_tensors(batch, cut))
+    return found
+
+
+def exported(model: nn.Module, example: Example, *, any_batch: bool = True) -> tuple[ExportedProgram | None, str]:
     """The program, for batches of any size if the model allows that; and why it does not, or why there is none."""
     samples = batch_length(example)
     doubled = map_tensors(example, lambda x: torch.cat([x, x]) if x.ndim and len(x) == samples == 1 else x)
     reason = ""
-    for given, dynamic in ((doubled, True), (example, False)):  # a size of 1 would become fixed
+    for given, dynamic in ((doubled, True), (example, False))[
+        0 if any_batch else 1 :
+    ]:  # a size of 1 would become fixed
         args, kwargs = arguments(given)
         shapes = _any_batch(model, args, kwargs, max(samples, 2)) if dynamic else None
         try:

@@ -64,7 +64,9 @@ def compare(model: nn.Module, path: Path, batches: list[Example]) -> Run:
             feed = dict(zip(names, given, strict=True))
             if isinstance(batch, Mapping) and set(names) <= set(batch):
                 feed = {name: kwargs[name] for name in names}
-            feed = {name: x.detach().cpu().numpy() for name, x in feed.items()}
+            halves = {value.name for value in session.get_inputs() if value.type == "tensor(float16)"}
+            wide = {name: x.float() if x.is_floating_point() and name not in halves else x for name, x in feed.items()}
+            feed = {name: x.detach().cpu().numpy() for name, x in wide.items()}
             for found, right in zip(map(torch.from_numpy, session.run(None, feed)), expected, strict=True):
                 right = right.detach().cpu().float()  # noqa: PLW2901
                 difference = max(difference, float((found.float() - right).abs().max()))

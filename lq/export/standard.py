@@ -7,18 +7,18 @@ of a symmetric channel, ``+-s/2``, becomes the levels -1 and 1 of half the step.
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lq.channels import ChannelLayout
-from lq.errors import StateError
 from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
-from lq.interception import CALLS, SharedQuantizer
-from lq.quantizer import ActivationQuantizer, WeightQuantizer
+from lq.interception import CALLS, SharedQuantizer, call_quantizers
+from lq.quantizer import ActivationQuantizer
 from lq.sites import float_weight, require_attached, weight_quantizer
+from lq.stored import CallWeight, call_weights
+from lq.weight_quantizer import WeightQuantizer
 
 # Integer types by width, of codes and of signed levels.
 _CODES = ((8, torch.uint8), (16, torch.uint16))
@@ -51,10 +51,13 @@ def standard_form(model: nn.Module) -> nn.Module:
                 if id(owner) not in activations:
                     activations[id(owner)] = StandardActivation(owner)
                 module._modules[name] = activations[id(owner)]
-    for module in made.modules():
-        for part in module._modules.get(CALLS, nn.Module())._modules.values():  # type: ignore[union-attr]
-            if isinstance(part, WeightQuantizer):
-                part.tap = _weight_of_call(part)
+    at_calls = {(call.module, call.place): call for call in call_weights(made)}
+    functions: dict[tuple[object, ...], nn.Module] = {}
+    for name, module in list(made.named_modules()):
+        for place in list(call_quantizers(module)):
+            if (name, place) in at_calls:
+                module.get_submodule(CALLS).add_module(place, _weight_of_call(at_calls[name, place], functions))
+    _drop(made, {id(call.parameter) for call in at_calls.values() if not call.reason})
     return made
 
 
@@ -126,29 +129,88 @@ def _replace_weight(module: nn.Module, standard: StandardWeight) -> None:
     table[0] = standard
 
 
-def _weight_of_call(quantizer: WeightQuantizer) -> Callable[[Tensor], Tensor]:
-    """What stands for the quantizer of a weight at a call: the operand is rounded where it is used, as it was."""
-    ops: Any = torch.ops.quantized_decomposed
-    zero_point = settled_zero_point(quantizer)
-    if (zero_point % 1).any() or quantizer.bits.min() < 2 or quantizer.bits.max() > 8:
-        raise StateError(f"{quantizer.name}: weights of functions can be exported with 2 to 8 bits only")
-    if quantizer.bits.unique().numel() > 1:
-        raise StateError(f"{quantizer.name}: weights of functions cannot be exported with widths by channel")
-    signed = bool((zero_point == 2 ** (quantizer.bits - 1)).all())
-    bits, step = int(quantizer.bits.flatten()[0]), quantizer.step.detach()
-    low = -(2 ** (bits - 1)) if signed else 0
-    zeros = (torch.zeros_like(zero_point) if signed else zero_point).long()
-    grid = low, low + 2**bits - 1, torch.int8 if signed else torch.uint8
+def _weight_of_call(call: CallWeight, made: dict[tuple[object, ...], nn.Module]) -> nn.Module:
+    """What stands for the quantizer of a weight at a call; calls of the same weight share it."""
+    quantizer, weight = call.quantizer, call.weight
+    if call.reason or call.source is None or weight is None:
+        return RoundedWeight(quantizer)
+    key = call.key, call.source.offset, call.source.shape, call.source.stride
+    if key not in made:
+        made[key] = WeightOfCall(as_integers(quantizer, weight), weight.dtype)
+    return made[key]
 
-    def rounded(weight: Tensor) -> Tensor:
-        x = weight.float()
-        if step.ndim == 0:
-            one = float(step), int(zeros), *grid
+
+class WeightOfCall(nn.Module):
+    """Gives a function its weight, from a buffer of integers.
+
+    Args:
+        integers: the weight.
+        dtype: type of the float weight.
+    """
+
+    levels: Tensor
+
+    def __init__(self, integers: IntegerWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.standard = StandardWeight(integers, dtype)
+        self.register_buffer("levels", self.standard.levels)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight, whatever has taken its place among the parameters."""
+        return self.standard(self.levels)  # type: ignore[no-any-return]
+
+
+class RoundedWeight(nn.Module):
+    """Rounds a weight that a function computes, where it is multiplied: by operators, if they have such a grid.
+
+    Args:
+        quantizer: what it stands for.
+    """
+
+    step: Tensor
+    zero_point: Tensor
+    bits: Tensor
+    zeros: Tensor
+
+    def __init__(self, quantizer: WeightQuantizer) -> None:
+        super().__init__()
+        self.register_buffer("zero_point", settled_zero_point(quantizer))
+        self.register_buffer("bits", quantizer.bits.detach().clone())
+        self.register_buffer("step", quantizer.step.detach().clone())
+        self.layout = quantizer.layout
+        width, zero_point = int(self.bits.max()), self.zero_point
+        whole = not bool((zero_point % 1).any()) and bool(((zero_point >= 0) & (zero_point < 2**width)).all())
+        self.by_operators = whole and 2 <= width <= 8 and bool((self.bits == width).all()) and self.layout.groups == 1
+        signed = bool((zero_point == 2 ** (width - 1)).all())
+        low = -(2 ** (width - 1)) if signed else 0
+        self.register_buffer("zeros", (torch.zeros_like(zero_point) if signed else zero_point).long())
+        self.limits = low, low + 2**width - 1, torch.int8 if signed else torch.uint8
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight` rounded to the grid; same shape and dtype."""
+        ops: Any = torch.ops.quantized_decomposed
+        x, spread = weight.float(), self.layout.spread
+        if self.by_operators and self.step.ndim == 0:
+            one = float(self.step), int(self.zeros), *self.limits
             return ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *one), *one).to(weight.dtype)  # type: ignore[no-any-return]
-        each = step, zeros, quantizer.layout.dim, *grid
-        return ops.dequantize_per_channel(ops.quantize_per_channel(x, *each), *each).to(weight.dtype)  # type: ignore[no-any-return]
+        if self.by_operators:
+            each = self.step, self.zeros, self.layout.dim, *self.limits
+            return ops.dequantize_per_channel(ops.quantize_per_channel(x, *each), *each).to(weight.dtype)  # type: ignore[no-any-return]
+        step, zero_point, bits = (spread(part, weight) for part in (self.step, self.zero_point, self.bits))
+        offset = torch.remainder(-zero_point, 1.0)
+        levels = (self.layout.split(x) * step.reciprocal() - offset).round() + offset
+        levels = torch.minimum(torch.maximum(levels, -zero_point), torch.exp2(bits) - 1 - zero_point)
+        return self.layout.join(levels * step).to(weight.dtype)
 
-    return rounded
+
+def _drop(model: nn.Module, parameters: set[int]) -> None:
+    """Put tensors of one element that look like them in the place of parameters that nothing reads any more."""
+    for module in model.modules():
+        lost = {name: p for name, p in module._parameters.items() if id(p) in parameters and p is not None}
+        for name, parameter in lost.items():
+            empty = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+            del module._parameters[name]
+            setattr(module, name, empty)  # recurrent modules put it into their list of weights, too
 
 
 def _signed(integers: IntegerWeight) -> tuple[Tensor, Tensor, Tensor]:

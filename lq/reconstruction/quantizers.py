@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lq.histogram import Reduce
 from lq.interception import SharedQuantizer
-from lq.quantizer import ActivationQuantizer, WeightQuantizer
+from lq.quantizer import ActivationQuantizer
 from lq.reconstruction.capture import Inputs, call
 from lq.reconstruction.units import Unit
 from lq.rounding import WeightGrid
 from lq.rounding.feedback import Correlation
 from lq.sites import float_weight, weight_quantizer
+from lq.weight_quantizer import WeightQuantizer
 
 
 class UnitQuantizers:

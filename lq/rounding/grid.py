@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional import Bound, round_to_grid
-from lq.quantizer import WeightQuantizer
+from lq.weight_quantizer import WeightQuantizer
 
 
 class WeightGrid:

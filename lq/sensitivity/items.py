@@ -10,9 +10,10 @@ from lq.calibration import eval_mode
 from lq.channels import ChannelLayout
 from lq.errors import StateError
 from lq.functional import round_to_grid
-from lq.quantizer import ActivationQuantizer, WeightQuantizer
+from lq.quantizer import ActivationQuantizer
 from lq.sensitivity.contraction import by_sample
 from lq.sites import quantizers
+from lq.weight_quantizer import WeightQuantizer
 
 # Changes of a weight are kept between batches if all of them together are below this, in bytes.
 _KEEP = 2 << 30

@@ -372,6 +372,28 @@ def test_averaged_weights_are_exported(make, suffix, last, tmp_path):
         assert not torch.allclose(found, plain.net.eval()(x()), rtol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
+def test_trainers_of_other_types(precision, suffix, tmp_path):
+    """ONNX files compute in float32, and say so; the others are the module to the bit."""
+    module, path = tiny(), tmp_path / f"m{suffix}"
+    export = ExportModel(path)
+    fit(module, [Quantize(4, 8), export], max_epochs=1, precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float64
+    given = next(iter(loader()))[0]
+    assert module.net[0].bias.dtype == dtype
+    with torch.no_grad():
+        expected = module.net.eval()(given.to(dtype))
+        if suffix == ".onnx":
+            found = torch.from_numpy(run(path, given)[0])
+            assert any("the file computes in float32" in note for note in export.report.notes)
+            assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+        elif suffix == ".pt2":
+            assert torch.equal(torch.export.load(path).module()(given.to(dtype)), expected)
+        else:
+            assert torch.equal(lq.load(path, tiny(5).net.to(dtype)).eval()(given.to(dtype)), expected)
+
+
 def compiled(**options):
     module = tiny()
     module.net = torch.compile(module.net, backend="eager")

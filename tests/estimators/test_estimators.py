@@ -9,8 +9,9 @@ import lq
 import lq.functional
 from lq.channels import ChannelLayout
 from lq.estimators import ESTIMATORS, EWGS, LSQ, AdaptiveEWGS, LSQPlus, NoiseScale, estimator
-from lq.quantizer import ActivationQuantizer, WeightQuantizer
+from lq.quantizer import ActivationQuantizer
 from lq.spec import QuantSpec
+from lq.weight_quantizer import WeightQuantizer
 from tests.estimators.formulas import Case, by_row, rows, values
 
 CHANNELS, COUNT = 3, 40

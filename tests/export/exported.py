@@ -160,7 +160,10 @@ def multiplied(path, layer):
 def stored_name(path, layer):
     """The name of the integers of a layer's weight, None if it has none: those that no int8 holds keep torch's."""
     names = stored(path)
-    return next((n for n in (f"{layer}.weight", f"{layer}.parametrizations.weight.original") if n in names), None)
+    parent, _, operand = layer.rpartition(".")
+    of_call = f"{parent}.call_quantizers.{operand}.levels".lstrip(".")
+    wanted = (f"{layer}.weight", f"{layer}.parametrizations.weight.original", layer, of_call)
+    return next((name for name in wanted if name in names), None)
 
 
 def steps_of(path, kind):

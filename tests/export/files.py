@@ -11,6 +11,7 @@ from torch import Tensor
 import lq
 from lq.export.integers import settled_zero_point
 from lq.quantizer import Quantizer
+from lq.stored import stored_weights
 from tests.helpers import assert_same
 
 DIGEST = 16
@@ -68,7 +69,8 @@ def others(model):
     """What is in the state dict besides quantizers and quantized weights."""
     keys = quantizers_by_key(model)
     ours = (*(f"{key}." for key in keys), *(f"{key[:-1]}original" for key in keys if key.endswith(".weight.0")))
-    return {key: value for key, value in state(model).items() if not key.startswith(ours)}
+    of_functions = {call.key for call in stored_weights(model)}
+    return {key: value for key, value in state(model).items() if not key.startswith(ours) and key not in of_functions}
 
 
 def integers(model):

@@ -143,13 +143,22 @@ def test_names_are_those_of_layers_and_tied_layers_have_one_weight():
     assert_right(model.embed, found["embed"])
 
 
-def test_weights_of_functions_are_not_among_them():
+def test_weights_of_functions_have_the_names_of_their_operands():
     model, x = example("encoder")
     lq.calibrate(lq.attach(model, 4, 8, structure=lq.inspect(model, x), first_last=None), [x])
-    assert any("weight" in name for name in model.layers[0].self_attn.call_quantizers._modules)
+    place = next(p for p in model.layers[0].self_attn.call_quantizers._modules if p.endswith("_weight"))
+    weight, quantizer = model.layers[0].self_attn.in_proj_weight, model.layers[0].self_attn.call_quantizers[place]
     found = lq.integer_weights(model)
-    assert found and all(torch.equal(w.dequantize(), model.get_submodule(n).weight) for n, w in found.items())
+    integers = found.pop(f"layers.0.self_attn.{place}")
+    assert torch.equal(integers.dequantize(), quantizer(weight))
+    assert int(integers.codes.max()) <= 15 and integers.codes.shape == weight.shape
     assert all(weight_quantizer(model.get_submodule(name)) is not None for name in found)
+
+
+def test_weights_that_functions_compute_are_not_among_them():
+    model, x = example("odd weights")
+    lq.calibrate(lq.attach(model, 4, 8, structure=lq.inspect(model, x), first_last=None), [x])
+    assert set(lq.integer_weights(model)) == {"never_called", "matmul_0_right_weight", "einsum_0_right_weight"}
 
 
 def test_a_layer_that_is_registered_twice_has_both_names():

@@ -7,6 +7,7 @@ are tiny, and outputs are compared up to a thousandth. Errors of a grid are ten 
 
 import json
 import math
+import re
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ from tests.export.exported import (
     weights,
 )
 from tests.helpers import assert_same, hooks
-from tests.models import EXAMPLES, Block, Residual, state
+from tests.models import EXAMPLES, Block, Residual, example, state
 from tests.test_attach import images, quantized, small
 from tests.test_folding import convnet, norms, randomize
 
@@ -253,7 +254,9 @@ def test_weights_are_the_integers_of_the_model(name, files):
 def types(path):
     """Names of the types of stored weights, by name."""
     named = {name: TensorProto.DataType.Name(t.data_type) for name, t in stored(path).items()}
-    return {name: kind for name, kind in named.items() if name.endswith((".weight", ".original"))}
+    return {
+        name: kind for name, kind in named.items() if re.search(r"(\.weight|\.original|_weight(_\d+|_[ih]h)?)$", name)
+    }
 
 
 @pytest.mark.parametrize(
@@ -476,9 +479,17 @@ def test_narrow_activations_are_noted(files):
 
 
 def test_weights_of_functions_are_noted(files):
-    note = "1 weights of functions (such as nn.MultiheadAttention) are stored in float and rounded"
-    assert note in files("encoder").report.notes
-    assert not any("functions" in note for note in files("vit").report.notes)
+    assert not any("functions" in note for name in ("vit", "encoder", "text") for note in files(name).report.notes)
+
+
+def test_weights_that_functions_compute_are_noted(tmp_path):
+    model, x = example("odd weights")
+    calibrated(model, x, **few(4), first_last=None)
+    report = export_onnx(model, x, tmp_path / "m.onnx")
+    note = next(note for note in report.notes if "functions" in note)
+    assert note.startswith("2 weights of functions are stored in float: ")
+    assert "conv.conv2d_0_weight (no parameter as it is" in note and note.endswith("rounded where they are used")
+    assert relative(report) < 1e-3
 
 
 # --- biases -----------------------------------------------------------------------------------------------------------
@@ -692,6 +703,52 @@ def test_a_model_in_training_mode_and_half_precision(tmp_path):
     report = export_onnx(model.train(), x, tmp_path / "m.onnx")
     assert model.training and relative(report) < 2e-3  # half a unit in the last place of float16, and some
     assert run(tmp_path / "m.onnx", x)[0].dtype == np.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_types_that_engines_lack_are_exported_in_float32(dtype, tmp_path):
+    """With the integers of the model, and as near to it as its own type rounds."""
+    model, x = example("encoder")
+    model, x = model.to(dtype), x.to(dtype)
+    calibrated(model, x, **few(4), first_last=None)
+    expected, path = model(x).detach().double().numpy(), tmp_path / "m.onnx"
+    report = export_onnx(model, x, path)
+    assert {p.dtype for p in model.parameters() if p.ndim > 1} == {dtype}
+    assert f"the file computes in float32, where the model does in {str(dtype)[6:]}" in report.notes
+    found = run(path, x.float())[0]
+    assert found.dtype == np.float32 and report.samples == len(x)
+    bound = 0.2 if dtype == torch.bfloat16 else 0.05  # eight bits, of activations of few levels
+    assert np.abs(found - expected).max() < bound * np.abs(expected).max()
+    assert {k for n, k in types(path).items() if "linear1" in n or n.endswith("_weight")} == {"INT4"}
+
+
+class ByKernels(nn.Module):
+    """A kernel for each sample, of a bank of kernels: dynamic convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.route, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2), nn.Linear(6, 3)
+        self.bank = nn.Parameter(torch.randn(2, 6 * 4 * 9) / 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        samples, channels, *size = x.shape
+        kernels = (self.route(x.mean((2, 3))).softmax(-1) @ self.bank).view(samples * 6, 4, 3, 3)
+        x = nn.functional.conv2d(x.reshape(1, samples * channels, *size), kernels, padding=1, groups=samples)
+        return self.head(x.view(samples, 6, *size).relu().mean((2, 3)))
+
+
+def test_kernels_of_each_sample_have_the_batch_size_of_the_example(tmp_path):
+    """ONNX's convolutions have a fixed number of groups; that is said, and larger batches are compared in pieces."""
+    torch.manual_seed(0)
+    model, x = ByKernels().eval(), torch.randn(8, 3, 6, 6)
+    calibrated(model, x, **few(8), first_last=None)
+    report = export_onnx(model, x[:3], tmp_path / "m.onnx", check=[x])
+    assert "the batch size is fixed: a convolution has a group for each sample; it is the example's, 3 (example=)" in (
+        report.notes
+    )
+    assert report.samples == 6 and relative(report) < 0.02
+    assert types(tmp_path / "m.onnx")["matmul_0_right_weight"] == "INT8"
 
 
 # --- examples and checks ----------------------------------------------------------------------------------------------

@@ -240,8 +240,8 @@ HEADERS = {
     "a format of two numbers": (metadata(format="lq packed 1.5"), NO_PACKED_FILE),
     "an empty format": (metadata(format=""), NO_PACKED_FILE),
     "an older format": (metadata(format="lq packed 0"), "its checksum does not fit its content"),
-    "a newer format": (metadata(format="lq packed 3"), r"format 3 \(lq .*reads formats up to 1.*update lq"),
-    "a much newer format": (metadata(format=f"lq packed {10**30}"), "reads formats up to 1"),
+    "a newer format": (metadata(format="lq packed 3"), r"format 3 \(lq .*reads formats up to 2.*update lq"),
+    "a much newer format": (metadata(format=f"lq packed {10**30}"), "reads formats up to 2"),
     "another version": (metadata(lq="9.9"), "its checksum does not fit its content"),
     "more metadata": (metadata(more="x"), "its checksum does not fit its content"),
     "a number as metadata": (metadata(format=1), "expected a string"),
@@ -397,16 +397,14 @@ def test_indices_that_were_made_up(kind, saved, tmp_path):
 # --- other files ------------------------------------------------------------------------------------------------------
 
 
-def test_a_newer_format_names_itself_and_says_what_to_do(tmp_path, monkeypatch):
+def test_a_newer_format_names_itself_and_says_what_to_do(saved, tmp_path):
     path = tmp_path / "m.safetensors"
-    monkeypatch.setattr("lq.export.packed.FORMAT", 2)
-    monkeypatch.setattr("lq.__version__", "7.5")
-    lq.save(quantized(), path)
-    monkeypatch.undo()
+    _, index, data = parse(saved[1])
+    path.write_bytes(signed({"format": "lq packed 3", "lq": "7.5"}, json.loads(zlib.decompress(index)), data[:-16]))
     model = small()
     with pytest.raises(
         DataError,
-        match=r"m.safetensors cannot be loaded: it has format 2 \(lq 7.5\), this lq reads formats up to 1; .*update lq",
+        match=r"m.safetensors cannot be loaded: it has format 3 \(lq 7.5\), this lq reads formats up to 2; .*update lq",
     ):
         lq.load(path, model)
     assert not is_attached(model)
@@ -415,8 +413,55 @@ def test_a_newer_format_names_itself_and_says_what_to_do(tmp_path, monkeypatch):
 def test_an_older_format_is_read(tmp_path, monkeypatch):
     path, model = tmp_path / "m.safetensors", quantized()
     lq.save(model, path)
-    monkeypatch.setattr("lq.export.packed.FORMAT", 2)
+    monkeypatch.setattr("lq.export.packed.FORMAT", 3)
     assert torch.equal(lq.load(path, small().eval())(images()), model(images()))
+
+
+class ByThreeParts(nn.Module):
+    """Attention in which queries, keys and values are parts of one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, 2 * x, 3 * x)[0]
+
+
+PARTS = {
+    "undamaged": (lambda i: None, None),
+    "beyond the end": (column(6, "/32/4,1/12,4/", "/33/4,1/12,4/"), "attention.in_proj_weight has a part that is not"),
+    "before the start": (column(6, "/16/4,1/12,4/", "/-1/4,1/12,4/"), "attention.in_proj_weight has a part that is"),
+    "strides": (column(6, "/32/4,1/12,4/", "/32/8,1/12,4/"), "attention.in_proj_weight has a part that is not in it"),
+    "negative strides": (column(6, "/32/4,1/12,4/", "/47/-4,1/12,4/"), "attention.in_proj_weight has a part that is"),
+    "a larger parameter": (lambda i: _all(i, "/12,4/", "/40,4/"), "the parts of attention.in_proj_weight are not all"),
+    "a huge parameter": (lambda i: _all(i, "/12,4/", "/9999999999,4/"), "the parts of attention.in_proj_weight are no"),
+    "another parameter": (lambda i: _all(i, "in_proj_weight", "bias_of_k"), "is not of this ByThreeParts"),
+    "no stride": (column(6, "/32/4,1/12,4/", "/32/x/12,4/"), "its index cannot be read"),
+}
+
+
+def _all(index, old, new):
+    assert index[6].count(old) == 3
+    index[6] = index[6].replace(old, new)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_parts_of_parameters_that_are_not_there(kind, tmp_path):
+    change, message = PARTS[kind]
+    torch.manual_seed(0)
+    model, x, path = ByThreeParts().eval(), torch.randn(2, 3, 4), tmp_path / "m.safetensors"
+    lq.attach(model, QUICK, structure=lq.inspect(model, x))
+    lq.save(model, path)
+    path.write_bytes(rewritten(path.read_bytes(), change))
+    fresh = ByThreeParts().eval()
+    if message is None:
+        assert torch.equal(lq.load(path, fresh)(x), model(x))
+        return
+    before = state(fresh)
+    with pytest.raises(DataError, match=message):
+        lq.load(path, fresh)
+    assert_same(state(fresh), before)
 
 
 def plain(path):

@@ -12,7 +12,7 @@ import lq
 from lq.errors import DataError, StateError
 from lq.export import export_program
 from lq.export.standard import standard_form
-from lq.quantizer import WeightQuantizer
+from lq.stored import call_weights
 from tests.export.exported import Pairs, activations, calibrated, depthwise, pictures, weights
 from tests.helpers import assert_same, hooks
 from tests.models import EXAMPLES, example, state
@@ -81,14 +81,14 @@ def test_weights_are_integers(kind, programs):
     model, program = programs[kind]
     floats = {name for name, value in program.state_dict.items() if value.is_floating_point() and value.ndim > 1}
     levels = {name for name, value in program.state_dict.items() if value.dtype == torch.int8}
-    layers = lq.integer_weights(model)
-    assert levels == {f"{name}.parametrizations.weight.original" for name in layers}
-    for name, weight in layers.items():
-        stored = program.state_dict[f"{name}.parametrizations.weight.original"]
-        assert torch.equal(stored + 2 ** (weight.bits.view(-1, *[1] * (stored.ndim - 1)) - 1), weight.codes)
-    at_calls = [q for q in model.modules() if isinstance(q, WeightQuantizer) and "call_quantizers" in q.name]
-    allowed = {"odd weights", "text", "encoder", "unfused block"}  # weights of functions, a bias on scores
-    assert not floats or kind in allowed or at_calls
+    functions = {call.name: f"{call.module}.call_quantizers.{call.place}.levels" for call in call_weights(model)}
+    weights = lq.integer_weights(model)
+    keys = {n: functions.get(n, f"{n}.parametrizations.weight.original").lstrip(".") for n in weights}
+    assert levels == set(keys.values())
+    for name, weight in weights.items():
+        stored = program.state_dict[keys[name]]
+        assert torch.equal(stored + 2 ** (weight.layout.spread(weight.bits, stored) - 1), weight.codes)
+    assert not floats or kind in {"odd weights", "unfused block"}  # weights that are computed, a bias on scores
 
 
 WITHOUT_LQ = """

@@ -11,8 +11,9 @@ import lq
 from lq.errors import StateError
 from lq.export.standard import StandardActivation, StandardWeight, standard_form
 from lq.interception import CALLS, SharedQuantizer
-from lq.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from lq.quantizer import ActivationQuantizer, Quantizer
 from lq.sites import activation_quantizers, float_weight, input_quantizer, quantizers, weight_quantizer
+from lq.weight_quantizer import WeightQuantizer
 from tests.export.exported import activations, calibrated, depthwise, pictures, weights
 from tests.helpers import assert_same, hooks
 from tests.models import EXAMPLES, every_model, example, state
@@ -36,12 +37,7 @@ def alike(model, *inputs):
 
 def of_lq(model):
     """Modules of lq that are not of the standard form: weights at calls keep theirs, told what to do instead."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, (Quantizer, SharedQuantizer))
-        and not (isinstance(module, WeightQuantizer) and module.tap is not None)
-    ]
+    return [module for module in model.modules() if isinstance(module, (Quantizer, SharedQuantizer))]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -53,10 +49,6 @@ def test_every_model_and_width(kind, bits):
     model, x = example(kind)
     options = {"first_last": None, "skip": "auto", "integer": True}
     calibrated(model, x, weights=weights(bits), activations=activations(bits), **options)
-    if kind in AT_CALLS and bits in (1, 16):
-        with pytest.raises(StateError, match="weights of functions can be exported with 2 to 8 bits only"):
-            standard_form(model)
-        return
     assert alike(model, x)
     assert alike(model, EXAMPLES[kind][1].flip(0))
     made = standard_form(model)
@@ -76,11 +68,7 @@ def test_every_model_with_zero_points(kind, bits, structure):
     options = {} if structure else {"exclude": NEVER_CALLED.get(kind)}
     spec = weights(bits, symmetric=False, signed=None)
     calibrated(model, x, structure=structure, weights=spec, activations=activations(bits), first_last=None, **options)
-    if structure and kind in AT_CALLS and bits == 1:
-        with pytest.raises(StateError, match="weights of functions can be exported with 2 to 8 bits only"):
-            standard_form(model)
-    else:
-        assert alike(model, x)
+    assert alike(model, x)
 
 
 @pytest.mark.parametrize("kind", ["block", "residual", "u-net"])
@@ -354,28 +342,51 @@ def test_weights_of_functions(kind, options):
     model, x = example(kind)
     calibrated(model, x, weights=weights(4, **options), activations=activations(8))
     assert alike(model, x)
+
+
+#: Parameters that functions use, of each example; those that stay float are computed first, or fixed.
+OF_FUNCTIONS = {
+    "odd weights": {"mix", "expand"},
+    "text": {"lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_ih_l1", "lstm.weight_hh_l1"},
+    "encoder": {f"layers.{i}.self_attn.in_proj_weight" for i in range(9)},
+}
+
+
+@pytest.mark.parametrize("kind", AT_CALLS)
+def test_integers_take_the_place_of_the_parameters_of_functions(kind):
+    model, x = example(kind)
+    gone = {name for name, _ in model.named_parameters() if name in OF_FUNCTIONS[kind]}
+    values = {name: model.get_parameter(name).numel() for name in gone}
+    calibrated(model, x, weights=weights(4), activations=activations(8))
     made = standard_form(model)
-    kept = [m for m in made.modules() if isinstance(m, WeightQuantizer)]
-    assert kept and all(m.tap is not None for m in kept)
-    assert all(CALLS in name for name, m in made.named_modules() if isinstance(m, WeightQuantizer))
+    state = made.state_dict()
+    assert gone and not gone & set(state)
+    levels = {name: t for name, t in state.items() if CALLS in name and name.endswith(".levels")}
+    assert sum(t.numel() for t in levels.values()) == sum(values.values())
+    assert {t.dtype for t in levels.values()} == {torch.int8}
+    held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for m in made.modules() for t in vars(m).values()
+            if isinstance(t, torch.Tensor) and t.is_floating_point()}  # fmt: skip
+    assert max(held.values(), default=0) <= 8  # what is left in their places is one number
 
 
-def test_weights_of_functions_with_widths_by_channel():
+@pytest.mark.parametrize("widths", [[2, 4], [0, 16], [1, 3]])
+def test_weights_of_functions_with_widths_by_channel(widths):
+    for kind, call in (("encoder", "linear_0_weight"), ("odd weights", "conv.conv2d_0_weight")):
+        model, x = example(kind)
+        calibrated(model, x, weights=weights(4), activations=activations(8))
+        found = next(q for q in quantizers(model) if isinstance(q, WeightQuantizer) and call in q.name)
+        lq.set_bits(model, {found.name: widths * (found.bits.numel() // 2)})
+        model(x)
+        assert alike(model, x)
+
+
+def test_weights_of_functions_without_a_range():
     model, x = example("encoder")
-    calibrated(model, x, weights=weights(4), activations=activations(8))
-    name = next(q.name for q in quantizers(model) if isinstance(q, WeightQuantizer) and "linear_0_weight" in q.name)
-    lq.set_bits(model, {name: [2, 4] * 12})
-    model(x)
-    with pytest.raises(StateError, match=f"^{name}: weights of functions cannot be exported with widths by channel"):
-        standard_form(model)
-
-
-def test_weights_of_functions_that_never_ran_have_no_range():
-    model, x = example("encoder")
-    calibrated(model, x, weights=weights(4), activations=activations(8))
-    name = next(q.name for q in quantizers(model) if isinstance(q, WeightQuantizer) and "linear_0_weight" in q.name)
-    lq.set_bits(model, {name: 5})
-    with pytest.raises(StateError, match=rf"{name} has no range yet: run lq.calibrate\(model, batches\) first"):
+    lq.attach(model, weights(4), activations(8), structure=lq.inspect(model, x))
+    found = next(q for q in quantizers(model) if isinstance(q, WeightQuantizer) and "linear_0_weight" in q.name)
+    lq.calibrate(model, [x])
+    found.forget_range()
+    with pytest.raises(StateError, match=rf"{found.name} has no range yet: run lq.calibrate\(model, batches\) first"):
         standard_form(model)
 
 
