@@ -349,3 +349,30 @@ torch.distributed.destroy_process_group()
 def test_ddp_does_not_wait_for_gradients_of_frozen_layers(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     run_on_ranks(tmp_path / "script.py", 2, tmp_path)
+
+
+# --- Quantize alone -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["unfreeze", "by hand", "BackboneFinetuning", "clipping by parameter"])
+def test_without_fine_tuning_nothing_of_a_grid_is_learned(how):
+    class Unfreeze(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1 and how == "unfreeze":
+                pl_module.unfreeze()
+            if trainer.current_epoch == 1 and how == "by hand":
+                for p in pl_module.parameters():
+                    p.requires_grad = True
+
+        def on_after_backward(self, trainer, pl_module):
+            if how == "clipping by parameter":
+                for p in pl_module.parameters():
+                    p.requires_grad = True
+                    nn.utils.clip_grad_norm_(p, 0.1)
+
+    module, ledger = backbone(everything=True), Ledger()
+    unfreezing = BackboneFinetuning(1, lambda epoch: 1.0) if how == "BackboneFinetuning" else Unfreeze()
+    if how == "BackboneFinetuning":
+        module.everything = False
+    fit(module, [quantize(), unfreezing, ledger], max_epochs=3)
+    assert ledger.moved(0) | ledger.moved(1) | ledger.moved(2) == set()
