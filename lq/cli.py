@@ -54,23 +54,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _show(options: argparse.Namespace) -> str:
-    from lq.export.packed import read
+    from lq.export.packed import read_index
 
-    index, state = read(options.source)
+    index, _ = read_index(options.source)
     weights = [grid for grid in index.grids if grid.codes is not None]
     widths: Counter[int] = Counter()
     for grid in weights:
-        for _, count, width in grid.parts():
-            widths[width] += count
+        widths.update(grid.codes_by_width)
     codes, others = sum(grid.sizes[1] for grid in weights), sum(other.size for other in index.others)
     listed = ", ".join(f"{count} of {width} bits" for width, count in sorted(widths.items()))
+    entries = sum(1 for _ in index.keys()) + len(index.aliases)
     return "\n".join(
         [
             f"{options.source}: {options.source.stat().st_size} bytes",
             f"{len(weights)} quantized weights, {codes} bytes: {listed}",
             f"{len(index.grids) - len(weights)} ranges of activations",
             f"{len(index.others)} tensors that are not quantized, {others} bytes",
-            f"{len(state)} entries in the state dict",
+            f"{entries} entries in the state dict",
         ]
     )
 
