@@ -169,7 +169,7 @@ def _lacking(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
         norms, biases = tuple(f"{pair.norm}." for pair in gone), {f"{pair.conv}.bias" for pair in gone}
         ours = {key: value for key, value in ours.items() if f"{key.rpartition('.')[0]}." not in norms}
     missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys() - biases)
-    both = sorted(ours.keys() & theirs.keys())
+    both = sorted(key for key in ours.keys() & theirs.keys() if not key.endswith("_extra_state"))
     lacks = [f"it has no {', '.join(missing[:3])}"] if missing else []
     lacks += [f"the model has no {', '.join(unknown[:3])}"] if unknown else []
     shapes = [key for key in both if _shape(ours[key]) != _shape(theirs[key])]

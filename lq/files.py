@@ -159,6 +159,8 @@ def _require_plain_archive(path: Path) -> None:
     if not size:
         raise DataError(f"{path} is no checkpoint of tensors: it is empty")
     if start != b"PK\x03\x04":
+        if start[:1] != b"\x80":  # the pickles of older files
+            raise DataError(f"{path} is no checkpoint of tensors: torch.save writes archives, which begin otherwise")
         return
     try:
         with zipfile.ZipFile(path) as archive:
