@@ -6,7 +6,9 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+# Classes of plain values, and of all that a file can hold.
 _PLAIN = (bool, int, float, str, type(None))
+_VALUES = (*_PLAIN, list, dict)
 _LISTS = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 _MAPS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
@@ -20,7 +22,7 @@ def misfit(cls: Any, argument: str, value: Any) -> str | None:
     """
     try:
         hint = get_type_hints(cls.__init__ if inspect.isclass(cls) else cls).get(argument)
-    except Exception:  # an annotation may be anything
+    except (NameError, TypeError, AttributeError):  # an annotation may be of names that are there for checkers only
         return None
     return None if hint is None or _fits(value, hint) else _said(hint)
 
@@ -28,33 +30,37 @@ def misfit(cls: Any, argument: str, value: Any) -> str | None:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value has a type; True where that cannot be known."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in arguments)
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in arguments)
     kind = origin or hint
-    if kind in _PLAIN:
-        wanted = (int, float) if kind is float else kind if isinstance(kind, type) else type(None)
-        return isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
-    if kind is Path:
-        return isinstance(value, (str, Path))
-    if kind in _MAPS:
-        if not isinstance(value, dict):
-            return False
-        return len(arguments) != 2 or all(
-            _fits(key, arguments[0]) and _fits(part, arguments[1]) for key, part in value.items()
-        )
-    if kind in _LISTS:
-        if kind is not tuple or arguments[-1:] == (...,):
-            return isinstance(value, (list, tuple)) and all(_fits(part, arguments[0]) for part in value if arguments)
-        return isinstance(value, (list, tuple)) and (
-            not arguments or (len(arguments) == len(value) and all(map(_fits, value, arguments)))
-        )
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if kind in _MAPS or kind in _LISTS:
+        return _fits_parts(value, kind, arguments)
+    if kind is Literal:
+        return any(value == one and type(value) is type(one) for one in arguments)
+    return _is_a(value, kind)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a class; plain ones strictly, others are left to the class that takes them."""
     if kind is collections.abc.Callable:
         return callable(value)
-    if inspect.isclass(kind) and isinstance(value, (*_PLAIN, list, dict)):
-        return issubclass(type(value), kind) if not getattr(kind, "_is_protocol", False) else False
-    return True
+    if not isinstance(value, _VALUES):
+        return kind not in _PLAIN
+    accepted = {float: (int, float), Path: (str, Path), None: (type(None),)}.get(kind, (kind,))
+    classes = [type(value), object] if isinstance(value, bool) else type(value).__mro__
+    return not (inspect.isclass(kind) or kind is None) or not set(accepted).isdisjoint(classes)
+
+
+def _fits_parts(value: Any, kind: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether a value is a list or a mapping of parts that fit."""
+    if not isinstance(value, dict if kind in _MAPS else (list, tuple)):
+        return False
+    if kind in _MAPS:
+        pairs = zip(*[iter(arguments)] * 2, strict=False)
+        return all(_fits(k, one) and _fits(v, other) for one, other in pairs for k, v in value.items())
+    if kind is tuple and arguments and arguments[-1] is not ...:
+        return len(arguments) == len(value) and all(map(_fits, value, arguments))
+    return all(_fits(part, one) for one in arguments[:1] for part in value)
 
 
 def _said(hint: Any) -> str:

@@ -311,7 +311,8 @@ def _widths(key: str, bits: Any, *, per_channel: bool) -> int | tuple[int, ...]:
         raise DataError(f"{key} should be a tensor of widths, it is {_kind(bits) or bits!r}")
     values = bits.flatten().tolist()
     if bits.ndim > per_channel or not values or not all(0 <= width <= 16 for width in values):
-        raise DataError(f"{key} should be {'one width a channel' if per_channel else 'a width'}, from 0 to 8 or 16 bits")
+        expected = "one width for each channel" if per_channel else "one width"
+        raise DataError(f"{key} should be {expected}, from 0 to 8 or 16 bits; it has the shape {tuple(bits.shape)}")
     integers = [width if (width := math.ceil(b)) <= 8 else 16 for b in values]
     return integers[0] if bits.ndim == 0 else tuple(integers)
 

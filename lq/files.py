@@ -178,7 +178,7 @@ def _reason(error: Exception) -> str:
     """One line on why torch could not read a file."""
     text = " ".join(str(error).split()) or type(error).__name__
     other = re.search(r"Unsupported (?:global|class|operand|operand type):? (?:GLOBAL )?([\w.]+)", text)
-    if other or "weights_only" in text.lower() and "GLOBAL" in text:
+    if other or ("weights_only" in text.lower() and "GLOBAL" in text):
         name = other[1] if other else "something"
         return (
             f"it holds a {name} besides tensors and plain values, and lq unpickles nothing else; save the weights "

@@ -18,7 +18,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     loader = yaml.SafeLoader(text)
-    loader.yaml_implicit_resolvers = _with_floats(loader.yaml_implicit_resolvers)  # type: ignore[misc]
+    loader.yaml_implicit_resolvers = _with_floats(loader.yaml_implicit_resolvers)
     try:
         node = loader.get_single_node()
         if node is None:

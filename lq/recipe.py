@@ -30,9 +30,7 @@ _OBJECTS = ("lq",)
 # Largest recipe, in bytes.
 _LIMIT = 1 << 18
 
-_ENTRY = schema.record(
-    {"class_path": schema.text}, {"init_args": schema.optional(schema.mapping(lambda value: value))}
-)
+_ENTRY = schema.record({"class_path": schema.text}, {"init_args": schema.optional(schema.mapping(lambda value: value))})
 _RECIPE = schema.record({"trainer": schema.record({"callbacks+": schema.array(_ENTRY)})})
 
 
@@ -120,7 +118,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         entries = schema.read(content, _RECIPE)["trainer"]["callbacks+"]
     except DataError as error:
         raise RecipeError(
-            f"{path.name} is no recipe: expected callbacks under 'trainer', 'callbacks+', each with a class_path; {error}"
+            f"{path.name} is no recipe: expected callbacks under 'trainer', 'callbacks+', each with a class_path; "
+            f"{error}"
         ) from error
     return [{"class_path": entry["class_path"], "init_args": entry.get("init_args") or {}} for entry in entries]
 
@@ -134,14 +133,15 @@ def _require_trusted(class_path: object, trust: Sequence[str], path: Path, modul
         raise RecipeError(f"trust={trust!r}: expected a list of packages, such as [{trust!r}]")
     words = class_path.split(".") if isinstance(class_path, str) else []
     if len(words) < 2 or not all(word.isidentifier() and not word.startswith("_") for word in words):
-        raise RecipeError(f"{path.name}: {schema.shown(class_path)} is no name of a class such as lq.callbacks.Quantize")
+        given = schema.shown(class_path)
+        raise RecipeError(f"{path.name}: {given} is no name of a class, such as lq.callbacks.Quantize")
     module = ".".join(words[:-1])
     if module not in modules and not any(_is_in(module, package) for package in (*_PACKAGES, *trust)):
         near = difflib.get_close_matches(module, _PACKAGES, n=1, cutoff=0.8)
         hint = f" (did you mean {near[0]}.{words[-1]}?)" if near else ""
         raise RecipeError(
-            f"{path.name}: {class_path} is none of the callbacks of lq and Lightning{hint}; nothing of it was imported. "
-            "If it is of a package that you trust, name that in lq.recipe(..., trust=[...])"
+            f"{path.name}: {class_path} is none of the callbacks of lq and Lightning{hint}; nothing of it was "
+            "imported. If it is of a package that you trust, name that in lq.recipe(..., trust=[...])"
         )
 
 

@@ -22,14 +22,17 @@ from lq.spec import check_bits
 
 T = TypeVar("T")
 
-#: Takes a value and returns it; raises `Mismatch` if it is another than expected.
+#: Takes a value and returns it; raises `MismatchError` if it is another than expected.
 Check = Callable[[Any], Any]
 
 #: Largest count in a file: of channels, values, samples.
 COUNT = 1 << 53
 
+# Numbers below that are finite.
+_LARGEST = 1 << 1023
 
-class Mismatch(Exception):
+
+class MismatchError(Exception):
     """A value is not what was expected.
 
     Args:
@@ -43,7 +46,7 @@ class Mismatch(Exception):
         self.value = value
         self.place = ""
 
-    def inside(self, place: str) -> "Mismatch":
+    def inside(self, place: str) -> "MismatchError":
         """This error, of a part at `place` of a larger value."""
         joint = "" if not self.place or self.place.startswith("[") else "."
         self.place = f"{place}{joint}{self.place}"
@@ -62,7 +65,7 @@ def read(value: Any, check: Check) -> Any:
     """
     try:
         return check(value)
-    except Mismatch as error:
+    except MismatchError as error:
         raise DataError(str(error)) from error
 
 
@@ -76,19 +79,19 @@ def shown(value: object) -> str:
 def text(value: Any) -> str:
     """A text that can be printed."""
     if not isinstance(value, str):
-        raise Mismatch("a text", value)
+        raise MismatchError("a text", value)
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise Mismatch("a text in Unicode", value) from error
+            raise MismatchError("a text in Unicode", value) from error
     return value
 
 
 def boolean(value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
-        raise Mismatch("true or false", value)
+        raise MismatchError("true or false", value)
     return value
 
 
@@ -97,7 +100,9 @@ def integer(least: int = 0, most: int = COUNT) -> Check:
 
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise Mismatch("an integer" + (f" of {least} or more" if value is not True and most == COUNT else ""), value)
+            raise MismatchError(
+                f"an integer of {least} or more" if most == COUNT else f"an integer, {least}-{most}", value
+            )
         return value
 
     return check
@@ -108,12 +113,11 @@ def number(least: float = -math.inf, *, nan: bool = False) -> Check:
 
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise Mismatch("a number", value)
-        if nan and value != value:
-            return float(value)
-        if not math.isfinite(value) or value < least:
-            raise Mismatch("a finite number" + (f" of at least {least:g}" if math.isfinite(least) else ""), value)
-        return float(value)
+            raise MismatchError("a number", value)
+        found = float(value) if abs(value) < _LARGEST or math.isnan(value) else math.inf
+        if not (math.isfinite(found) and found >= least) and not (nan and math.isnan(found)):
+            raise MismatchError("a finite number" + (f" of at least {least:g}" if math.isfinite(least) else ""), value)
+        return found
 
     return check
 
@@ -123,7 +127,7 @@ def width(value: Any) -> int:
     try:
         return check_bits(value)
     except SpecError as error:
-        raise Mismatch("a width, an integer from 0 to 8 or 16", value) from error
+        raise MismatchError("a width, an integer from 0 to 8 or 16", value) from error
 
 
 def optional(check: Check) -> Check:
@@ -136,7 +140,7 @@ def choice(*values: str) -> Check:
 
     def check(value: Any) -> str:
         if not isinstance(value, str) or value not in values:
-            raise Mismatch(" or ".join(map(repr, values)), value)
+            raise MismatchError(" or ".join(map(repr, values)), value)
         return value
 
     return check
@@ -148,12 +152,12 @@ def array(check: Check, *, least: int = 0, most: int | None = None, into: Callab
 
     def checked(value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) < least or (most is not None and len(value) > most):
-            raise Mismatch(f"a list{size}", value)
+            raise MismatchError(f"a list{size}", value)
         found = []
         for i, part in enumerate(value):
             try:
                 found.append(check(part))
-            except Mismatch as error:
+            except MismatchError as error:
                 raise error.inside(f"[{i}]") from None
         return into(found)
 
@@ -165,7 +169,7 @@ def mapping(check: Check, *, key: Check = text) -> Check:
 
     def checked(value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
-            raise Mismatch("an object", value)
+            raise MismatchError("an object", value)
         return {_at(name, key, name): _at(name, check, part) for name, part in value.items()}
 
     return checked
@@ -177,15 +181,15 @@ def record(fields: Mapping[str, Check], optional_fields: Mapping[str, Check] | N
 
     def checked(value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
-            raise Mismatch(f"an object with {', '.join(map(repr, fields or known))}", value)
+            raise MismatchError(f"an object with {', '.join(map(repr, fields or known))}", value)
         for name in fields:
             if name not in value:
-                raise Mismatch(f"the key {name!r}", value)
+                raise MismatchError(f"the key {name!r}", value)
         for name in value:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
                 hint = f"; did you mean {near[0]!r}?" if near else f", only {', '.join(map(repr, known))}"
-                raise Mismatch(f"no key {shown(name)}{hint}", value)
+                raise MismatchError(f"no key {shown(name)}{hint}", value)
         return {name: _at(name, known[name], part) for name, part in value.items()}
 
     return checked
@@ -194,5 +198,5 @@ def record(fields: Mapping[str, Check], optional_fields: Mapping[str, Check] | N
 def _at(name: object, check: Check, value: Any) -> Any:
     try:
         return check(value)
-    except Mismatch as error:
+    except MismatchError as error:
         raise error.inside(name if isinstance(name, str) else shown(name)) from None

@@ -204,7 +204,7 @@ def _place(value: Any) -> str:
     """A place of a site: of a module, or of one of its calls, with the number of the call."""
     found = schema.text(value)
     if found not in ("weight", "input", "output") and not any(word.isdigit() for word in found.split("_")):
-        raise schema.Mismatch("'weight', 'input', 'output' or an operand such as 'matmul_0_left'", value)
+        raise schema.MismatchError("'weight', 'input', 'output' or an operand such as 'matmul_0_left'", value)
     return found
 
 

@@ -124,7 +124,7 @@ class Sensitivity:
 def _numbers(check: schema.Check) -> schema.Check:
     def into(values: list[Any]) -> Array:
         if len({len(value) for value in values if isinstance(value, list)}) > 1:
-            raise schema.Mismatch("rows of one length", values)
+            raise schema.MismatchError("rows of one length", values)
         return np.array(values, dtype=float)
 
     return schema.array(check, into=into)
