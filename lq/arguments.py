@@ -46,6 +46,8 @@ def _is_a(value: Any, kind: Any) -> bool:
         return callable(value)
     if not isinstance(value, _VALUES):
         return kind not in _PLAIN
+    if kind in (Any, object):
+        return True
     accepted = {float: (int, float), Path: (str, Path), None: (type(None),)}.get(kind, (kind,))
     classes = [type(value), object] if isinstance(value, bool) else type(value).__mro__
     return not (inspect.isclass(kind) or kind is None) or not set(accepted).isdisjoint(classes)
@@ -53,11 +55,14 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 def _fits_parts(value: Any, kind: Any, arguments: tuple[Any, ...]) -> bool:
     """Whether a value is a list or a mapping of parts that fit."""
-    if not isinstance(value, dict if kind in _MAPS else (list, tuple)):
-        return False
     if kind in _MAPS:
-        pairs = zip(*[iter(arguments)] * 2, strict=False)
-        return all(_fits(k, one) and _fits(v, other) for one, other in pairs for k, v in value.items())
+        pairs = value.items() if isinstance(value, dict) else ()
+        known = len(arguments) == 2
+        return isinstance(value, dict) and all(
+            not known or (_fits(key, arguments[0]) and _fits(part, arguments[1])) for key, part in pairs
+        )
+    if not isinstance(value, (list, tuple)):
+        return False
     if kind is tuple and arguments and arguments[-1] is not ...:
         return len(arguments) == len(value) and all(map(_fits, value, arguments))
     return all(_fits(part, one) for one in arguments[:1] for part in value)

@@ -18,6 +18,7 @@ from torch import nn
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights, quantized_weights
+from lq.export.opsets import NEWEST_LOWERED, OLDEST, lowered
 from lq.export.program import Example, exported
 from lq.export.running import compare
 from lq.export.standard import standard_form
@@ -92,12 +93,14 @@ def export_onnx(
         example: what it is called with: a batch, a tuple of arguments, or a dict of keyword arguments.
         path: the file.
         check: whether to run the file in onnxruntime on the example, or further batches to run it on.
-        opset: version of ONNX's operators; None: 21, and 25 for weights of 2 bits.
+        opset: version of ONNX's operators; None: 21, and 25 for weights of 2 bits. Weights of more than 4 bits, and
+            activations of any width, can go down to 13.
 
     Raises:
         StateError: if the model has no quantizers, one of them no range, widths are still being learned, or a package
             is missing (``pip install lq-lightning[export]``).
-        DataError: if torch cannot export the model, or onnxruntime cannot run the file; no file is written.
+        DataError: if torch cannot export the model, if it needs a later opset, or if onnxruntime cannot run the file;
+            no file is written.
     """
     onnx = _require("onnx")
     _require("onnxscript")
@@ -108,21 +111,21 @@ def export_onnx(
         raise DataError(f"torch.export cannot export {type(model).__name__}: {reason}")
     notes = [f"the batch size is fixed: {reason}"] if reason else []
     notes += _notes(model)
-    few = any(int(weight.bits.max()) <= 2 for weight in integer_weights(model).values())
-    opset = opset or (OPSET_OF_INT2 if few else OPSET)
-    if opset < OPSET:
-        raise DataError(f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}")
+    opset = _opset(model, opset)
+    of_torch = max(opset, NEWEST_LOWERED)
     try:
-        made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+        made = torch.onnx.export(program, dynamo=True, opset_version=of_torch, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise DataError(f"torch.onnx cannot export {type(model).__name__}: {cause}") from error
     proto = made.model_proto  # type: ignore[union-attr]
-    if opset not in [found.version for found in proto.opset_import if found.domain == ""]:
+    if of_torch not in [found.version for found in proto.opset_import if found.domain == ""]:
         raise DataError(f"opset={opset} is not one that torch {torch.__version__} exports")
     graph = Graph(proto)
-    graph.optimize(two_bits=opset >= OPSET_OF_INT2)
+    graph.optimize(two_bits=opset >= OPSET_OF_INT2, four_bits=opset >= OPSET)
     graph.write()
+    if opset < OPSET:
+        lowered(proto, opset)
     proto.producer_name = "lq"
     onnx.checker.check_model(proto, full_check=True)
     with whole_file(path) as unfinished, _taken_over(model, graph, notes):
@@ -135,6 +138,23 @@ def export_onnx(
     with whole_file(path.with_suffix(".report.json")) as unfinished:
         unfinished.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return report
+
+
+def _opset(model: nn.Module, opset: int | None) -> int:
+    """The opset that was asked for, if it has the types of the weights; by default the first that has."""
+    widths = {name: int(weight.bits.max()) for name, weight in integer_weights(model).items()}
+    if opset is None:
+        return OPSET_OF_INT2 if any(bits <= 2 for bits in widths.values()) else OPSET
+    if opset < OLDEST:
+        raise DataError(f"opset={opset}: steps for each channel need {OLDEST} or more")
+    few = [name for name, bits in widths.items() if bits <= 4]
+    if opset < OPSET and few:
+        listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
+        raise DataError(
+            f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}; {listed} would be "
+            "stored in 8 bits: quantize them to more than 4 bits, or choose a later opset"
+        )
+    return opset
 
 
 @contextmanager
