@@ -150,6 +150,9 @@ def require_fit(model: nn.Module, state_dict: Mapping[str, Any], source: str = "
         shapes = {part: _shape(state_dict[f"{name}.{part}"]) for part in _STATE if f"{name}.{part}" in state_dict}
         if len(shapes) < len(_STATE) or len(set(shapes.values())) > 1:
             raise DataError(f"the quantizer {name!r} in {source} should have {', '.join(_STATE)} of one shape")
+        kinds = {_kind(state_dict[f"{name}.{part}"]) for part in _STATE} - {None, "floats"}
+        if kinds:
+            raise DataError(f"the quantizer {name!r} in {source} should have floats, it has {kinds.pop()}")
         shape, weight = shapes["bits"], float_weight(modules[site.module]) if site.place == "weight" else None
         if site.place == "weight" and (weight is None or f"{name.removesuffix('0')}original" not in state_dict):
             raise DataError(f"{source} has the quantizer {name!r}, and no weight for it")

@@ -17,9 +17,9 @@ def parse_yaml(text: str) -> Any:
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
-    loader.yaml_implicit_resolvers = _with_floats(loader.yaml_implicit_resolvers)
     try:
+        loader = yaml.SafeLoader(text)
+        loader.yaml_implicit_resolvers = _with_floats(loader.yaml_implicit_resolvers)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -35,8 +35,6 @@ def parse_yaml(text: str) -> Any:
         raise
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise DataError(f"no YAML of plain values: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        loader.dispose()
 
 
 def _with_floats(resolvers: dict[str, Any]) -> dict[str, Any]:

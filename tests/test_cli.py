@@ -225,7 +225,10 @@ OTHER = {
     "wrong argument": (["--model-args", "depth=9"], ".*unexpected keyword argument 'depth'; give the name of a timm"),
     "no argument": (["--model-args", "width"], "--model-args width: expected KEY=VALUE"),
     "a model that fails": (["--model", f"{__name__}:fails", "--model-args", "error=runtime"], ".*out of order"),
-    "an old opset": (["--output", "o.onnx", "--input-size", "4", "--opset", "9"], "opset=9: steps for each channel need 13"),
+    "an old opset": (
+        ["--output", "o.onnx", "--input-size", "4", "--opset", "9"],
+        "opset=9: steps for each channel need 13",
+    ),
     "another size": (["--output", "o.pt2", "--input-size", "5"], "torch.export cannot export Sequential: "),
 }
 

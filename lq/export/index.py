@@ -278,7 +278,10 @@ def _joined(texts: Iterable[str]) -> str:
 
 
 def _split(text: str, count: int) -> list[str]:
-    return text.split("\n") if count else []
+    found = text.split("\n") if count else []
+    if len(found) != count:
+        raise ValueError(f"a column has {len(found)} entries, not {count}")
+    return found
 
 
 def _short(key: str) -> str:

@@ -126,7 +126,9 @@ class _Lowered:
                 node.attribute.remove(attribute)
 
     def _error(self, node: Any, reason: str) -> DataError:
-        return DataError(f"opset={self.opset} is too old for {node.op_type} ({node.name}), {reason}; choose a later one")
+        return DataError(
+            f"opset={self.opset} is too old for {node.op_type} ({node.name}), {reason}; choose a later one"
+        )
 
     # --- operators that are written differently -----------------------------------------------------------------------
 
