@@ -301,7 +301,7 @@ class Quantize(pl.Callback):
         """The structure given, or found by running the module; None if it could not be run."""
         if self.structure is not None:
             given = self.structure
-            found = given if isinstance(given, Structure) else Structure.from_json(Path(given).read_text())
+            found = given if isinstance(given, Structure) else Structure.load(given)
             missing = {site.module for site in found.sites} - dict(module.named_modules()).keys()
             return found.under(common_module(module)[0]) if missing else found
         try:

@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from lq import schema
 from lq.allocation import Problem
 from lq.allocation import solver as solver_of
 from lq.allocation.products import merge
 from lq.budget import Budget, Costs, parse_budget
 from lq.counting import Counting, Item, Limit
 from lq.errors import DataError, NoEffectWarning, SpecError
+from lq.files import named, parse_json, read_text
 from lq.patterns import select
 from lq.sensitivity.table import Sensitivity
 from lq.sites import quantizers
@@ -31,6 +33,20 @@ from lq.tables import Table
 Array = NDArray[np.float64]
 Granularity = Literal["layer", "channel"]
 Joint = Literal["joint"]
+
+# What a saved allocation looks like.
+_WIDTHS = schema.array(schema.width, least=1, into=tuple)
+_ALLOCATION = schema.record(
+    {
+        "weights": schema.mapping(lambda bits: _WIDTHS(bits) if isinstance(bits, list) else schema.width(bits)),
+        "activations": schema.mapping(schema.width),
+        "loss": schema.number(),
+        "bound": schema.number(),
+        "costs": schema.mapping(schema.text),
+        "metric": schema.text,
+        "solver": schema.text,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -81,20 +97,19 @@ class Allocation:
             DataError: if `text` is something else.
         """
         try:
-            values = json.loads(text)
-            weights = {
-                name: check_bits(bits) if isinstance(bits, int) else tuple(map(check_bits, bits))
-                for name, bits in values.pop("weights").items()
-            }
-            activations = {name: check_bits(bits) for name, bits in values.pop("activations").items()}
-            return cls(weights=weights, activations=activations, **values)
-        except (KeyError, TypeError, AttributeError, SpecError, json.JSONDecodeError) as error:
+            return cls(**schema.read(parse_json(text), _ALLOCATION))
+        except DataError as error:
             raise DataError(f"not a saved allocation: {error}; write allocation.to_json() to the file") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Allocation":
-        """The allocation saved in a JSON file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """The allocation saved in a JSON file.
+
+        Raises:
+            DataError: if there is no such file, or it holds something else.
+        """
+        with named(path):
+            return cls.from_json(read_text(path))
 
     def table(self) -> Table:
         """Widths by layer, ready to be shown."""

@@ -11,6 +11,7 @@ r"""Budgets: how much a model's widths may cost, in bits, bytes, bit operations 
 """
 
 import csv
+import io
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import Literal
 from torch import nn
 
 from lq.errors import DataError, SpecError
+from lq.files import read_text
 from lq.quantizer import Quantizer
 from lq.report import FLOAT_BITS, summary
 from lq.sites import (
@@ -33,6 +35,7 @@ from lq.sites import (
     require_attached,
     weight_quantizer,
 )
+from lq.spec import check_bits
 from lq.stored import call_weights, stored_weights
 
 Kind = Literal["bits", "compression", "bytes", "bitops", "latency"]
@@ -127,35 +130,48 @@ def read_latencies(path: str | Path) -> dict[str, dict[tuple[int, int | None], f
     """Latency by layer and (bits, input bits), from a CSV.
 
     Raises:
-        DataError: if columns or numbers are missing.
+        DataError: if there is no such file, if columns, rows or numbers are missing, or a latency is there twice.
     """
     table: dict[str, dict[tuple[int, int | None], float]] = {}
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = {"layer", "bits", "latency"} - set(reader.fieldnames or ())
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        names = list(reader.fieldnames or ())
+        missing = {"layer", "bits", "latency"} - set(names)
         if missing:
             raise DataError(
                 f"{path} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(sorted(missing))}; a latency "
                 "table has the columns layer, bits, latency and, on request, input_bits"
             )
-        for line, row in enumerate(reader, 2):
-            try:
-                given = row.get("input_bits")
-                key = int(row["bits"]), int(given) if given else None
-                latency = float(row["latency"])
-                if not 0 <= latency < math.inf:
-                    raise ValueError(f"a latency of {latency}")
-                if key in table.setdefault(row["layer"], {}):
-                    raise ValueError(f"layer {row['layer']!r} has {key[0]} bits twice")
-                table[row["layer"]][key] = latency
-            except (TypeError, ValueError) as error:
-                raise DataError(
-                    f"{path}, line {line}: {error}; bits are integers, latencies finite numbers from 0 on"
-                ) from error
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{path}, line 1: the column {twice!r} is there twice")
+        for row in reader:
+            layer, key, latency = _latency(row)
+            if key in table.setdefault(layer, {}):
+                raise ValueError(f"{layer!r} at these widths is there twice")
+            table[layer][key] = latency
+    except (ValueError, csv.Error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}, line {reader.line_num}: {error}; bits are integers, latencies numbers") from error
     if not any(latency for rows in table.values() for latency in rows.values()):
         said = "has no rows" if not table else "has no latency above 0"
         raise DataError(f"{path} {said}; a latency table has a row for each layer and width, with the time measured")
     return table
+
+
+def _latency(row: Mapping[str | None, object]) -> tuple[str, tuple[int, int | None], float]:
+    """Layer, widths and latency of a row of a table."""
+    if None in row:
+        raise ValueError("it has more cells than columns")
+    lacking = [name for name in ("layer", "bits", "latency") if row[name] is None]
+    if lacking:
+        raise ValueError(f"it has no {lacking[0]}")
+    given, latency = row.get("input_bits"), float(str(row["latency"]))
+    if not math.isfinite(latency) or latency < 0:
+        raise ValueError(f"latency {row['latency']!r} is no finite number of 0 or more")
+    widths = check_bits(int(str(row["bits"]))), check_bits(int(str(given))) if given else None
+    return str(row["layer"]), widths, latency
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from lq.checkpoint import load
+from lq.checkpoint import load, part_of, read_state_dict
 from lq.errors import DataError, LqError
 from lq.export import FORMATS, export_onnx, export_program, save
+from lq.export.packed import SUFFIX, read_index
+from lq.files import named, require_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,36 +44,43 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("source", type=Path, help="a packed file")
     show.set_defaults(run=_show)
     export = commands.add_parser("export", help="write a quantized model as ONNX, torch.export program or packed file")
-    export.add_argument("source", type=Path, help="a packed file, or a checkpoint of a quantized model")
     export.add_argument(
-        "--model", required=True, help="name of a timm model, or module:function that builds the float one"
+        "source", type=Path, help="a packed file, or a checkpoint of a quantized model or of a module that holds it"
+    )
+    export.add_argument(
+        "--model",
+        required=True,
+        help="name of a timm model, or module:function that builds the float one; a module of this folder, too",
+    )
+    export.add_argument(
+        "--part", metavar="NAME", help="name of the model in the checkpoint, such as net; by default the one that fits"
     )
     export.add_argument("--model-args", nargs="*", default=[], metavar="KEY=VALUE", help="such as num_classes=10")
     export.add_argument("--output", type=Path, required=True, help="file ending in .onnx, .pt2 or .safetensors")
     export.add_argument("--input-size", nargs="+", type=int, metavar="N", help="of one sample, such as 3 224 224")
-    export.add_argument("--opset", type=int, help="version of ONNX's operators; 21, or 25 for weights of 2 bits")
+    export.add_argument(
+        "--opset", type=int, help="version of ONNX's operators, from 13 on; 21, or 25 for weights of 2 bits"
+    )
     export.set_defaults(run=_export)
     return parser
 
 
 def _show(options: argparse.Namespace) -> str:
-    from lq.export.packed import read
-
-    index, state = read(options.source)
+    index, _ = read_index(options.source)
     weights = [grid for grid in index.grids if grid.codes is not None]
     widths: Counter[int] = Counter()
     for grid in weights:
-        for _, count, width in grid.parts():
-            widths[width] += count
+        widths.update(grid.codes_by_width)
     codes, others = sum(grid.sizes[1] for grid in weights), sum(other.size for other in index.others)
     listed = ", ".join(f"{count} of {width} bits" for width, count in sorted(widths.items()))
+    entries = len(list(index.keys())) + len(index.aliases)
     return "\n".join(
         [
             f"{options.source}: {options.source.stat().st_size} bytes",
             f"{len(weights)} quantized weights, {codes} bytes: {listed}",
             f"{len(index.grids) - len(weights)} ranges of activations",
             f"{len(index.others)} tensors that are not quantized, {others} bytes",
-            f"{len(state)} entries in the state dict",
+            f"{entries} entries in the state dict",
         ]
     )
 
@@ -79,14 +89,31 @@ def _export(options: argparse.Namespace) -> str:
     output: Path = options.output
     if output.suffix not in FORMATS:
         raise DataError(f"--output {output}: the name should end in one of {', '.join(FORMATS)}")
-    model = load(options.source, _built(options.model, options.model_args)).eval()
+    model, part = _loaded(options)
+    note = f"{options.source}: took its part {part!r}\n" if part else ""
     if output.suffix == ".onnx":
-        return str(export_onnx(model, _example(model, options), output, opset=options.opset))
+        return f"{note}{export_onnx(model, _example(model, options), output, opset=options.opset)}"
     if output.suffix == ".pt2":
         export_program(model, _example(model, options), output)
     else:
         save(model, output)
-    return f"{output}: {output.stat().st_size / 1e6:.2f} MB"
+    return f"{note}{output}: {output.stat().st_size / 1e6:.2f} MB"
+
+
+def _loaded(options: argparse.Namespace) -> tuple[nn.Module, str]:
+    """The quantized model, and the name of the part of the checkpoint that it is."""
+    source: Path = options.source
+    if source.suffix == SUFFIX:
+        require_file(source)  # before a model is built
+        return load(source, _built(options.model, options.model_args), part=options.part).eval(), ""
+    state_dict = read_state_dict(source)
+    model = _built(options.model, options.model_args)
+    with named(source):
+        try:
+            part = part_of(state_dict, model) if options.part is None else options.part
+        except DataError as error:
+            raise DataError(str(error).replace("choose one by part=", "choose one by --part")) from error
+        return load(state_dict, model, part=part).eval(), part
 
 
 def _built(name: str, pairs: Sequence[str]) -> nn.Module:
@@ -96,7 +123,7 @@ def _built(name: str, pairs: Sequence[str]) -> nn.Module:
     place, _, function = name.partition(":")
     try:
         arguments = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
-        build = getattr(importlib.import_module(place), function) if function else _timm(place)
+        build = getattr(_module(place), function) if function else _timm(place)
         model = build(**arguments)
     except Exception as error:  # what user code raises
         cause = str(error) or type(error).__name__
@@ -104,6 +131,14 @@ def _built(name: str, pairs: Sequence[str]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise DataError(f"--model {name} gives a {type(model).__name__}, not a torch module")
     return model
+
+
+def _module(name: str) -> ModuleType:
+    """A module; of the folder the command runs in, if it is nowhere else."""
+    here = str(Path.cwd())
+    if not {"", here} & set(sys.path):
+        sys.path.append(here)
+    return importlib.import_module(name)
 
 
 def _timm(name: str) -> Callable[..., Any]:

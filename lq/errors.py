@@ -26,7 +26,7 @@ class BudgetError(LqError, ValueError):
 
 
 class RecipeError(LqError, ValueError):
-    """A recipe does not exist, or has no callback that takes an override."""
+    """A recipe does not exist, names something else than callbacks or wrong arguments, or takes no such override."""
 
 
 class NoEffectWarning(UserWarning):

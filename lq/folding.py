@@ -222,14 +222,9 @@ def _fold(model: nn.Module, pair: FoldablePair) -> Callable[[], None] | None:
 
 def unfold_for(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Put back the folded BatchNorms that a checkpoint has, which is to be loaded next: weights stay folded."""
-    back = [
-        FoldablePair(_join(prefix, pair.conv), _join(prefix, pair.norm), pair.norm_first)
-        for prefix, parent in model.named_modules()
-        for pair in parent.__dict__.get("_folded_norms", {})
-        if f"{_join(prefix, pair.norm)}.running_mean" in state_dict
-    ]
-    for pair in back:
-        _unfold(model, pair)
+    for pair in folded_pairs(model):
+        if f"{pair.norm}.running_mean" in state_dict:
+            _unfold(model, pair)
 
 
 def _unfold(model: nn.Module, pair: FoldablePair) -> None:
@@ -311,13 +306,18 @@ def _remember(model: nn.Module, pair: FoldablePair, folded: _Folded) -> None:
     parent.__dict__["_folded_norms"][local] = folded
 
 
-def folded_norms(model: nn.Module) -> list[str]:
-    """Names of the BatchNorms that were folded."""
+def folded_pairs(model: nn.Module) -> list[FoldablePair]:
+    """The convolutions and BatchNorms that were folded."""
     return [
-        _join(prefix, pair.norm)
+        FoldablePair(_join(prefix, pair.conv), _join(prefix, pair.norm), pair.norm_first)
         for prefix, parent in model.named_modules()
         for pair in parent.__dict__.get("_folded_norms", {})
     ]
+
+
+def folded_norms(model: nn.Module) -> list[str]:
+    """Names of the BatchNorms that were folded."""
+    return [pair.norm for pair in folded_pairs(model)]
 
 
 def _fold_checkpoint(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -6,11 +6,14 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
+from lq import schema
 from lq.errors import DataError
+from lq.files import named, parse_json, read_text
 from lq.places import Places
-from lq.sites import Site
+from lq.sites import Role, Site
 from lq.tables import Table, amount
 
 #: Why a parameter stays in float that nothing read while the model ran.
@@ -128,18 +131,25 @@ class Structure:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Structure":
-        """The inverse of `to_dict`, also after a way through JSON."""
+        """The inverse of `to_dict`, also after a way through JSON.
+
+        Raises:
+            DataError: if `values` are something else.
+        """
         try:
-            return cls(
-                tuple(Site(**_tupled(site)) for site in values["sites"]),
-                tuple(Operation(**_tupled(operation)) for operation in values["operations"]),
-                tuple(FloatTensor(**_tupled(tensor)) for tensor in values["floats"]),
-                tuple(values["first"]),
-                tuple(values["last"]),
-                tuple(values.get("ran", ())),
-            )
-        except (KeyError, TypeError) as error:
+            fields = schema.read(values, _STRUCTURE)
+            sites = tuple(Site(**site) for site in fields["sites"])
+            _require_known(sites, fields["operations"])
+        except DataError as error:
             raise DataError(f"not a saved structure: {error}; save one with json.dumps(structure.to_dict())") from error
+        return cls(
+            sites,
+            tuple(Operation(**operation) for operation in fields["operations"]),
+            tuple(FloatTensor(**tensor) for tensor in fields["floats"]),
+            fields["first"],
+            fields["last"],
+            fields.get("ran", ()),
+        )
 
     def to_json(self) -> str:
         """The structure as JSON."""
@@ -147,11 +157,26 @@ class Structure:
 
     @classmethod
     def from_json(cls, text: str) -> "Structure":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: if `text` is something else.
+        """
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except DataError as error:
             raise DataError(f"not a saved structure: {error}; write structure.to_json() to the file") from error
+        return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Structure":
+        """The structure saved in a JSON file.
+
+        Raises:
+            DataError: if there is no such file, or it holds something else.
+        """
+        with named(path):
+            return cls.from_json(read_text(path))
 
     def table(self) -> Table:
         """The operations and what stays in float, ready to be shown."""
@@ -198,5 +223,76 @@ def _describe(site: Site) -> str:
     return f"{place} (as {site.shares})" if site.shares else place
 
 
-def _tupled(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+# What a saved structure looks like.
+_SHAPE = schema.array(schema.integer(), into=tuple)
+_NAMES = schema.array(schema.text, into=tuple)
+
+
+def _place(value: Any) -> str:
+    """A place of a site: of a module, or of one of its calls, with the number of the call."""
+    found = schema.text(value)
+    if found not in ("weight", "input", "output") and not any(word.isdigit() for word in found.split("_")):
+        raise schema.MismatchError("'weight', 'input', 'output' or an operand such as 'matmul_0_left'", value)
+    return found
+
+
+_SOURCE = schema.record(
+    {
+        "parameter": schema.text,
+        "shape": _SHAPE,
+        "channels": schema.integer(1),
+        "dim": schema.integer(),
+        "groups": schema.integer(1),
+        "offset": schema.integer(),
+        "stride": schema.optional(_SHAPE),
+        "alone": schema.boolean,
+    }
+)
+_SITE = {"module": schema.text, "place": _place, "role": schema.choice(*get_args(Role))}
+_STRUCTURE = schema.record(
+    {
+        "sites": schema.array(
+            schema.record(
+                _SITE,
+                {
+                    "shape": _SHAPE,
+                    "shares": schema.optional(schema.text),
+                    "concat": schema.optional(schema.integer()),
+                    "covered_by": _NAMES,
+                    "network_input": schema.boolean,
+                    "channels": schema.integer(),
+                    "normalized": schema.boolean,
+                    "source": schema.optional(_SOURCE),
+                },
+            )
+        ),
+        "operations": schema.array(
+            schema.record(
+                {"name": schema.text, "kind": schema.text, "sites": _NAMES, "macs": schema.number(0)},
+                {"reason": schema.text},
+            )
+        ),
+        "floats": schema.array(schema.record({"name": schema.text, "shape": _SHAPE, "reason": schema.text})),
+        "first": _NAMES,
+        "last": _NAMES,
+    },
+    {"ran": _NAMES},
+)
+
+
+def _require_known(sites: tuple[Site, ...], operations: list[dict[str, Any]]) -> None:
+    """Raise if a name of a site stands for none or for two, or a weight has more channels than values."""
+    known: dict[str, int] = {}
+    for i, site in enumerate(sites):
+        if known.setdefault(site.name, i) != i:
+            raise DataError(f"at 'sites[{i}]': {site.name!r} is there twice")
+        if site.channels and site.channels not in site.shape:
+            raise DataError(f"at 'sites[{i}].channels': {site.channels} is no size of the shape {list(site.shape)}")
+    for i, site in enumerate(sites):
+        for name in (*site.covered_by, *([] if site.shares is None else [site.shares])):
+            if name not in known:
+                raise DataError(f"at 'sites[{i}]': it names a site {name!r} that is not there")
+    for i, operation in enumerate(operations):
+        for name in operation["sites"]:
+            if name not in known:
+                raise DataError(f"at 'operations[{i}].sites': it names a site {name!r} that is not there")

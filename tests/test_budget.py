@@ -124,3 +124,26 @@ def test_allocated_bytes_are_those_of_the_file(tmp_path):
     size = lq.save(model, tmp_path / "m.safetensors")
     assert 44_000 < size < 45_000 * 1.02
     assert abs(lq.summary(model).bytes - size) < 0.015 * size
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "t.csv has no rows"),
+        ("0,4,1\n0,4,2\n", "t.csv, line 3: '0' at these widths is there twice"),
+        ("0,9,1\n", "t.csv, line 2: bits=9 is not a width"),
+        ("0,4,nan\n", "t.csv, line 2: latency 'nan' is no finite number of 0 or more"),
+        ("0,4,-1\n", "t.csv, line 2: latency '-1' is no finite number of 0 or more"),
+        ("0,4\n", "t.csv, line 2: it has no latency"),
+        ("0,4,1,8\n", "t.csv, line 2: it has more cells than columns"),
+    ],
+)
+def test_rows_that_say_no_latency(rows, message, tmp_path):
+    (tmp_path / "t.csv").write_text(f"layer,bits,latency\n{rows}")
+    with pytest.raises(DataError, match=message):
+        read_latencies(tmp_path / "t.csv")
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="there is no file .*none.csv"):
+        read_latencies(tmp_path / "none.csv")

@@ -10,6 +10,8 @@ import lq
 from lq.checkpoint import read_state_dict
 from lq.errors import DataError
 from lq.sites import weight_quantizer
+from tests.export.files import state
+from tests.helpers import assert_same
 from tests.test_attach import images, quantized, small
 from tests.test_folding import convnet, randomize
 
@@ -174,6 +176,116 @@ def test_errors(source, message):
     with pytest.raises(DataError, match=message):
         lq.load(source(), model)
     assert list(model.state_dict()) == keys
+
+
+# --- parts of a checkpoint --------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """A module that holds networks, as a LightningModule does."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def test_the_part_that_fits_is_taken(tmp_path):
+    """As Lightning's checkpoint of a module that holds the network, a loss with weights and other things."""
+    model, fresh = saved(), small(seed=9).eval()
+    holder = Holder(criterion=nn.CrossEntropyLoss(torch.ones(3)), net=model, head=nn.Linear(3, 3))
+    content = {"state_dict": holder.state_dict(), "hyper_parameters": {"lr": 0.1}, "epoch": 3}
+    lq.load(save(content, tmp_path), fresh)
+    assert torch.equal(fresh(images()), model(images()))
+    assert_same(state(fresh), state(model))
+    again = lq.load(save(content, tmp_path), small(seed=9).eval(), part="net")
+    assert torch.equal(again(images()), model(images()))
+    whole = lq.load(content, Holder(criterion=nn.CrossEntropyLoss(torch.ones(3)), net=small(9), head=nn.Linear(3, 3)))
+    assert torch.equal(whole.net.eval()(images()), model(images()))
+
+
+def test_a_part_that_is_folded_and_deep():
+    model = convnet().eval()
+    lq.fold_batchnorm(model)
+    lq.attach(model, 4)
+    holder = Holder(inner=Holder(_orig_mod=model), other=nn.Linear(2, 2))
+    fresh = lq.load(holder.state_dict(), randomize(convnet(), 5).eval())
+    assert torch.equal(fresh(images(2)), model(images(2)))
+
+
+def test_several_parts_that_fit():
+    holder, model = Holder(student=saved(), teacher=quantized()), small(9)
+    before = state(model)
+    with pytest.raises(
+        DataError, match="several parts .* fit Sequential: 'student' and 'teacher'; choose one by part="
+    ):
+        lq.load(holder.state_dict(), model)
+    assert_same(state(model), before)
+    assert torch.equal(lq.load(holder.state_dict(), model.eval(), part="student")(images()), saved()(images()))
+
+
+def test_of_several_parts_one_may_fit():
+    holder = Holder(a=saved(), b=lq.attach(nn.Sequential(nn.Conv2d(1, 5, 3)), 4))
+    assert torch.equal(lq.load(holder.state_dict(), small(9).eval())(images()), saved()(images()))
+
+
+def test_parts_that_do_not_fit():
+    holder, model = Holder(net=saved()), small(9)[:5]
+    before = state(model)
+    with pytest.raises(
+        DataError, match="the part 'net' of the checkpoint is not of this Sequential: the model has no 5"
+    ):
+        lq.load(holder.state_dict(), model)
+    with pytest.raises(DataError, match="the checkpoint has no part 'nett'; it has net"):
+        lq.load(holder.state_dict(), model, part="nett")
+    with pytest.raises(DataError, match="is not of this Linear: it has no bias, weight; the model has no net.0.bias"):
+        lq.load(holder.state_dict(), nn.Linear(3, 3))
+    assert_same(state(model), before)
+
+
+def test_packed_files_have_no_parts(tmp_path):
+    lq.save(saved(), tmp_path / "m.safetensors")
+    with pytest.raises(DataError, match="part='net': .* is a packed file, which holds one model as a whole"):
+        lq.load(tmp_path / "m.safetensors", small(9), part="net")
+
+
+# --- a model that a checkpoint does not fit is not touched ------------------------------------------------------------
+
+BITS = "2.parametrizations.weight.0.bits"
+UNFIT = {
+    "another shape": ({"5.bias": torch.ones(5)}, r"5.bias is \(5,\) there and \(8,\) here"),
+    "text": ({"5.bias": "x"}, "5.bias is a str there"),
+    "complex": ({"5.bias": torch.ones(8, dtype=torch.complex64)}, "5.bias is complex there and floats here"),
+    "integers": ({"5.bias": torch.ones(8, dtype=torch.int64)}, "5.bias is integers there and floats here"),
+    "sparse": ({"5.bias": torch.ones(8).to_sparse()}, "5.bias is a tensor without plain values there"),
+    "widths that are text": ({BITS: "4"}, "should have log2_step, zero_point, bits of one shape"),
+    "widths that are none": ({BITS: torch.full((4,), 17.0)}, f"{BITS} should be one width for each channel, from 0 to"),
+    "widths that are nan": ({BITS: torch.full((4,), torch.nan)}, f"{BITS} should be one width for each channel"),
+    "widths that are integers": ({BITS: torch.full((4,), 4)}, "should have floats, it has integers"),
+    "half a quantizer": ({BITS: None}, "it has no 2.weight; the model has no 2.parametrizations.weight.original"),
+    "an unknown layer": (
+        {"9.input_quantizer.bits": torch.tensor(8.0)},
+        "quantizes a layer '9' that Sequential does not",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_model_that_does_not_fit_is_not_touched(kind):
+    change, message = UNFIT[kind]
+    found = {**saved().state_dict(), **change}
+    found = {key: value for key, value in found.items() if value is not None}
+    for model, own in ((small(9), True), (convnet(), False), (lq.attach(small(9), 4), True)):
+        before, kinds = state(model), [type(part) for part in model.modules()]
+        with pytest.raises(DataError, match=message if own else "is not of this Sequential"):
+            lq.load(found, model)
+        assert [type(part) for part in model.modules()] == kinds
+        assert_same(state(model), before)
+
+
+def test_names_that_are_none():
+    with pytest.raises(DataError, match="expected a state dict with names of tensors, got one with the key 3"):
+        lq.load({3: torch.ones(2)}, small())
 
 
 def test_files_of_other_kinds(tmp_path):

@@ -209,6 +209,40 @@ def test_arguments_of_the_model_are_yaml(tmp_path, capsys):
     assert torch.equal(lq.load(output, build(6, 3, False)).eval()(rows()), model.eval()(rows()))
 
 
+class Holder(nn.Module):
+    """What holds the network under a name."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_a_module_that_holds_the_network(tmp_path, capsys):
+    """Lightning's: the network in an attribute, what the module was made with, and a loss with weights."""
+    holder = Holder(loss=nn.CrossEntropyLoss(torch.ones(3)), net=quantized())
+    content = {"state_dict": holder.state_dict(), "hyper_parameters": {"lr": 0.1}, "epoch": 3}
+    torch.save(content, tmp_path / "m.ckpt")
+    output = tmp_path / "o.safetensors"
+    shown = succeeds(capsys, "export", tmp_path / "m.ckpt", "--model", HERE, "--output", output)
+    assert shown == f"{tmp_path / 'm.ckpt'}: took its part 'net'\n{output}: 0.00 MB\n"
+    assert torch.equal(lq.load(output, build()).eval()(rows()), quantized()(rows()))
+
+
+@torch.no_grad()
+def test_one_of_several_parts(tmp_path, capsys):
+    holder = Holder(student=quantized(1), teacher=quantized(2))
+    torch.save(holder.state_dict(), tmp_path / "m.pt")
+    wanted = ("export", tmp_path / "m.pt", "--model", HERE, "--output", tmp_path / "o.safetensors")
+    message = "m.pt: several parts of the checkpoint fit Sequential: 'student' and 'teacher'; choose one by --part"
+    assert complains(capsys, *wanted).endswith(message)
+    assert not (tmp_path / "o.safetensors").exists()
+    assert "took its part 'teacher'" in succeeds(capsys, *wanted, "--part", "teacher")
+    assert torch.equal(lq.load(tmp_path / "o.safetensors", build()).eval()(rows()), quantized(2)(rows()))
+    assert "has no part 'both'; it has student, teacher" in complains(capsys, *wanted, "--part", "both")
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 OTHER = {
@@ -225,7 +259,10 @@ OTHER = {
     "wrong argument": (["--model-args", "depth=9"], ".*unexpected keyword argument 'depth'; give the name of a timm"),
     "no argument": (["--model-args", "width"], "--model-args width: expected KEY=VALUE"),
     "a model that fails": (["--model", f"{__name__}:fails", "--model-args", "error=runtime"], ".*out of order"),
-    "an old opset": (["--output", "o.onnx", "--input-size", "4", "--opset", "9"], "opset=9: types of 4 bits need 21"),
+    "an old opset": (
+        ["--output", "o.onnx", "--input-size", "4", "--opset", "9"],
+        "opset=9: steps for each channel need 13",
+    ),
     "another size": (["--output", "o.pt2", "--input-size", "5"], "torch.export cannot export Sequential: "),
 }
 
@@ -242,9 +279,9 @@ def test_errors_are_told_in_a_line(kind, packed, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: build().state_dict(), "lq export: the checkpoint has no quantizers: it is a float one"),
-        (lambda: [1, 2], "lq export: expected a state dict or a checkpoint with one, got a list"),
-        (None, r"lq export: \[Errno 2\] No such file or directory"),
+        (lambda: build().state_dict(), "lq export: .*m.ckpt: the checkpoint has no quantizers: it is a float one"),
+        (lambda: [1, 2], "lq export: .*m.ckpt: expected a state dict or a checkpoint with one, got a list"),
+        (None, "lq export: there is no file .*m.ckpt"),
     ],
     ids=["float", "a list", "missing"],
 )
@@ -335,6 +372,16 @@ def test_packed_files_need_neither_lightning_nor_onnx(packed):
     done = start("-c", CODE, *WANTED, "width=8", folder=packed.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "o.safetensors: 0.00 MB\n\n", "")
     assert packed.with_name("o.safetensors").read_bytes() == packed.read_bytes()
+
+
+def test_a_model_beside_you(packed):
+    """The script that pip installs has its own folder first, not the one it runs in."""
+    (packed.parent / "nets.py").write_text(NETS)
+    script = packed.parent / "bin" / "lq"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom lq.cli import main\nsys.exit(main())\n")
+    done = start(str(script), *WANTED, "width=8", folder=packed.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "o.safetensors: 0.00 MB\n", "")
 
 
 def test_as_a_program(packed):

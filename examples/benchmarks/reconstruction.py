@@ -167,7 +167,7 @@ def decoded(reader: Any, name: str, card: Any, folder: Path) -> TensorDataset:
 
 def callbacks(run: Run, memory: str) -> list[Any]:
     """What a user would list: a recipe at other widths."""
-    more = {} if run.method in WITHOUT_SEED else {"seed": run.seed, "memory": memory}
+    more: dict[str, Any] = {} if run.method in WITHOUT_SEED else {"seed": run.seed, "memory": memory}
     made = lq.recipe(
         RECIPES.get(run.method, run.method),
         weights=run.weights,

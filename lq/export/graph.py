@@ -45,12 +45,12 @@ class Graph:
         self.biases: dict[str, NDArray[Any]] = {}  # those that were rounded
         self.moved: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}  # weights: which, and what they are now
         self._norms: dict[str, tuple[str, NDArray[Any]]] = {}  # folded biases: the norm's own, and what is in addition
-        self._two_bits = False
+        self._types = 1  # how many small types there are not
         self.outputs = {value.name for value in model.graph.output}
 
-    def optimize(self, *, two_bits: bool) -> None:
-        """All changes, in order; `two_bits` says whether there are types of 2 bits."""
-        self._two_bits = two_bits
+    def optimize(self, *, two_bits: bool, four_bits: bool = True) -> None:
+        """All changes, in order; `two_bits` and `four_bits` say whether there are types of so few bits."""
+        self._types = 0 if two_bits else 1 if four_bits else 2
         self._merge_quantizers()
         self._separate_swish()
         self._transpose_weights()
@@ -249,7 +249,7 @@ class Graph:
         Kernels round biases to multiples of the steps of input and weight: finer steps keep them exact.
         """
         types = _SIGNED if codes.dtype.kind == "i" else _UNSIGNED
-        kind = _smallest(codes, types[0 if self._two_bits else 1 :])
+        kind = _smallest(codes, types[self._types :])
         self.stored[kind] += codes.size
         stored = self._constant(name, codes.astype(_type(kind)))
         if kind == "int8" and not (factors != 1).any():

@@ -3,26 +3,34 @@
 import json
 import math
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lq import schema
 from lq.channels import ChannelLayout
 from lq.errors import DataError
 from lq.export.integers import settled_zero_point
 from lq.export.packing import packed_size
+from lq.files import decompress, parse_json
 from lq.quantizer import Quantizer, middle
 from lq.sites import INPUT, OUTPUT
-from lq.spec import QuantSpec
+from lq.spec import WIDTHS, QuantSpec
 
 #: Where a state dict has the float weight of a layer, and the quantizer of it.
 ORIGINAL, WEIGHT = "parametrizations.weight.original", "parametrizations.weight.0"
 
-# Widths as characters, so that those of many channels are a short string.
+# Widths as characters, so that those of many channels are a short string; those that there are.
 _WIDTHS = "0123456789abcdefg"
+_KNOWN = frozenset(_WIDTHS[width] for width in WIDTHS)
+
+# Largest text of an index, in bytes, and most channels of quantizers whose weight is stored elsewhere.
+_TEXT, _CHANNELS = 1 << 24, 1 << 24
 
 # Zero points: those that need not be stored, and the types of those that are; capitals where the zero is fixed.
 _ZEROS = {"middle": "m", "zero": "z", "|u1": "b", "<i2": "h", "<f4": "f"}
@@ -51,7 +59,7 @@ class Part:
     def of(cls, text: str) -> "Part":
         """The inverse of `text`."""
         offset, stride, shape, key = text.split("/", 3)
-        return cls(key, _numbers(shape), int(offset), _numbers(stride) if stride else None)
+        return cls(key, _numbers(shape), _number(offset), _numbers(stride) if stride else None)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,11 @@ class Codes:
     part: Part | None = None
 
     @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
     def text(self) -> str:
         """All of that in a line."""
         part = "" if self.part is None else f"/{self.part.text}"
@@ -77,7 +90,7 @@ class Codes:
     def of(cls, text: str) -> "Codes":
         """The inverse of `text`."""
         shape, dtype, dim, groups, *part = text.split("/", 4)
-        return cls(_numbers(shape), _dtype(dtype), int(dim), int(groups), Part.of(part[0]) if part else None)
+        return cls(_numbers(shape), _dtype(dtype), _number(dim), _number(groups), Part.of(part[0]) if part else None)
 
 
 @dataclass(frozen=True)
@@ -110,10 +123,10 @@ class Grid:
     @property
     def bits(self) -> Tensor:
         """Widths, shape () or (C,)."""
-        found = [float(_WIDTHS.index(c)) for c in self.widths]
+        found = torch.tensor([float(_WIDTHS.index(c)) for c in self.widths])
         if self.channels is None:
-            return torch.tensor(found[0])
-        return torch.tensor(found if len(found) > 1 else found * self.channels)
+            return found[0]
+        return found if len(found) > 1 else found.repeat(self.channels)
 
     @property
     def kept(self) -> Tensor:
@@ -141,10 +154,23 @@ class Grid:
         return [(channels, of_a_channel * len(channels), width) for width, channels in found]
 
     @property
+    def by_width(self) -> dict[int, int]:
+        """Number of channels of each width; no tensor is made to know it."""
+        each = 1 if self.channels is None or len(self.widths) > 1 else self.channels
+        return {_WIDTHS.index(c): each * count for c, count in Counter(self.widths).items()}
+
+    @property
+    def codes_by_width(self) -> dict[int, int]:
+        """Number of codes of each width but 0."""
+        of_a_channel = 0 if self.codes is None else self.codes.count // (self.channels or 1)
+        return {width: of_a_channel * count for width, count in self.by_width.items() if width and of_a_channel}
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of what is stored for the channels, and of the codes."""
-        state = int(self.kept.sum()) * sum(np.dtype(kind).itemsize for kind in self.stored_types)
-        return state, packed_size([part[1:] for part in self.parts()])
+        kept = sum(count for width, count in self.by_width.items() if width)
+        state = kept * sum(np.dtype(kind).itemsize for kind in self.stored_types)
+        return state, packed_size([(count, width) for width, count in self.codes_by_width.items()])
 
     def spec(self) -> QuantSpec:
         """The spec of such a quantizer."""
@@ -207,6 +233,16 @@ class Index:
         """Bytes of all that it lists."""
         return sum(map(sum, (grid.sizes for grid in self.grids))) + sum(other.size for other in self.others)
 
+    def keys(self) -> Iterator[str]:
+        """Keys of the state dict, without other names of the same."""
+        for grid in self.grids:
+            yield from (f"{grid.key}.{part}" for part in ("log2_step", "zero_point", "bits"))
+            if grid.codes is not None and grid.codes.part is None:
+                yield grid.weight_key
+        yield from {grid.codes.part.key: None for grid in self.grids if grid.codes and grid.codes.part}
+        yield from (other.key for other in self.others)
+        yield from self.texts
+
     def encode(self) -> bytes:
         """As bytes: a text for each property of all quantizers, then of all others.
 
@@ -235,7 +271,7 @@ class Index:
             DataError: if that is not an index.
         """
         try:
-            grids, others, *columns, aliases, texts = json.loads(zlib.decompress(data))
+            grids, others, *columns, aliases, texts = schema.read(parse_json(decompress(data, _TEXT)), _entries)
             keys, widths, letters, channels, codes, *of_others = columns
             rows = zip(
                 *(_split(column, grids) for column in (keys, widths)),
@@ -243,17 +279,33 @@ class Index:
                 *(_split(column, grids) for column in (channels, codes)),
                 strict=True,
             )
-            found = cls(aliases=dict(aliases), texts=dict(texts))
+            found = cls(aliases=aliases, texts=texts)
             for key, width, letter, count, code in rows:
                 zeros = _KINDS[letter.lower()]
                 weight = Codes.of(code) if code else None
-                grid = Grid(_long(key), width, int(count) if count else None, zeros, letter.isupper(), weight)
+                grid = Grid(_long(key), width, _number(count) if count else None, zeros, letter.isupper(), weight)
+                _require_possible(grid)
                 found.grids.append(grid)
             for key, shape, dtype in zip(*(_split(column, others) for column in of_others), strict=True):
                 found.others.append(Other(key, _numbers(shape), _dtype(dtype)))
+            found._require_consistent()
             return found
-        except (zlib.error, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise DataError(f"its index cannot be read ({type(error).__name__}: {error})") from error
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            raise DataError(f"its index cannot be read ({kind}{error})") from error
+
+    def _require_consistent(self) -> None:
+        """Raise if a key is there twice, an alias stands for none, or there are more channels than a model has."""
+        known: set[str] = set()
+        for key in self.keys():
+            if key in known:
+                raise ValueError(f"{key!r} is there twice")
+            known.add(key)
+        for key, first in self.aliases.items():
+            if key in known or first not in known:
+                raise ValueError(f"{key!r} is another name of {first!r}, which is not there, or is there itself")
+        if sum(grid.channels or 1 for grid in self.grids if grid.codes is None) > _CHANNELS:
+            raise ValueError(f"quantizers of more than {_CHANNELS} channels")
 
 
 def _joined(texts: Iterable[str]) -> str:
@@ -261,7 +313,10 @@ def _joined(texts: Iterable[str]) -> str:
 
 
 def _split(text: str, count: int) -> list[str]:
-    return text.split("\n") if count else []
+    found = text.split("\n") if count else []
+    if len(found) != count:
+        raise ValueError(f"a column has {len(found)} entries, not {count}")
+    return found
 
 
 def _short(key: str) -> str:
@@ -283,7 +338,38 @@ def _text(shape: tuple[int, ...]) -> str:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(","))) if text else ()
+    return tuple(map(_number, text.split(","))) if text else ()
+
+
+def _number(text: str) -> int:
+    """A size, no larger than those of tensors."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 17):
+        raise ValueError(f"{text[:40]!r} is no size")
+    return int(text)
+
+
+def _entries(value: Any) -> list[Any]:
+    """The parts of an index: numbers of quantizers and others, columns of texts, aliases, texts."""
+    texts = schema.mapping(schema.text)
+    parts: list[Any] = schema.array(lambda part: part, least=12, most=12)(value)
+    checks = [schema.integer(), schema.integer(), *[schema.text] * 8, texts, texts]
+    return [check(part) for check, part in zip(checks, parts, strict=True)]
+
+
+def _require_possible(grid: Grid) -> None:
+    """Raise if there can be no such quantizer."""
+    count, codes = grid.channels, grid.codes
+    if not _KNOWN.issuperset(grid.widths) or count == 0 or len(grid.widths) not in (1, count):
+        raise ValueError(f"{grid.key!r} has {len(grid.widths)} widths {grid.widths[:8]!r} for {count or 1} channels")
+    if codes is None:
+        return
+    sizes = codes.shape[codes.dim : codes.dim + 1]
+    grouped = codes.groups > 1 and codes.dim == 1 and codes.shape[0] % codes.groups == 0
+    of_weight = grid.key.endswith(WEIGHT) or codes.part is not None
+    if not of_weight or not (codes.groups == 1 or grouped):
+        raise ValueError(f"{grid.key!r} has codes of the layout {codes.text!r}, which no weight has")
+    if count is not None and (not sizes or sizes[0] * codes.groups != count):
+        raise ValueError(f"{grid.key!r} has {count} channels, and its weight the layout {codes.text!r}")
 
 
 def _dtype(name: str) -> str:

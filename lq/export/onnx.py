@@ -19,6 +19,7 @@ from torch import nn
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights
+from lq.export.opsets import NEWEST_LOWERED, OLDEST, lowered
 from lq.export.program import Example, batch_length, exported, first_line, in_float32, pieces
 from lq.export.running import compare
 from lq.export.standard import standard_form
@@ -95,33 +96,35 @@ def export_onnx(
         example: what it is called with: a batch, a tuple of arguments, or a dict of keyword arguments.
         path: the file.
         check: whether to run the file in onnxruntime on the example, or further batches to run it on.
-        opset: version of ONNX's operators; None: 21, and 25 for weights of 2 bits.
+        opset: version of ONNX's operators; None: 21, and 25 for weights of 2 bits. Weights of more than 4 bits, and
+            activations of any width, can go down to 13.
 
     Raises:
         StateError: if the model has no quantizers, one of them no range, widths are still being learned, or a package
             is missing (``pip install lq-lightning[export]``).
-        DataError: if torch cannot export the model, or onnxruntime cannot run the file; no file is written.
+        DataError: if torch cannot export the model, if it needs a later opset, or if onnxruntime cannot run the file;
+            no file is written.
     """
     onnx = _require("onnx")
     _require("onnxscript")
     path = Path(path)
     kinds = other_types(model)
     standard = standard_form(copy.deepcopy(model).float() if kinds else model)
-    few = any(int(weight.bits.max()) <= 2 for weight in integer_weights(model).values())
-    opset = opset or (OPSET_OF_INT2 if few else OPSET)
-    if opset < OPSET:
-        raise DataError(f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}")
-    made, reason = _translated(standard, in_float32(example) if kinds else example, opset, type(model).__name__)
+    opset = _opset(model, opset)
+    of_torch = max(opset, NEWEST_LOWERED)
+    made, reason = _translated(standard, in_float32(example) if kinds else example, of_torch, type(model).__name__)
     samples = batch_length(example) if reason else None
     notes = [f"the batch size is fixed: {reason}; it is the example's, {samples} (example=)"] if reason else []
     notes += [f"the file computes in float32, where the model does in {kinds}"] if kinds else []
     notes += _notes(model)
     proto = made.model_proto
-    if opset not in [found.version for found in proto.opset_import if found.domain == ""]:
+    if of_torch not in [found.version for found in proto.opset_import if found.domain == ""]:
         raise DataError(f"opset={opset} is not one that torch {torch.__version__} exports")
     graph = Graph(proto)
-    graph.optimize(two_bits=opset >= OPSET_OF_INT2)
+    graph.optimize(two_bits=opset >= OPSET_OF_INT2, four_bits=opset >= OPSET)
     graph.write()
+    if opset < OPSET:
+        lowered(proto, opset)
     proto.producer_name = "lq"
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -153,6 +156,23 @@ def _translated(standard: nn.Module, example: Example, opset: int, name: str) ->
             by_sample = "aten.conv" in cause and "sym_size" in cause
             reason = cannot or ("a convolution has a group for each sample" if by_sample else cause)
     raise DataError(f"torch.export cannot export {name}: {reason}")
+
+
+def _opset(model: nn.Module, opset: int | None) -> int:
+    """The opset that was asked for, if it has the types of the weights; by default the first that has."""
+    widths = {name: int(weight.bits.max()) for name, weight in integer_weights(model).items()}
+    if opset is None:
+        return OPSET_OF_INT2 if any(bits <= 2 for bits in widths.values()) else OPSET
+    if opset < OLDEST:
+        raise DataError(f"opset={opset}: steps for each channel need {OLDEST} or more")
+    few = [name for name, bits in widths.items() if bits <= 4]
+    if opset < OPSET and few:
+        listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
+        raise DataError(
+            f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}; {listed} would be "
+            "stored in 8 bits: quantize them to more than 4 bits, or choose a later opset"
+        )
+    return opset
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,17 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lq.channels import ChannelLayout
-from lq.checkpoint import rebuild
+from lq.checkpoint import rebuild, require_fit
 from lq.errors import DataError
 from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other, Part
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
-from lq.files import whole_file
-from lq.foldable import foldable_pairs
+from lq.files import require_file, whole_file
 from lq.functional import step_size
 from lq.interception import CALLS
 from lq.quantizer import Quantizer, middle
-from lq.sites import is_attached, require_attached
+from lq.sites import float_weight, require_attached
 from lq.sources import Source
 from lq.stored import read_from, stay_float, stored_weights
 from lq.weight_quantizer import WeightQuantizer
@@ -112,8 +112,10 @@ def load(path: str | Path, model: M) -> M:
         DataError: if the file is damaged, is no packed one or of a newer lq, or if the model is another one. The model
             is not touched then.
     """
-    index, state = read(path)
-    _require_fit(model, index, state, path)
+    index, data = read_index(path)
+    with _reading(path):
+        _require_fit(model, index, path)
+        state = _Reader(index, data).state_dict()
     rebuild(model, state)
     model.load_state_dict(state)
     grids = {grid.key: grid for grid in index.grids}
@@ -126,19 +128,17 @@ def load(path: str | Path, model: M) -> M:
     return model
 
 
-def read(path: str | Path) -> tuple[Index, dict[str, Tensor]]:
-    """What a packed file holds, and the state dict of the quantized model.
+def read_index(path: str | Path) -> tuple[Index, NDArray[np.uint8]]:
+    """What a packed file holds, and its bytes; memory is taken for no more than the file has.
 
     Raises:
         DataError: if the file is damaged, is no packed one or of a newer lq.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = packed_path(path)
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    try:
-        with safe_open(path, "np") as file:
+    with _reading(path):
+        with safe_open(require_file(path), "np") as file:
             metadata = file.metadata() or {}
             _require_format(metadata)
             if sorted(file.keys()) != ["data", "index"]:
@@ -153,8 +153,19 @@ def read(path: str | Path) -> tuple[Index, dict[str, Tensor]]:
         index = Index.decode(index_bytes.tobytes())
         if index.size != len(data) - _DIGEST:
             raise DataError(f"its index lists {index.size} bytes, there are {len(data) - _DIGEST}")
-        return index, _Reader(index, data).state_dict()
-    except (DataError, SafetensorError, OSError, *_UNREADABLE) as error:
+        return index, data
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Make one error of what readers raise for a file that is not as it should be; errors that name it stay."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, *_UNREADABLE) as error:
+        if isinstance(error, DataError) and str(path) in str(error):
+            raise
         raise DataError(f"{path} cannot be loaded: {error}; save the model again with lq.save, or update lq") from error
 
 
@@ -284,6 +295,8 @@ class _Reader:
         zero_point = middle(bits) if grid.zeros == "middle" else torch.zeros_like(bits)
         for values, kind in zip((log2_step, zero_point), grid.stored_types, strict=False):
             found = self._take(int(kept.sum()) * np.dtype(kind).itemsize).view(kind)
+            if np.isnan(found).any() or (found == np.inf).any():  # -inf: calibration did not come there
+                raise DataError(f"the steps or zero points of {grid.key!r} are no finite numbers")
             values[kept] = torch.from_numpy(found.astype("f4"))
         return {f"{grid.key}.log2_step": log2_step, f"{grid.key}.zero_point": zero_point, f"{grid.key}.bits": bits}
 
@@ -300,40 +313,23 @@ class _Reader:
         return weight.to(getattr(torch, codes.dtype))
 
 
-def _require_fit(model: nn.Module, index: Index, state: dict[str, Tensor], path: str | Path) -> None:
-    """Raise if the file's tensors are not those of the model."""
-    ours = {key.replace(ORIGINAL, "weight"): value for key, value in model.state_dict().items()}
-    theirs = {key.replace(ORIGINAL, "weight"): value for key, value in state.items()}
-    folded: dict[str, str] = {}
-    if not is_attached(model):
-        gone = [pair for pair in foldable_pairs(model) if f"{pair.norm}.running_mean" not in state]
-        folded = {f"{pair.norm}.": f"{pair.conv}.bias" for pair in gone}
-    of_quantizers = tuple(f"{grid.key}." for grid in index.grids)
-    theirs = {
-        key: value
-        for key, value in theirs.items()
-        if not index.aliases.get(key, key).startswith(of_quantizers) and not key.endswith("_extra_state")
-    }
-    known = {k for k, module in model.named_modules(remove_duplicate=False) if isinstance(module, Quantizer)}
-    ours = {k: v for k, v in ours.items() if k.rpartition(".")[0] not in known and not k.endswith("_extra_state")}
-    ours = {k: v for k, v in ours.items() if f"{k.rpartition('.')[0]}." not in folded}
-    biases = set(folded.values())
-    missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys() - biases)
-    shapes = [k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape]
+def _require_fit(model: nn.Module, index: Index, path: str | Path) -> None:
+    """Raise if the file's tensors are not those of the model; known from the index, before any is made."""
+    shapes = {other.key: other.shape for other in index.others}
+    stored = [(grid.weight_key, grid.codes) for grid in index.grids if grid.codes is not None]
+    shapes |= {key: codes.shape if codes.part is None else codes.part.shape for key, codes in stored}
+    of_grids = {f"{grid.key}.{part}": grid for grid in index.grids for part in ("log2_step", "zero_point", "bits")}
+    shapes |= {key: () if grid.channels is None else (grid.channels,) for key, grid in of_grids.items()}
+    shapes |= {key: (len(text),) for key, text in index.texts.items()}
+    shapes |= {key: shapes[first] for key, first in index.aliases.items()}
+    require_fit(model, shapes, str(path))
     for grid in index.grids:
-        key = grid.weight_key.replace(ORIGINAL, "weight")
-        if grid.channels and grid.codes and grid.codes.part is None and key in ours and not shapes:
-            layout = ChannelLayout.of(model.get_submodule(key.removesuffix("weight").rstrip(".")), ours[key])
-            if layout != grid.layout:
-                raise DataError(f"{path}: {key} has its channels elsewhere; build the model that was saved")
-    if missing or unknown or shapes:
-        lacks = [f"it has no {', '.join(missing[:3])}"] if missing else []
-        lacks += [f"the model has no {', '.join(unknown[:3])}"] if unknown else []
-        lacks += [f"{k} is {tuple(theirs[k].shape)} there and {tuple(ours[k].shape)} here" for k in shapes[:3]]
-        raise DataError(
-            f"{path} is not of this {type(model).__name__}: {'; '.join(lacks)}; "
-            "build the model that was saved, before quantization"
-        )
+        if grid.channels and grid.codes and grid.codes.part is None:
+            name = grid.weight_key.replace(ORIGINAL, "").rstrip(".")
+            module = model.get_submodule(name)
+            weight = float_weight(module)
+            if weight is None or ChannelLayout.of(module, weight) != grid.layout:
+                raise DataError(f"{path}: {name}.weight has its channels elsewhere; build the model that was saved")
 
 
 def _part(codes: Codes, part: Part) -> Source:

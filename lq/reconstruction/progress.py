@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.errors import StateError
-from lq.files import whole_file
+from lq.files import read_checkpoint, whole_file
 from lq.histogram import Reduce
 from lq.quantizer import Quantizer
 from lq.reconstruction.identity import Digest, named_state
@@ -122,7 +122,7 @@ class Progress:
 
     def _read(self, path: Path) -> None:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_checkpoint(path)
             saved, units = dict(content["fingerprint"]), list(content["units"])
         except Exception as error:
             raise StateError(

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lq import schema
 from lq.errors import DataError
+from lq.files import parse_json
 from lq.reconstruction.granularity import Merges
 from lq.tables import Table
 
@@ -51,14 +53,14 @@ class Reconstruction:
             DataError: if `text` is something else.
         """
         try:
-            values = json.loads(text)
-            units = tuple(UnitReport(**unit) for unit in values["units"])
-            merges = values["merges"]
-            return cls(units, None if merges is None else Merges(**_tupled(merges)))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            values = schema.read(parse_json(text), _RECONSTRUCTION)
+        except DataError as error:
             raise DataError(
                 f"not a saved reconstruction: {error}; write reconstruction.to_json() to the file"
             ) from error
+        merges = values["merges"]
+        units = tuple(UnitReport(**unit) for unit in values["units"])
+        return cls(units, None if merges is None else Merges(**merges))
 
     def table(self) -> Table:
         """Losses by unit, ready to be shown."""
@@ -108,7 +110,32 @@ class Reconstruction:
         figure.savefig(path)
 
 
-def _tupled(values: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    nested["unchained"] = tuple(tuple(pair) for pair in values["unchained"])
-    return nested
+# What a saved reconstruction looks like.
+_NAMES = schema.array(schema.text, into=tuple)
+_RECONSTRUCTION = schema.record(
+    {
+        "units": schema.array(
+            schema.record(
+                {
+                    "name": schema.text,
+                    "before": schema.number(),
+                    "after": schema.number(),
+                    "curve": schema.array(schema.number()),
+                    "iterations": schema.integer(),
+                    "seconds": schema.number(0),
+                }
+            )
+        ),
+        "merges": schema.optional(
+            schema.record(
+                {
+                    "metric": schema.text,
+                    "units": _NAMES,
+                    "scores": schema.array(schema.number(), into=tuple),
+                    "merged": _NAMES,
+                    "unchained": schema.array(schema.array(schema.text, least=2, most=2, into=tuple), into=tuple),
+                }
+            )
+        ),
+    }
+)

@@ -29,6 +29,12 @@ IGNORED = -100
 #: Mean loss over the samples of a batch, of a model run on it.
 Loss = Callable[[nn.Module, Any], Tensor]
 
+# What to do where labels do not say what the loss is, for those who call functions and for those who use a Trainer.
+_OWN_LOSS = (
+    "give the metric a loss of its own, such as lq.sensitivity.Fisher(loss=f): f gets the model and the batch and "
+    "returns the mean loss (with a Trainer, a method calibration_loss(batch) of the module does as well)"
+)
+
 
 class _Squared(ABC):
     """Metrics of the form ``scale * mean_n (g_n · Δ)^2``."""
@@ -171,8 +177,7 @@ def log_likelihood(output: Tensor, labels: Tensor) -> Tensor:
         return -0.5 * (output - labels).square().reshape(len(output), -1).sum(1)
     raise DataError(
         f"labels {describe(labels)} of {labels.dtype} do not go with an output {describe(output)}: expected classes "
-        "(B, ...) for logits (B, K, ...), or floats of the output's shape; pass loss=, a callable that is given the "
-        "model and the batch and returns the mean loss"
+        f"(B, ...) for logits (B, K, ...), or floats of the output's shape; {_OWN_LOSS}"
     )
 
 
@@ -194,9 +199,8 @@ def labels_of(batch: Any) -> Tensor:
     if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
         return batch[1]
     raise DataError(
-        f"a batch of {describe(batch)} has no labels in its second place; pass loss=, a callable that is given the "
-        "model and the batch and returns the mean loss, or use a metric without labels: Fisher(labels='model') or "
-        "OutputDistortion()"
+        f"a batch of {describe(batch)} has no labels in its second place; {_OWN_LOSS}; or measure without labels, by "
+        "Fisher(labels='model') or OutputDistortion()"
     )
 
 

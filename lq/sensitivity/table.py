@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lq import schema
 from lq.errors import DataError
+from lq.files import parse_json
 from lq.histogram import Reduce
 from lq.sensitivity.items import Item
 from lq.tables import Table
@@ -109,16 +111,69 @@ class Sensitivity:
             DataError: if `text` is something else.
         """
         try:
-            values = json.loads(text)
-            tensors: list[dict[str, Any]] = [
-                {k: np.array(v, dtype=float) if isinstance(v, list) else v for k, v in tensor.items()}
-                for tensor in values.pop("tensors")
-            ]
-            for key in ("widths", "notes"):
-                values[key] = tuple(values[key])
-            return cls(tensors=tuple(TensorSensitivity(**tensor) for tensor in tensors), **values)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            values = schema.read(parse_json(text), _SENSITIVITY)
+            tensors = tuple(TensorSensitivity(**tensor) for tensor in values.pop("tensors"))
+            found = cls(tensors=tensors, **values)
+            _require_sizes(found)
+        except DataError as error:
             raise DataError(f"not a saved sensitivity: {error}; write sensitivity.to_json() to the file") from error
+        return found
+
+
+# What a saved sensitivity looks like. Errors are NaN where one sample was seen.
+def _numbers(check: schema.Check) -> schema.Check:
+    def into(values: list[Any]) -> Array:
+        if len({len(value) for value in values if isinstance(value, list)}) > 1:
+            raise schema.MismatchError("rows of one length", values)
+        return np.array(values, dtype=float)
+
+    return schema.array(check, into=into)
+
+
+_LOSS, _ERROR = schema.number(), schema.number(0, nan=True)
+_SENSITIVITY = schema.record(
+    {
+        "metric": schema.text,
+        "widths": schema.array(schema.width, least=1, into=tuple),
+        "samples": schema.integer(),
+        "group": schema.integer(1),
+        "tensors": schema.array(
+            schema.record(
+                {
+                    "name": schema.text,
+                    "role": schema.choice("weight", "activation"),
+                    "numel": schema.integer(),
+                    "channels": schema.integer(1),
+                    "loss": _numbers(_LOSS),
+                    "error": _numbers(_ERROR),
+                    "group_loss": _numbers(schema.array(_LOSS)),
+                    "group_error": _numbers(schema.array(_ERROR)),
+                }
+            )
+        ),
+        "notes": schema.array(schema.text, into=tuple),
+    }
+)
+
+
+def _require_sizes(found: Sensitivity) -> None:
+    """Raise if losses are not one for each width, and for each group of channels; or if a name is there twice."""
+    count, names = len(found.widths), set()
+    if len(set(found.widths)) < count:
+        raise DataError(f"at 'widths': {list(found.widths)} has a width twice")
+    for i, tensor in enumerate(found.tensors):
+        groups = -(-tensor.channels // found.group)
+        if tensor.name in names:
+            raise DataError(f"at 'tensors[{i}]': {tensor.name!r} is there twice")
+        names.add(tensor.name)
+        for key in ("loss", "error"):
+            shape = getattr(tensor, key).shape
+            if shape != (count,):
+                raise DataError(f"at 'tensors[{i}].{key}': expected {count} numbers, got {shape}")
+        for key in ("group_loss", "group_error"):
+            values = getattr(tensor, key)
+            if len(values) and values.shape != (groups, count):
+                raise DataError(f"at 'tensors[{i}].{key}': expected {groups} x {count} numbers, got {values.shape}")
 
 
 class Accumulator:

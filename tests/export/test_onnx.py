@@ -857,9 +857,17 @@ def test_float_weights_beside_quantized_activations(tmp_path):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opset", [9, 20])
+@pytest.mark.parametrize("opset", [13, 20])
 def test_an_opset_without_small_types(opset, tmp_path):
-    with pytest.raises(DataError, match=rf"^opset={opset}: types of 4 bits need 21 or more, those of 2 bits 25$"):
+    message = rf"^opset={opset}: types of 4 bits need 21 or more, those of 2 bits 25; .* would be stored in 8 bits"
+    with pytest.raises(DataError, match=message):
+        export_onnx(quantized(), images(), tmp_path / "m.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [0, 9, 12])
+def test_an_opset_without_steps_for_channels(opset, tmp_path):
+    with pytest.raises(DataError, match=rf"^opset={opset}: steps for each channel need 13 or more$"):
         export_onnx(quantized(), images(), tmp_path / "m.onnx", opset=opset)
     assert not list(tmp_path.iterdir())
 

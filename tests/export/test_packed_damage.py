@@ -498,7 +498,7 @@ FILES = {
     "empty": (lambda path: path.touch(), "cannot be loaded: .*save the model again"),
     "zeros": (lambda path: path.write_bytes(bytes(1000)), "cannot be loaded: .*save the model again"),
     "missing": (lambda path: None, r"there is no file .*m.safetensors"),
-    "a folder": (lambda path: path.mkdir(), r"there is no file .*m.safetensors"),
+    "a folder": (lambda path: path.mkdir(), r"m.safetensors is a folder; give the name of a file"),
     "a link to nothing": (lambda path: path.symlink_to("gone"), r"there is no file .*m.safetensors"),
     "a pickle": (pickled, "cannot be loaded: .*save the model again"),
     "a checkpoint": (torch_pickled, "cannot be loaded: .*save the model again"),

@@ -263,7 +263,9 @@ def test_errors():
         measure_sensitivity(model, batches, group=0)
     with pytest.raises(SpecError, match="nothing can be measured"):
         measure_sensitivity(model, batches, weights=False, activations=False)
-    with pytest.raises(DataError, match="has no labels in its second place; pass loss="):
+    with pytest.raises(
+        DataError, match=r"has no labels in its second place; give the metric a loss .*Fisher\(loss=f\)"
+    ):
         measure_sensitivity(model, [x])
     with pytest.raises(DataError, match=r"do not go with an output Tensor\(1, 3\)"):
         measure_sensitivity(model, [(x, torch.zeros(12, 2))])
