@@ -33,6 +33,7 @@ from lq.callbacks.optimizers import (
     schedule_factor,
     steps_of,
 )
+from lq.callbacks.per_module import ModuleCallback
 from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
 from lq.distillation import Distiller, Loss, float_copy
 from lq.errors import NoEffectWarning, PatternError, SpecError, StateError
@@ -42,7 +43,7 @@ from lq.quantizer import Quantizer
 from lq.sites import common_module, is_attached, quantizers, require_attached
 
 
-class FineTune(pl.Callback):
+class FineTune(ModuleCallback):
     """Train a quantized module with the straight-through estimator or with learned steps (LSQ and others).
 
     Without further arguments the user's optimizer and scheduler are kept. ``FineTune(lr=0.005, schedule="cosine")``
@@ -116,6 +117,9 @@ class FineTune(pl.Callback):
         self.task = task
         self.temperature = temperature
         self.distill_from = distill_from
+
+    @override
+    def _begin(self) -> None:
         self._own: QuantizerOptimizer | None = None
         self._parts: list[list[nn.Parameter]] = []
         self._peaks: list[float] = []
@@ -131,6 +135,8 @@ class FineTune(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose what is learned before DDP looks at it."""
+        self._stop_distilling()  # what a run that failed has left
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if is_attached(pl_module) or "configure_model" not in vars(pl_module):
@@ -168,7 +174,7 @@ class FineTune(pl.Callback):
             self._start_distilling(trainer, pl_module)
         self._watch = DivergenceWatch(list(quantizers(pl_module)))
         self._peaks = self._resumed.get("peaks", [])
-        self._resumed = {}
+        self._resumed, self._reestimated_at = {}, -1
 
     def _own_optimizer(
         self, trainer: pl.Trainer, module: pl.LightningModule, groups: list[list[Quantizer]]
@@ -337,6 +343,10 @@ class FineTune(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
+        super().teardown(trainer, pl_module, stage)
+        self._stop_distilling()
+
+    def _stop_distilling(self) -> None:
         if self._distiller is not None:
             self._distiller.remove()
             self._distiller = None
@@ -357,6 +367,7 @@ class FineTune(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is an optimizer to give it to."""
+        super().load_state_dict(state_dict)
         self._resumed = state_dict
 
 

@@ -20,9 +20,12 @@ from typing_extensions import override
 
 from lq.attach import attach, attached_plan
 from lq.calibration import Forward, needs_calibration
+from lq.callbacks.checkpoints import class_names, save_result
 from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of
+from lq.callbacks.per_module import ModuleCallback
 from lq.checkpoint import planned_by, rebuild
 from lq.errors import DataError, SpecError, StateError
+from lq.final_widths import warn_if_unfinished
 from lq.folding import fold_batchnorm
 from lq.inspection import inspect
 from lq.report import summary
@@ -36,7 +39,7 @@ _FINDERS = {"LearningRateFinder", "BatchSizeFinder"}
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
 
-class Quantize(pl.Callback):
+class Quantize(ModuleCallback):
     """Quantize the layers of a LightningModule: fold BatchNorms, attach quantizers, calibrate on training data.
 
     With ``Trainer(max_epochs=0)`` this is post-training quantization; with epochs, the start of fine-tuning.
@@ -94,7 +97,6 @@ class Quantize(pl.Callback):
         self.structure = structure
         self.skip = skip
         self.symmetric = symmetric
-        self._found: Structure | None = None
         self._choice: dict[str, Any] = {
             "symmetric": symmetric,
             "first_last": first_last,
@@ -107,8 +109,13 @@ class Quantize(pl.Callback):
             plan_sites(torch.nn.Identity(), weights, activations, first_last=first_last)  # wrong widths fail here
 
     @override
+    def _begin(self) -> None:
+        self._found: Structure | None = None
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fold and attach, once."""
+        super().setup(trainer, pl_module, stage)
         _check_strategy(trainer)
         _put_finders_last(trainer)
         if is_attached(pl_module):
@@ -127,6 +134,32 @@ class Quantize(pl.Callback):
             return
         calibrate_on_training_data(trainer, pl_module, self.calibration_samples, self.forward)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what no ModelCheckpoint has saved: a network that is not trained, or is changed after training."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.global_step == 0:
+            save_result(trainer, "quantized")
+        elif any(getattr(one, "changed_after_training", False) for one in trainer.callbacks):  # type: ignore[attr-defined]
+            save_result(trainer, "finished")
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the network has more bits than were asked for."""
+        if trainer.state.fn == "validate":
+            warn_if_unfinished(pl_module, f"{type(pl_module).__name__}, which is evaluated,")
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the network has more bits than were asked for."""
+        warn_if_unfinished(pl_module, f"{type(pl_module).__name__}, which is evaluated,")
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the network has more bits than were asked for."""
+        warn_if_unfinished(pl_module, f"{type(pl_module).__name__}, which predicts,")
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.fold_bn:
@@ -212,7 +245,7 @@ class Quantize(pl.Callback):
 
 def _check_strategy(trainer: pl.Trainer) -> None:
     """Raise if the Trainer's strategy would split weights over devices: a part of a channel has no range."""
-    if _SHARDING & _class_names(trainer.strategy):
+    if _SHARDING & class_names(trainer.strategy):
         raise StateError(
             f"Quantize does not work with {type(trainer.strategy).__name__}, which shards the weights that it rounds; "
             "use Trainer(strategy='ddp') or a single device"
@@ -227,7 +260,7 @@ def _put_finders_last(trainer: pl.Trainer) -> None:
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     end = 1 + max((i for i, callback in enumerate(callbacks) if _is_ours(callback)), default=-1)
-    finders = [callback for callback in callbacks[:end] if _FINDERS & _class_names(callback)]
+    finders = [callback for callback in callbacks[:end] if _FINDERS & class_names(callback)]
     if finders:
         others = [callback for callback in callbacks[:end] if callback not in finders]
         trainer.callbacks = [*others, *finders, *callbacks[end:]]  # type: ignore[attr-defined]
@@ -236,11 +269,6 @@ def _put_finders_last(trainer: pl.Trainer) -> None:
 def _is_ours(callback: pl.Callback) -> bool:
     """Whether it is one of lq's callbacks, or a subclass."""
     return any(base.__module__.startswith("lq.callbacks.") for base in type(callback).__mro__)
-
-
-def _class_names(thing: object) -> set[str]:
-    """Names of its class and bases: the same in both packages that Lightning comes as."""
-    return {base.__name__ for base in type(thing).__mro__}
 
 
 def _call_with(model: torch.nn.Module, example: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lq.attach import attach_sites, detach, set_estimator
 from lq.errors import DataError
+from lq.final_widths import warn_if_unfinished
 from lq.folding import fold_pair, foldable_pairs
 from lq.interception import CALLS, is_weight_key
 from lq.scheme import PlannedSite
@@ -51,10 +52,12 @@ def load(source: str | Path | Mapping[str, Any], model: M) -> M:
     if isinstance(source, (str, Path)) and Path(source).suffix == ".safetensors":
         from lq.export.packed import load as load_packed
 
-        return load_packed(source, model)
-    state_dict = read_state_dict(source)
-    rebuild(model, state_dict)
-    model.load_state_dict(state_dict)
+        load_packed(source, model)
+    else:
+        state_dict = read_state_dict(source)
+        rebuild(model, state_dict)
+        model.load_state_dict(state_dict)
+    warn_if_unfinished(model, f"{type(model).__name__}, loaded from a checkpoint,")
     return model
 
 

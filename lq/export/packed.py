@@ -25,6 +25,7 @@ from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
 from lq.files import whole_file
+from lq.final_widths import warn_if_unfinished
 from lq.folding import foldable_pairs
 from lq.functional import step_size
 from lq.quantizer import Quantizer, WeightQuantizer, middle
@@ -72,6 +73,7 @@ def save(model: nn.Module, path: str | Path) -> int:
     True
     """
     require_attached(model, "lq.save")
+    warn_if_unfinished(model, f"{type(model).__name__}, which is saved,")
     path = packed_path(path)
     content = _Content(model)
     index, size = content.index.encode(), content.index.size + _DIGEST
