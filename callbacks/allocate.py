@@ -22,6 +22,7 @@ from lq.bit_allocation import Allocation, Granularity, Joint, allocate
 from lq.budget import Latency, parse_budget
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
+from lq.callbacks.per_module import ModuleCallback
 from lq.callbacks.reports import report_path, write_text
 from lq.callbacks.steps import call_step, quiet
 from lq.errors import SpecError, StateError
@@ -33,7 +34,7 @@ from lq.sites import activation_quantizers, require_attached
 Budget = float | str | Latency | Mapping[str, Any]
 
 
-class AllocateBits(pl.Callback):
+class AllocateBits(ModuleCallback):
     """Give every layer, or every channel, the width that loses least within a budget.
 
     Put it after `Quantize`. The loss that Fisher and HAWQ-V2 measure is the module's ``calibration_loss(batch)`` if it
@@ -110,6 +111,9 @@ class AllocateBits(pl.Callback):
         self.save_to = save_to
         self.forward = forward
         self.batch_dim = batch_dim
+
+    @override
+    def _begin(self) -> None:
         self.sensitivity_table: Sensitivity | None = None
         self.allocated: Allocation | None = None
 
@@ -146,6 +150,7 @@ class AllocateBits(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the allocation; the widths are in the module's own state."""
+        super().load_state_dict(state_dict)
         saved = state_dict["allocation"]
         self.allocated = None if saved is None else Allocation.from_json(saved)
 

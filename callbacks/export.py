@@ -11,13 +11,14 @@ from typing_extensions import override
 
 from lq.calibration import eval_mode
 from lq.callbacks.data import forward_of, run_example, training_batches
+from lq.callbacks.per_module import ModuleCallback
 from lq.errors import DataError, SpecError
 from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
 from lq.export.program import Call, first_samples
 from lq.sites import require_attached
 
 
-class ExportModel(pl.Callback):
+class ExportModel(ModuleCallback):
     """Export the quantized network when fit ends, whatever brought it there: calibration, reconstruction, training.
 
     The file's name says the format: ".onnx" (checked in onnxruntime, a report beside it; `lq.export_onnx`), ".pt2"
@@ -57,6 +58,9 @@ class ExportModel(pl.Callback):
         self.example = example
         self.samples = samples
         self.opset = opset
+
+    @override
+    def _begin(self) -> None:
         #: What was exported, if it is ONNX.
         self.report: OnnxReport | None = None
 

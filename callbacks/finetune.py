@@ -36,6 +36,7 @@ from lq.callbacks.optimizers import (
     steps_of,
     unfreeze_with_weights,
 )
+from lq.callbacks.per_module import ModuleCallback
 from lq.callbacks.pruning import prune_float_weights
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
@@ -47,7 +48,7 @@ from lq.estimators import estimator as estimator_of
 from lq.sites import common_module, is_attached, quantizers, require_attached
 
 
-class FineTune(pl.Callback):
+class FineTune(ModuleCallback):
     """Train a quantized module with the straight-through estimator or with learned steps (LSQ and others).
 
     Without further arguments the user's optimizer and scheduler are kept. ``FineTune(lr=0.005, schedule="cosine")``
@@ -121,6 +122,9 @@ class FineTune(pl.Callback):
         self.task = task
         self.temperature = temperature
         self.distill_from = distill_from
+
+    @override
+    def _begin(self) -> None:
         self._own: QuantizerOptimizer | None = None
         self._looked = True  # at the optimizers, for weights that none holds
         self._users = UserOptimizers(set())
@@ -139,6 +143,8 @@ class FineTune(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose what is learned before DDP looks at it."""
+        self._stop_distilling()  # what a run that failed has left
+        super().setup(trainer, pl_module, stage)
         if not _has_quantize(trainer) and is_attached(pl_module):
             prune_float_weights(trainer, self)
         if stage != "fit":
@@ -179,7 +185,7 @@ class FineTune(pl.Callback):
         if self.distill:
             self._start_distilling(trainer, pl_module)
         self._watch = DivergenceWatch(list(quantizers(pl_module)))
-        self._resumed = {}
+        self._resumed, self._reestimated_at = {}, -1
 
     def _own_optimizer(self, trainer: pl.Trainer, module: pl.LightningModule) -> QuantizerOptimizer | None:
         """The optimizer of what is learned of the quantizers."""
@@ -384,7 +390,11 @@ class FineTune(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
+        super().teardown(trainer, pl_module, stage)
         self._users.release()
+        self._stop_distilling()
+
+    def _stop_distilling(self) -> None:
         if self._distiller is not None:
             self._distiller.remove()
             self._distiller = None
@@ -405,6 +415,7 @@ class FineTune(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is an optimizer to give it to."""
+        super().load_state_dict(state_dict)
         self._resumed = state_dict
 
 

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lq.checkpoint import rebuild
+from lq.final_widths import warn_if_unfinished
 
 L = TypeVar("L", bound=pl.LightningModule)
 
@@ -35,4 +36,5 @@ def load_from_checkpoint(module_class: type[L], checkpoint_path: str | Path, **k
     Rebuilding.__name__, Rebuilding.__qualname__ = module_class.__name__, module_class.__qualname__
     module: L = Rebuilding.load_from_checkpoint(checkpoint_path, **kwargs)
     module.__class__ = module_class
+    warn_if_unfinished(module, f"{module_class.__name__}, loaded from a checkpoint,")
     return module

@@ -19,12 +19,14 @@ from typing_extensions import override
 
 from lq.budget import Costs, parse_budget
 from lq.callbacks.averages import give_to_averages
+from lq.callbacks.final_widths import ChangesWidths
 from lq.callbacks.finetune import FineTune
 from lq.callbacks.optimizers import QuantizerOptimizer, adam, loss_scale, owned, steps_of
 from lq.callbacks.schedules import Schedule
 from lq.distillation import Loss
 from lq.errors import BudgetError, SpecError
 from lq.estimators import NoiseScale
+from lq.final_widths import set_final_widths
 from lq.noise_scale import HEAD, Penalty, SizeBudget, Targets, WidthLearner, prune_silent, target_widths
 from lq.refitting import fit_ranges
 from lq.report import WIDTH_BITS, summary
@@ -36,7 +38,7 @@ _RATE, _TRAVEL, _FASTEST = 2e-3, 6.0, 3e-2
 _ENDLESS = 1000
 
 
-class LearnNoiseScale(FineTune):
+class LearnNoiseScale(ChangesWidths, FineTune):
     """Train a quantized module with learned noise scales: widths come down to targets, or share a budget.
 
     Widths start where `Quantize` (or `AllocateBits`) has put them: 8 bits, say. Channels that come to less than half a
@@ -121,6 +123,10 @@ class LearnNoiseScale(FineTune):
         self.pins = pins
         self.until = until
         self.quantizer_lr = quantizer_lr
+
+    @override
+    def _begin(self) -> None:
+        super()._begin()
         self._learners: list[WidthLearner] = []
         self._owners: list[int] = []  # which of the user's optimizers each belongs to
         self._aim: Targets | SizeBudget = Targets(torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0))
@@ -177,6 +183,7 @@ class LearnNoiseScale(FineTune):
             self._penalty.steps, self._penalty.loss = saved["penalty"]
         if self._settled_at is not None:
             self._use_integers(module)
+        set_final_widths(module, self._final_widths())
         return self._adam(rate)
 
     def _adam(self, rate: float) -> QuantizerOptimizer:
@@ -189,6 +196,26 @@ class LearnNoiseScale(FineTune):
     @override
     def _arrange(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Widths come down together, whatever is frozen: all quantizers stay with the optimizer they began with."""
+
+    @override
+    def _final(self) -> bool:
+        return self._settled_at is not None or not self._learners
+
+    def _final_widths(self) -> dict[str, Tensor]:
+        """Widths at the end of training by name; with a budget, the mean that it allows."""
+        if self._final():
+            return {}
+        now = self._all("bits")
+        final = torch.where(self._all("target").isnan(), now, self._all("target"))
+        if isinstance(self._aim, SizeBudget):
+            costs = self._aim.costs
+            final = torch.where(costs > 0, min(self._aim.limit / float(costs.sum()), float(now.max())), final)
+        parts = final.split([len(one.bits) for one in self._learners])
+        return {
+            quantizer.name: bits.view(quantizer.bits.shape)
+            for learner, part in zip(self._learners, parts, strict=True)
+            for quantizer, bits in zip(learner.members, part.split(learner.sizes), strict=True)
+        }
 
     def _sharing(self, module: nn.Module) -> set[str]:
         """Names of the quantizers whose widths share the budget: those of weights that are stored in integers."""
@@ -329,6 +356,7 @@ class LearnNoiseScale(FineTune):
         for learner, part in zip(self._learners, widths.split([len(one.bits) for one in self._learners]), strict=True):
             learner.settle(part)
         self._settled_at = trainer.global_step
+        set_final_widths(module, {})
         if self._met_at is None:
             self._met_at = self._settled_at
         self._use_integers(module)

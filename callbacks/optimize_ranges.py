@@ -16,12 +16,13 @@ from typing_extensions import override
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.averages import give_to_averages
 from lq.callbacks.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
+from lq.callbacks.per_module import ModuleCallback
 from lq.errors import SpecError, StateError
 from lq.loss_aware import NamedLoss, OptimizedRanges, OutputLoss, check_arguments, optimize_ranges
 from lq.sites import activation_quantizers, require_attached
 
 
-class OptimizeRanges(pl.Callback):
+class OptimizeRanges(ModuleCallback):
     """Give all weights and activations the ranges of least loss, at the widths they have.
 
     Put it after `Quantize` and `AllocateBits`, before `FineTune`.
@@ -56,16 +57,16 @@ class OptimizeRanges(pl.Callback):
         self.loss: NamedLoss | OutputLoss = loss
         self.evaluations = evaluations
         self.forward = forward
+
+    @override
+    def _begin(self) -> None:
         self.optimized: OptimizedRanges | None = None
-        self._module: pl.LightningModule | None = None  # that `optimized` is about; None: the one of the checkpoint
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the ranges, once for each module; nothing if a checkpoint brought them."""
         require_attached(pl_module, "OptimizeRanges")
-        done = self.optimized is not None and self._module in (None, pl_module)
-        self._module = pl_module
-        if done:
+        if self.optimized is not None:
             return
         if needs_calibration(pl_module):
             raise StateError(
@@ -98,5 +99,6 @@ class OptimizeRanges(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
+        super().load_state_dict(state_dict)
         saved = state_dict["optimized"]
-        self.optimized, self._module = None if saved is None else OptimizedRanges(**saved), None
+        self.optimized = None if saved is None else OptimizedRanges(**saved)

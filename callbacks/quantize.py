@@ -22,7 +22,9 @@ from typing_extensions import override
 
 from lq.attach import attach, attached_plan, detach
 from lq.calibration import Forward, needs_calibration
+from lq.callbacks.checkpoints import class_names, save_result
 from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of, run_example
+from lq.callbacks.per_module import ModuleCallback
 from lq.callbacks.preparing import (
     initialise_lazy_layers,
     is_uninitialised,
@@ -34,6 +36,7 @@ from lq.callbacks.pruning import check_parametrizations, check_zeros, prune_floa
 from lq.callbacks.steps import teachers_of
 from lq.callbacks.untrained import build_as_float, warn_of_untrained
 from lq.errors import DataError, NoEffectWarning, SpecError, StateError
+from lq.final_widths import warn_if_unfinished
 from lq.folding import fold, folded_norms
 from lq.inspection import inspect
 from lq.report import summary
@@ -56,7 +59,7 @@ _RUNNING = {"LearningRateFinder", "BatchSizeFinder", "ModelSummary"}
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
 
-class Quantize(pl.Callback):
+class Quantize(ModuleCallback):
     """Quantize the layers of a LightningModule: fold BatchNorms, attach quantizers, calibrate on training data.
 
     With ``Trainer(max_epochs=0)`` this is post-training quantization; with epochs, the start of fine-tuning.
@@ -121,10 +124,6 @@ class Quantize(pl.Callback):
         self.structure = structure
         self.skip = skip
         self.symmetric = symmetric
-        self._found: Structure | None = None
-        self._example: tuple[Any, Forward] | None = None  # what the module was looked at with, and how it is run
-        self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
-        self._looked = True
         self._choice: dict[str, Any] = {
             "symmetric": symmetric,
             "first_last": first_last,
@@ -137,8 +136,16 @@ class Quantize(pl.Callback):
             plan_sites(torch.nn.Identity(), weights, activations, first_last=first_last)  # wrong widths fail here
 
     @override
+    def _begin(self) -> None:
+        self._found: Structure | None = None
+        self._example: tuple[Any, Forward] | None = None  # what the module was looked at with, and how it is run
+        self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
+        self._looked = True
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fold and attach, once."""
+        super().setup(trainer, pl_module, stage)
         _check_strategy(trainer)
         _put_running_last(trainer)
         rebuild_from_checkpoint(pl_module, self._before_restoring)
@@ -188,33 +195,46 @@ class Quantize(pl.Callback):
         warn_of_lost_zeros(trainer, pl_module)
 
     @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what no ModelCheckpoint has saved: a network that is not trained, or is changed after training."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.global_step == 0:
+            save_result(trainer, "quantized")
+        elif any(getattr(one, "changed_after_training", False) for one in trainer.callbacks):  # type: ignore[attr-defined]
+            save_result(trainer, "finished")
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before any fit, evaluate the float module."""
-        self._run_float(trainer, pl_module)
+        """Before any fit, evaluate the float module; say so if the network has more bits than were asked for."""
+        if trainer.state.fn == "validate":
+            self._before_running(pl_module, "which is evaluated,")
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before any fit, evaluate the float module."""
-        self._run_float(trainer, pl_module)
+        """Before any fit, evaluate the float module; say so if the network has more bits than were asked for."""
+        self._before_running(pl_module, "which is evaluated,")
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before any fit, predict with the float module."""
-        self._run_float(trainer, pl_module)
+        """Before any fit, predict with the float module; say so if the network has more bits than were asked for."""
+        self._before_running(pl_module, "which predicts,")
 
-    def _run_float(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _before_running(self, module: pl.LightningModule, what: str) -> None:
         """Take the quantizers off if no activation has a range: neither fit nor a checkpoint brought any."""
         found = activation_quantizers(module).values()
-        if trainer.state.fn != "fit" and found and not any(quantizer.calibrated for quantizer in found):
+        if found and not any(quantizer.calibrated for quantizer in found):
             detach(module)
             rank_zero_info(
                 f"Quantize: {type(module).__name__} runs in float, its quantizers get their ranges when fit starts; "
                 "to run a quantized one, call fit first (Trainer(max_epochs=0) only calibrates) or pass ckpt_path="
             )
+        warn_if_unfinished(module, f"{type(module).__name__}, {what}")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module's own hook."""
+        super().teardown(trainer, pl_module, stage)
         leave_checkpoints_alone(pl_module)
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -386,7 +406,7 @@ def _warn_of_folded(module: pl.LightningModule) -> None:
 
 def _check_strategy(trainer: pl.Trainer) -> None:
     """Raise if the Trainer's strategy would split weights over devices: a part of a channel has no range."""
-    if _SHARDING & _class_names(trainer.strategy):
+    if _SHARDING & class_names(trainer.strategy):
         raise StateError(
             f"Quantize does not work with {type(trainer.strategy).__name__}, which shards the weights that it rounds; "
             "use Trainer(strategy='ddp') or a single device"
@@ -401,7 +421,7 @@ def _put_running_last(trainer: pl.Trainer) -> None:
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     end = 1 + max((i for i, callback in enumerate(callbacks) if _is_ours(callback)), default=-1)
-    running = [callback for callback in callbacks[:end] if _RUNNING & _class_names(callback)]
+    running = [callback for callback in callbacks[:end] if _RUNNING & class_names(callback)]
     if running:
         others = [callback for callback in callbacks[:end] if callback not in running]
         trainer.callbacks = [*others, *running, *callbacks[end:]]  # type: ignore[attr-defined]
@@ -410,11 +430,6 @@ def _put_running_last(trainer: pl.Trainer) -> None:
 def _is_ours(callback: pl.Callback) -> bool:
     """Whether it is one of lq's callbacks, or a subclass."""
     return any(base.__module__.startswith("lq.callbacks.") for base in type(callback).__mro__)
-
-
-def _class_names(thing: object) -> set[str]:
-    """Names of its class and bases: the same in both packages that Lightning comes as."""
-    return {base.__name__ for base in type(thing).__mro__}
 
 
 def _shares(module: torch.nn.Module, site: str) -> bool:

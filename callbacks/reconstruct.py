@@ -5,8 +5,7 @@ It runs in ``on_fit_start``, after `Quantize` (and `AllocateBits`, `SynthesizeDa
 kept in a file, from which a run that was killed goes on.
 """
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +18,7 @@ from typing_extensions import override
 from lq.calibration import Forward, needs_calibration
 from lq.callbacks.averages import give_to_averages
 from lq.callbacks.data import forward_of, progress_bar, reduce_over, training_batches
+from lq.callbacks.per_module import ModuleCallback
 from lq.callbacks.reports import report_path, write_text
 from lq.distillation import float_copy
 from lq.errors import SpecError, StateError
@@ -35,7 +35,7 @@ from lq.sites import require_attached
 When = Literal["start", "end"]
 
 
-class Reconstruct(pl.Callback):
+class Reconstruct(ModuleCallback):
     """Learn how weights are rounded, and the steps of activations, by the outputs of layers, blocks or the network.
 
     Put it after `Quantize`. AdaRound, BRECQ, QDrop, MRECG and NWQ are choices of its arguments (see `lq.reconstruct`),
@@ -154,10 +154,11 @@ class Reconstruct(pl.Callback):
         self.resume = resume
         self.save_to = save_to
         self.forward = forward
+
+    @override
+    def _begin(self) -> None:
         self.reconstruction: Reconstruction | None = None
         self._teacher: nn.Module | None = None
-        self._restored = False
-        self._done: Callable[[], nn.Module | None] = lambda: None  # the module that the report is of, weakly
 
     @property
     @override
@@ -185,15 +186,19 @@ class Reconstruct(pl.Callback):
         """Reconstruct what training has left."""
         if self.when == "end":
             self._reconstruct(trainer, pl_module)
+            self.changed_after_training = True
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the float network."""
+        """Let go of the float network; what is done at the end is about to be done to other weights."""
         self._teacher = None
+        if self.when == "end":
+            self.reconstruction = None
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the float network."""
+        super().teardown(trainer, pl_module, stage)
         self._teacher = None
 
     @override
@@ -204,13 +209,12 @@ class Reconstruct(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was done; weights and steps are in the module's own state."""
+        super().load_state_dict(state_dict)
         saved = state_dict["reconstruction"]
         self.reconstruction = None if saved is None else Reconstruction.from_json(saved)
-        self._restored = saved is not None
 
     def _reconstruct(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.reconstruction is not None and (self._restored or self._done() is module):
-            self._done, self._restored = weakref.ref(module), False
+        if self.reconstruction is not None:
             return
         if needs_calibration(module):
             raise StateError(
@@ -252,7 +256,6 @@ class Reconstruct(pl.Callback):
                 rank=trainer.global_rank,
                 watch=lambda steps, name: _shown(trainer, steps, name),
             )
-        self._done, self._restored = weakref.ref(module), False
         give_to_averages(trainer, module, weights=True)
         self._report(trainer, self.reconstruction, len(before))
 

@@ -6,6 +6,7 @@ widths are (`lq.refitting`). Source: Zhuang et al., Towards Effective Low-bitwid
 """
 
 import math
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,17 +14,21 @@ import torch
 from typing_extensions import override
 
 from lq.callbacks.averages import give_to_averages
+from lq.callbacks.final_widths import ChangesWidths
 from lq.callbacks.optimizers import steps_of
 from lq.errors import SpecError
+from lq.final_widths import set_final_widths, unfinished_widths
 from lq.refitting import change_widths, fitted_steps
 from lq.sites import quantizers, require_attached
 from lq.spec import check_bits
 
 
-class ReduceBits(pl.Callback):
+class ReduceBits(ChangesWidths):
     """Begin training at more bits than asked for, and come down one by one.
 
-    The widths asked for are those that `Quantize` or `AllocateBits`, before this in the list, have given.
+    The widths asked for are those that `Quantize` or `AllocateBits`, before this in the list, have given. Until they
+    are reached no score counts, neither for ``ModelCheckpoint(monitor=...)`` nor for EarlyStopping, and checkpoints say
+    that they are unfinished where they are used.
 
     Args:
         start: width of all quantizers at the beginning, in bits; those that have more keep it.
@@ -40,35 +45,60 @@ class ReduceBits(pl.Callback):
             raise SpecError(f"until={until} is no share of a run; give a number above 0, at most 1")
         self.start = check_bits(start)
         self.until = until
+
+    @override
+    def _begin(self) -> None:
+        super()._begin()
         self._asked: dict[str, torch.Tensor] = {}
         self._fitted: dict[str, torch.Tensor] = {}
+        self._progress = 0.0  # share of the way that is done
         self._distinct: list[float] = []  # widths asked for, and bits above them now
         self._levels: list[int] = []
 
     @override
+    def _final(self) -> bool:
+        return not any(level for level, asked in zip(self._levels, self._distinct, strict=True) if asked)
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the widths asked for and begin higher; a resumed run has done so."""
+        """Note the widths asked for and begin higher; go on where a run before this one has come."""
         require_attached(pl_module, "ReduceBits")
-        self._levels = []
         if not self._asked:
             self._asked = {q.name: q.bits.detach().clone() for q in quantizers(pl_module)}
             self._fitted = fitted_steps(pl_module, min(self.start, 8))
-            self._set(trainer, pl_module, 0.0)
+        self._distinct = sorted({bits for asked in self._asked.values() for bits in asked.reshape(-1).tolist()})
+        self._levels = []
+        self._set(trainer, pl_module, self._progress)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Come down."""
+        """Come down; never up again, in a longer run that goes on from the end of this one."""
         total = steps_of(trainer)
         if math.isinf(total):
             raise SpecError("ReduceBits needs the number of steps; set max_epochs or max_steps on the Trainer")
-        self._set(trainer, pl_module, min(trainer.global_step / max(self.until * total, 1.0), 1.0))
+        progress = min(trainer.global_step / max(self.until * total, 1.0), 1.0)
+        self._progress = max(progress, self._progress)
+        self._set(trainer, pl_module, self._progress)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the widths asked for have not been reached."""
+        left = unfinished_widths(pl_module)
+        if left:
+            name, (now, asked) = next(iter(left.items()))
+            warnings.warn(
+                f"ReduceBits: the run ended before the widths asked for were reached ({name} and {len(left) - 1} "
+                f"others: {now:.3g} bits instead of {asked:.3g}); train longer, or reach them earlier with until=, or "
+                "leave ReduceBits out where nothing is trained",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _set(self, trainer: pl.Trainer, module: pl.LightningModule, progress: float) -> None:
         """Give the widths that belong to a share of the way."""
-        if not self._distinct:
-            self._distinct = sorted({bits for asked in self._asked.values() for bits in asked.reshape(-1).tolist()})
         levels = [math.ceil(max(self.start - asked, 0) * (1 - progress) - 1e-6) for asked in self._distinct]
         if levels == self._levels:  # on the host: no step waits for a device
             return
@@ -82,14 +112,18 @@ class ReduceBits(pl.Callback):
                 changed[quantizer.name] = widths
         if changed:
             change_widths(module, changed, self._fitted)
+        set_final_widths(module, self._asked)
+        if changed:
             give_to_averages(trainer, module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The widths asked for, and the steps that fit activations on the way there."""
-        return {"asked": self._asked, "fitted": self._fitted} if self._asked else {}
+        """The widths asked for, the steps that fit activations on the way there, and how much of it is done."""
+        return {"asked": self._asked, "fitted": self._fitted, "progress": self._progress} if self._asked else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
+        super().load_state_dict(state_dict)
         self._asked, self._fitted = state_dict["asked"], state_dict["fitted"]
+        self._progress = state_dict.get("progress", 0.0)

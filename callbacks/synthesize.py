@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lq.batchnorm import batchnorms
 from lq.callbacks.data import progress_bar
+from lq.callbacks.per_module import ModuleCallback
 from lq.callbacks.quantize import Quantize
 from lq.distillation import float_copy
 from lq.errors import SpecError, StateError
@@ -26,7 +27,7 @@ from lq.sites import common_module, is_attached, layers
 from lq.synthesis import check_sizes, require_statistics, synthesize
 
 
-class SynthesizeData(pl.Callback):
+class SynthesizeData(ModuleCallback):
     """Make images from the network itself, and have every stage of lq read them instead of training data.
 
     Put it before `Quantize`. With ``Trainer(max_epochs=0)`` no loader is needed, and one that is given is not touched.
@@ -63,6 +64,9 @@ class SynthesizeData(pl.Callback):
         self.iterations = iterations
         self.batch_size = batch_size
         self.seed = seed
+
+    @override
+    def _begin(self) -> None:
         self.images: Tensor | None = None
         self._copy: nn.Module | None = None
         self._source: int | None = None  # fingerprint of the statistics that images come from
@@ -70,6 +74,7 @@ class SynthesizeData(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Copy the float module, once; keep the Trainer from its loader if it is not going to train."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self._check_order(trainer)

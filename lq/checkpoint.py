@@ -19,6 +19,7 @@ from lq.attach import detach, set_estimator
 from lq.channels import ChannelLayout
 from lq.errors import DataError
 from lq.files import named, read_checkpoint
+from lq.final_widths import FINAL, warn_if_unfinished
 from lq.foldable import foldable_pairs, is_norm
 from lq.folding import fold_pair, folded_norms, folded_pairs, unfold_for
 from lq.interception import CALLS, is_weight_key
@@ -75,6 +76,7 @@ def load(source: str | Path | Mapping[str, Any], model: M, *, part: str | None =
         require_fit(model, state_dict, f"the part {name!r} of the checkpoint" if name else "the checkpoint")
         rebuild(model, state_dict)
     model.load_state_dict(state_dict)
+    warn_if_unfinished(model, f"{type(model).__name__}, loaded from a checkpoint,")
     return model
 
 
@@ -188,7 +190,7 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in state_dict.items():
         name, _, last = key.rpartition(".")
-        if last in (*_STATE, "_extra_state") and _site(name) is not None:
+        if last in (*_STATE, FINAL, "_extra_state") and _site(name) is not None:
             continue
         if f".{key}".endswith(f".{_ORIGINAL}") and f"{key.removesuffix('original')}0.bits" in state_dict:
             key = f"{key.removesuffix(_ORIGINAL)}weight"  # noqa: PLW2901

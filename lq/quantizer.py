@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lq.errors import SpecError, StateError
 from lq.estimators import STE, Estimator, estimator
+from lq.final_widths import FinalWidths
 from lq.functional import Bound, fake_quantize, step_size, transforms_active
 from lq.histogram import Histogram, raise_if_not_finite
 from lq.late import find_range, passed
@@ -38,7 +39,7 @@ _SAME = 1e-3
 _ROUNDING = 1e-5
 
 
-class Quantizer(nn.Module):
+class Quantizer(FinalWidths):
     """Rounds a tensor to a grid.
 
     Args:
@@ -131,6 +132,7 @@ class Quantizer(nn.Module):
         self.log2_step.add_(torch.log2(old / new))
         self.zero_point.copy_(torch.where(signed_middle, middle(widths), zero_point).where(widths > 0, 0.0))
         self.bits.copy_(widths)
+        self.final_bits = None
         self.refresh()
 
     def extra_repr(self) -> str:

@@ -29,6 +29,7 @@ from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other, Part
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
 from lq.files import require_file, whole_file
+from lq.final_widths import warn_if_unfinished
 from lq.functional import step_size
 from lq.interception import CALLS
 from lq.quantizer import Quantizer, middle
@@ -81,6 +82,7 @@ def save(model: nn.Module, path: str | Path) -> int:
     True
     """
     require_attached(model, "lq.save")
+    warn_if_unfinished(model, f"{type(model).__name__}, which is saved,")
     path = packed_path(path)
     content = _Content(model)
     if left := stay_float(model):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lq.channels import ChannelLayout
 from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
+from lq.final_widths import warn_if_unfinished
 from lq.interception import CALLS, SharedQuantizer, call_quantizers
 from lq.quantizer import ActivationQuantizer
 from lq.sites import float_weight, require_attached, weight_quantizer
@@ -32,6 +33,7 @@ def standard_form(model: nn.Module) -> nn.Module:
         StateError: if the model has no quantizers, or one of them has no range or a width that is being learned.
     """
     require_attached(model, "export")
+    warn_if_unfinished(model, f"{type(model).__name__}, which is exported,")
     _operators()
     made = copy.deepcopy(model).eval().requires_grad_(False)
     weights: dict[int, StandardWeight] = {}
