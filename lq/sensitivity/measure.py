@@ -1,5 +1,6 @@
 """`measure_sensitivity`: what each width of each tensor of a quantized model costs, by the metric of choice."""
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Iterable, Sequence
@@ -134,7 +135,7 @@ def measure_sensitivity(
             group=group,
             forward=forward,
             reduce=reduce,
-            **({"layout": layout} if layout != FIRST else {}),
+            **({"layout": layout} if "layout" in inspect.signature(chosen.measure).parameters else {}),
         )
     unseen = [item.name for item in items if not item.seen]
     if unseen:
