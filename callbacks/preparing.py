@@ -62,14 +62,15 @@ def initialise_lazy_layers(module: nn.Module, example: tuple[Any, Forward] | Non
         )
 
 
-def rebuild_from_checkpoint(module: pl.LightningModule, check: Callable[[pl.LightningModule, bool], None]) -> None:
+def rebuild_from_checkpoint(module: pl.LightningModule, check: Callable[[pl.LightningModule, bool], bool]) -> None:
     """Have the module build what a quantized checkpoint has and it has not, when it is restored.
 
-    Those are quantizers, if it has none, and BatchNorms that are folded or not.
+    Those are quantizers, if it has none or those of its layers' classes, and BatchNorms that are folded or not.
 
     Args:
         module: the module that will be restored.
-        check: called before a quantized checkpoint is restored, with whether it has other BatchNorms folded.
+        check: called before a quantized checkpoint is restored, with whether it has other BatchNorms folded; returns
+            whether the checkpoint knows better which quantizers there are.
     """
     if hasattr(module.on_load_checkpoint, "rebuilds"):
         return
@@ -79,8 +80,8 @@ def rebuild_from_checkpoint(module: pl.LightningModule, check: Callable[[pl.Ligh
         state_dict = checkpoint.get("state_dict", {})
         if planned_by(state_dict):
             otherwise = folds_otherwise(module, state_dict)
-            check(module, otherwise)
-            if otherwise or not is_attached(module):
+            guessed = check(module, otherwise)
+            if otherwise or guessed or not is_attached(module):
                 rebuild(module, state_dict)
         restore(checkpoint)
 

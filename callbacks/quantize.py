@@ -293,8 +293,12 @@ class Quantize(ModuleCallback):
             rank_zero_info(f"Quantize left BatchNorms unfolded: {'; '.join(map(str, folding.left))}")
         return bool(folding.pairs)
 
-    def _before_restoring(self, module: pl.LightningModule, otherwise: bool) -> None:
-        """Raise if another callback has copied the module, and a checkpoint has its BatchNorms folded otherwise."""
+    def _before_restoring(self, module: pl.LightningModule, otherwise: bool) -> bool:
+        """Raise if another callback has copied the module, and a checkpoint has its BatchNorms folded otherwise.
+
+        Returns:
+            Whether quantizers were placed by the classes of layers alone.
+        """
         self._evaluated = None  # what it has now comes from a checkpoint
         callbacks: list[pl.Callback] = module.trainer.callbacks if module._trainer is not None else []  # type: ignore[attr-defined]
         copying = [type(callback).__name__ for callback in callbacks if type(callback).__name__ in _COPYING]
@@ -304,6 +308,7 @@ class Quantize(ModuleCallback):
                 f"and {copying[0]} has copied the module already; give Quantize the fold_bn (True or False) of the "
                 "run that wrote it"
             )
+        return self._found is None
 
     def _attach_after_configuring(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Attach when ``configure_model``, which may build the layers, has run."""

@@ -72,8 +72,9 @@ class _Frame:
         self.quantizers: dict[str, Any] = self.calls._modules
         self.prefix = prefix
         self.below = 0  # how many modules below are running
-        by_place = self.calls.places is not None and not torch.compiler.is_compiling()
-        self.order = CallOrder(self.calls.places if by_place else None)
+        # Branches of torch's own modules are ways to compute the same.
+        self.by_place = not torch.compiler.is_compiling() and not _is_torchs(type(module))
+        self.order = CallOrder(self.calls.places if self.by_place else None)
 
     def again(self, prefix: str) -> "_Frame":
         """A frame that goes on from here, for code that runs again later."""
@@ -83,7 +84,7 @@ class _Frame:
 
     def next(self, kind: str, calls: int = 1) -> int | None:
         """Number of the call that runs now; of the first of `calls`. None: it is not one of those that are known."""
-        if torch.compiler.is_compiling():
+        if not self.by_place:
             return self.order.by_count(kind, calls)
         place = place_in_code(self.prefix)
         index = self.order.next(kind, place, calls)
@@ -93,7 +94,7 @@ class _Frame:
 
     def finish(self) -> None:
         """Take the places of this run's calls for those of all runs, if it had all that there are quantizers for."""
-        if self.calls.places is None and not torch.compiler.is_compiling():
+        if self.calls.places is None and self.by_place:
             reached = {f"{kind}_{number}" for kind, number, _ in self.order.calls}
             if all(call_of(slot) in reached for slot in self.quantizers):
                 self.calls.places = Places()
@@ -176,6 +177,10 @@ class _Frame:
         )
 
 
+def _is_torchs(kind: type[nn.Module]) -> bool:
+    return kind.forward.__module__.startswith("torch.nn.")
+
+
 def rounded_in_place(quantizer: nn.Module, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """The rounded result of a function that works in place, written where it would be.
 
@@ -186,8 +191,7 @@ def rounded_in_place(quantizer: nn.Module, x: Tensor, function: Callable[[Tensor
         x: what the function changes.
         function: changes what it is given. It may need its result in backward, so that it gets a copy of `x`.
     """
-    with_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    result = function(x.clone() if with_graph else x)
+    result = function(x.clone() if torch.is_grad_enabled() else x)
     rounded: Tensor = quantizer(result)
     return x if rounded is x else x.copy_(rounded)
 

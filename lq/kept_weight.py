@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Frames between a weight's quantizer and who reads the weight.
-_MACHINERY = ("torch.nn.utils.parametrize", "torch.nn.modules.module", "lq.quantizer", "lq.kept_weight")
+_MACHINERY = ("torch.nn.utils.parametrize", "torch.nn.modules.module", "lq.weight_quantizer", "lq.kept_weight")
 
 _VECTORS: dict[tuple[int, torch.dtype], Tensor] = {}
 

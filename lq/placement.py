@@ -222,7 +222,8 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook: quantize the result by the quantizer of the module that was called."""
     quantizer = getattr(module, OUTPUT)
-    if not isinstance(output, Tensor) or not any(output is given for given in args[:1]):
+    in_place = isinstance(output, Tensor) and any(output is given for given in args[:1])
+    if not in_place or torch.compiler.is_compiling():
         return quantizer(output)
     changed = getattr(output, _CHANGED, output)  # by a module that works in place
     return rounded_in_place(quantizer, changed, lambda _: output)

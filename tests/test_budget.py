@@ -54,10 +54,10 @@ def test_latency_tables(tmp_path):
     for content, message in (
         ("", "has no rows"),
         ("fc,4,0,\nfc,8,0,\n", "has no latency above 0"),
-        ("fc,4,nan,\n", "line 2: a latency of nan; bits are integers, latencies finite numbers from 0 on"),
-        ("fc,4,1,\nfc,8,inf,\n", "line 3: a latency of inf"),
-        ("fc,4,-1,\n", "line 2: a latency of -1.0"),
-        ("fc,4,1,8\nfc,4,2,8\n", "line 3: layer 'fc' has 4 bits twice"),
+        ("fc,4,nan,\n", "line 2: latency 'nan' is no finite number of 0 or more"),
+        ("fc,4,1,\nfc,8,inf,\n", "line 3: latency 'inf' is no finite"),
+        ("fc,4,-1,\n", "line 2: latency '-1' is no finite"),
+        ("fc,4,1,8\nfc,4,2,8\n", "line 3: 'fc' at these widths is there twice"),
     ):
         path.write_text(f"layer,bits,latency,input_bits\n{content}")
         with pytest.raises(DataError, match=message):

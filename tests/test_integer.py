@@ -340,6 +340,7 @@ class ResNet(Tiny):
         return self.net(x.expand(-1, 3, -1, -1).repeat(1, 1, 4, 4))
 
 
+@pytest.mark.filterwarnings("ignore:15 BatchNorms of ResNet were folded")
 @pytest.mark.parametrize("fold", [True, False])
 def test_training_through_sums_in_place(fold):
     torch.manual_seed(0)

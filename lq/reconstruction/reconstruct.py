@@ -302,7 +302,8 @@ class _Work:
         if metric == "modcap":
             scores = [module_capacity(unit.bind(self.model)) for unit in blocks]
         else:
-            before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+            state = [*self.model.named_parameters(), *self.model.named_buffers()]
+            before = {name: tensor.detach().clone() for name, tensor in state}
             searched = self.run(blocks, method, lambda steps, name: watch(steps, f"{name} (search)"), Progress.none())
             scores = [found.after for found in searched]
             self.model.load_state_dict(before, strict=False)

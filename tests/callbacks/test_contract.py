@@ -16,6 +16,7 @@ import yaml
 import lq
 import lq.callbacks
 from lq.callbacks import ExportModel, FineTune, OptimizeRanges, Quantize, Reconstruct, SynthesizeData
+from lq.sites import quantizers
 from tests.helpers import QUIET, assert_same, cli, fit, hooks, loader, quantizer_ids, steps, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
@@ -110,12 +111,12 @@ def test_trainer_options(cls, options, batches):
 def test_evaluates_before_and_after_fit(cls):
     module, made = tiny(), trainer(chain(cls, Quantize(activations=None)))
     before = made.validate(module, loader(), verbose=False)[0]["val_loss"]
-    quantizers = quantizer_ids(module)
-    assert quantizers
+    attached = {id(quantizer) for quantizer in quantizers(module)}
+    assert attached
     made.test(module, loader(), verbose=False)
     assert len(made.predict(module, loader())) == 4
     made.fit(module, loader())
-    assert quantizer_ids(module) == quantizers
+    assert {id(quantizer) for quantizer in quantizers(module)} == attached
     after = made.validate(module, loader(), verbose=False)[0]["val_loss"]
     assert after < before
     assert made.test(module, loader(), verbose=False)[0]["test_loss"] == after

@@ -431,11 +431,14 @@ class ByThreeParts(nn.Module):
 PARTS = {
     "undamaged": (lambda i: None, None),
     "beyond the end": (column(6, "/32/4,1/12,4/", "/33/4,1/12,4/"), "attention.in_proj_weight has a part that is not"),
-    "before the start": (column(6, "/16/4,1/12,4/", "/-1/4,1/12,4/"), "attention.in_proj_weight has a part that is"),
+    "before the start": (column(6, "/16/4,1/12,4/", "/-1/4,1/12,4/"), "its index cannot be read"),
     "strides": (column(6, "/32/4,1/12,4/", "/32/8,1/12,4/"), "attention.in_proj_weight has a part that is not in it"),
-    "negative strides": (column(6, "/32/4,1/12,4/", "/47/-4,1/12,4/"), "attention.in_proj_weight has a part that is"),
-    "a larger parameter": (lambda i: _all(i, "/12,4/", "/40,4/"), "the parts of attention.in_proj_weight are not all"),
-    "a huge parameter": (lambda i: _all(i, "/12,4/", "/9999999999,4/"), "the parts of attention.in_proj_weight are no"),
+    "negative strides": (column(6, "/32/4,1/12,4/", "/47/-4,1/12,4/"), "its index cannot be read"),
+    "a larger parameter": (
+        lambda i: _all(i, "/12,4/", "/40,4/"),
+        "in_proj_weight is \\(40, 4\\) there and \\(12, 4\\) here",
+    ),
+    "a huge parameter": (lambda i: _all(i, "/12,4/", "/9999999999,4/"), "in_proj_weight is \\(9999999999, 4\\) there"),
     "another parameter": (lambda i: _all(i, "in_proj_weight", "bias_of_k"), "is not of this ByThreeParts"),
     "no stride": (column(6, "/32/4,1/12,4/", "/32/x/12,4/"), "its index cannot be read"),
 }

@@ -306,6 +306,7 @@ def test_any_batch_with_quantizers_at_calls_of_the_outermost_module(kind, sample
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:1 of 2 activations were never seen")
 def test_a_model_that_cannot_be_exported_is_named(tmp_path):
     model, x = example("control flow")
     calibrated(model, x, weights=weights(4), activations=activations(8))

@@ -137,7 +137,7 @@ def test_adjacent_picks_of_resnet18_are_triples(resnet18):
 
 
 @pytest.mark.parametrize("metric", ["modcap", "loss"])
-def test_the_search_leaves_the_model_as_it_was(metric, monkeypatch):
+def test_the_search_leaves_the_model_as_it_was(metric, monkeypatch, tmp_path):
     """The main run starts from what it would start from without a search, to the bit."""
     torch.manual_seed(0)
     data = list(samples((3, 8, 8), 8).split(4))
@@ -152,7 +152,7 @@ def test_the_search_leaves_the_model_as_it_was(metric, monkeypatch):
     monkeypatch.setattr(lq.reconstruction.progress.Progress, "open", classmethod(watched))
     options = {"units": "mixed", "metric": metric, "iterations": 3, "search_iterations": 3, "batch_size": 4}
     with pytest.raises(InterruptedError):
-        lq.reconstruct(model, data, **options)
+        lq.reconstruct(model, data, **options, resume=tmp_path / "units.pt")
     monkeypatch.setattr(lq.reconstruction.progress.Progress, "open", classmethod(opened))
     found = lq.reconstruct(model, data, **options, merges=1)
     names = [unit.name for unit in found.units]
