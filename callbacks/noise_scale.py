@@ -184,6 +184,8 @@ class LearnNoiseScale(ChangesWidths, FineTune):
         if self._settled_at is not None:
             self._use_integers(module)
         set_final_widths(module, self._final_widths())
+        if saved is None:
+            give_to_averages(trainer, module)
         return self._adam(rate)
 
     def _adam(self, rate: float) -> QuantizerOptimizer:

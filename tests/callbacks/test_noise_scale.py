@@ -1,6 +1,7 @@
 """LearnNoiseScale: widths come down to targets or share a budget, become integers, and stay so; whatever the layers."""
 
 import itertools
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
@@ -246,14 +247,20 @@ def test_wrong_arguments(kwargs, text):
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+def says_unfinished():
+    return pytest.warns(UserWarning, match=r"Tiny, loaded from a checkpoint, .* \(net.3.weight: \S+ bits instead of 2")
+
+
 def test_checkpoints_between_integers_and_after_load_by_themselves(tmp_path):
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     module, watch = tiny(), Watch()
     fit(module, [quantize(), LearnNoiseScale(2, 2, until=0.5), saver, watch], max_epochs=2, enable_checkpointing=True)
     x = dataset(8).tensors[0]
     for step in (2, 8):
-        loaded = load_from_checkpoint(Tiny, tmp_path / f"step={step}.ckpt").eval()
-        again = lq.load(tmp_path / f"step={step}.ckpt", tiny(3)).eval()
+        with says_unfinished() if step == 2 else nullcontext():
+            loaded = load_from_checkpoint(Tiny, tmp_path / f"step={step}.ckpt").eval()
+        with says_unfinished() if step == 2 else nullcontext():
+            again = lq.load(tmp_path / f"step={step}.ckpt", tiny(3)).eval()
         with torch.no_grad():
             assert torch.equal(loaded(x), again(x))
             if step == 8:
