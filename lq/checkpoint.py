@@ -68,16 +68,21 @@ def load(source: str | Path | Mapping[str, Any], model: M, *, part: str | None =
 
         if part:
             raise DataError(f"part={part!r}: {source} is a packed file, which holds one model as a whole; leave it out")
-        return load_packed(source, model)
-    state_dict = read_state_dict(source)
+        load_packed(source, model)
+    else:
+        _load_state(read_state_dict(source), source, model, part)
+    warn_if_unfinished(model, f"{type(model).__name__}, loaded from a checkpoint,")
+    return model
+
+
+def _load_state(state_dict: Mapping[str, Any], source: object, model: nn.Module, part: str | None) -> None:
+    """Load a state dict from a source, or the part of it that is of `model`."""
     with named(source) if isinstance(source, (str, Path)) else nullcontext():
         name = part_of(state_dict, model) if part is None else part
         state_dict = _below(name, state_dict)
         require_fit(model, state_dict, f"the part {name!r} of the checkpoint" if name else "the checkpoint")
         rebuild(model, state_dict)
     model.load_state_dict(state_dict)
-    warn_if_unfinished(model, f"{type(model).__name__}, loaded from a checkpoint,")
-    return model
 
 
 def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def is_finished(path) -> bool:
     )
 
 
-# --- scores of unfinished networks --------------------------------------------------------------------------------------
+# --- scores of unfinished networks ------------------------------------------------------------------------------------
 
 
 @ways
@@ -180,7 +180,7 @@ def test_what_is_not_finite_stops_the_run_at_once(tmp_path):
     assert stopper.stopping_threshold == 1.0
 
 
-# --- checkpoints of unfinished networks ---------------------------------------------------------------------------------
+# --- checkpoints of unfinished networks -------------------------------------------------------------------------------
 
 
 @ways
@@ -275,7 +275,7 @@ def test_a_longer_run_that_goes_on_from_the_end_keeps_its_widths(tmp_path):
     assert seen == [{2.0, 8.0}] * 72
 
 
-# --- what is done to the network before or after training ---------------------------------------------------------------
+# --- what is done to the network before or after training ---
 
 
 def post_training(saver, *more, **options):
@@ -318,6 +318,7 @@ def test_post_training_quantization_is_saved(options, files, tmp_path):
             assert_same(dict(other.state_dict()), state)
 
 
+@pytest.mark.filterwarnings("ignore:2 BatchNorms of Tiny were folded")
 @pytest.mark.parametrize("tune", [lambda: [], lambda: [FineTune("ste")], lambda: [FineTune("lsq")]])
 def test_training_goes_on_from_post_training_quantization(tune, tmp_path):
     module, _ = post_training(ModelCheckpoint(tmp_path, save_last=True), *tune())
