@@ -365,9 +365,9 @@ def test_writers_in_the_background_are_waited_for(tmp_path):
 def test_a_reconstruction_at_the_end_is_what_best_and_last_are(monitor, tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor=monitor, save_last=True)
     module, end = tiny(), Reconstruct(iterations=4, samples=16, when="end")
-    made = train(module, [Quantize(3, 3), end, saver], epochs=2)
+    made = train(module, [Quantize(3, 3), end, saver], epochs=2, root=tmp_path / "root")
     state = {k: v.clone() for k, v in module.state_dict().items()}
-    files = {p.name: state_of(p) for p in tmp_path.iterdir()}
+    files = {p.name: state_of(p) for p in tmp_path.glob("*.ckpt")}
     assert_same(dict(files[Path(saver.best_model_path).name]), state)
     assert_same(dict(files["last.ckpt"]), state)
     assert len(files) == (2 if monitor is None else 3)  # that of the best epoch stays, with its score
