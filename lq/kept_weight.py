@@ -87,6 +87,11 @@ class WrittenWeight:
         return True
 
 
+def can_be_kept(weight: Tensor) -> bool:
+    """Whether it can be told cheaply that a weight is what it was."""
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and weight.ndim > 1
+
+
 def read_outside_of_forwards() -> bool:
     """Whether code that reads ``layer.weight`` is calling lq, and no module runs: it may write into what it gets."""
     frame, attribute = sys._getframe(1), False
@@ -112,7 +117,7 @@ def _versions(weight: Tensor, grid: Grid) -> tuple[Any, ...]:
 
 def _rows(weight: Tensor) -> Tensor | None:
     """A number for each row of a weight that changes with any of its values; None: not to be had cheaply."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64) or weight.ndim < 2:
+    if not can_be_kept(weight):
         return None
     plain = weight.detach()
     if not plain.is_contiguous():

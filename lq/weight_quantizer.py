@@ -9,7 +9,7 @@ from lq.channels import ChannelLayout
 from lq.errors import SpecError
 from lq.functional import fake_quantize, round_to_grid, transforms_active
 from lq.histogram import raise_if_not_finite
-from lq.kept_weight import KeptWeight, WrittenWeight, read_outside_of_forwards
+from lq.kept_weight import KeptWeight, WrittenWeight, can_be_kept, read_outside_of_forwards
 from lq.quantizer import Quantizer
 from lq.ranges import Samples
 from lq.sources import Source
@@ -75,7 +75,7 @@ class WeightQuantizer(Quantizer):
         if torch.compiler.is_compiling():
             return self._quantize(weight)
         self.take_over_writes()
-        keeps = not (self.training or torch.is_grad_enabled() or transforms_active())
+        keeps = can_be_kept(weight) and not (self.training or torch.is_grad_enabled() or transforms_active())
         kept = self._kept if keeps else None
         if kept is None or not kept.is_of(weight, self):
             rounded = self._quantize(weight)
@@ -83,7 +83,7 @@ class WeightQuantizer(Quantizer):
         else:
             rounded = kept.rounded
         if not transforms_active() and read_outside_of_forwards():
-            rounded = rounded.clone() if keeps else rounded
+            rounded = rounded.clone() if keeps else rounded  # what is kept must not be written to
             self._written = WrittenWeight(weight, rounded)
         return rounded
 
