@@ -130,6 +130,8 @@ class _Frame:
         quantizer = self.quantizers.get(f"{kind}_{self.next(kind)}_output")
         if quantizer is None:
             return function(*args, **kwargs)
+        if isinstance(out := kwargs.get("out"), Tensor):
+            return rounded_in_place(quantizer, out, lambda _: function(*args, **kwargs))
         if not args or not _works_in_place(function, args, kwargs):
             return quantizer(function(*args, **kwargs))
         return rounded_in_place(quantizer, first, lambda copied: function(copied, *args[1:], **kwargs))
