@@ -130,6 +130,8 @@ class _Frame:
         quantizer = self.quantizers.get(f"{kind}_{self.next(kind)}_output")
         if quantizer is None:
             return function(*args, **kwargs)
+        if isinstance(out := kwargs.get("out"), Tensor):
+            return rounded_in_place(quantizer, out, lambda _: function(*args, **kwargs))
         if not args or not _works_in_place(function, args, kwargs):
             return quantizer(function(*args, **kwargs))
         return rounded_in_place(quantizer, first, lambda copied: function(copied, *args[1:], **kwargs))
@@ -256,10 +258,6 @@ def _in_these_frames(function: Callable[..., Any], recomputes: bool) -> Callable
     first = not recomputes
 
     def recomputed_part(*args: Any, **kwargs: Any) -> Any:
-        nonlocal first
-        if first:
-            first = False
-            return function(*args, **kwargs)
         outside, _RUNNING.frames = _RUNNING.frames, [frame.again(frame.prefix) for frame in frames]
         try:
             with _MODE:
@@ -267,7 +265,14 @@ def _in_these_frames(function: Callable[..., Any], recomputes: bool) -> Callable
         finally:
             _RUNNING.frames = outside
 
-    return recomputed_part
+    def part(*args: Any, **kwargs: Any) -> Any:  # has another name than what `lq.places` ends places at
+        nonlocal first
+        if first:
+            first = False
+            return function(*args, **kwargs)
+        return recomputed_part(*args, **kwargs)
+
+    return part
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Code outside of a forward may read ``layer.weight`` and write into it, as it wou
 is remembered until the weight is next used, and a difference is taken over into the float weight.
 """
 
+import math
 import sys
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ from torch import Tensor
 
 # Frames between a weight's quantizer and who reads the weight.
 _MACHINERY = ("torch.nn.utils.parametrize", "torch.nn.modules.module", "lq.weight_quantizer", "lq.kept_weight")
+
+# With fewer values than this there is nothing to tell from how they have changed.
+_FEW = 4
 
 _VECTORS: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -66,25 +70,68 @@ class WrittenWeight:
         self._before = rounded.detach().clone()
 
     @torch.no_grad()
-    def take_over(self, half_step: Tensor) -> bool:
+    def take_over(self) -> bool:
         """Change the float weight as the rounded one was changed; returns whether that was.
 
-        What was added to a value is added to the float one, so that merging an adapter and taking it out again gives
-        back the float weight. A value that was overwritten becomes what was written, to half a step. What is zero in a
-        row (along dimension 0) that was written to is zero.
-
-        Args:
-            half_step: of the grid, shaped like the weight. Rounding errors beyond it, of clipped values, are let go.
+        What was added to values is added to the float ones, so that merging an adapter and taking it out again gives
+        back the float weight; what they were multiplied by multiplies the float ones; what they were overwritten by,
+        they are. Values that stay are left alone, except that all of a row (along dimension 0) that was overwritten
+        is what was written, and zeros in rows that zeros were written into are zeros.
         """
-        now = self._rounded.detach()
+        now = self._rounded.detach().clone()
         if now.shape != self._before.shape or torch.equal(now, self._before):
             return False
-        now = now.to(self.weight)
-        error = self.weight - self._before
-        keeps_error = (now != 0) & (error.abs() <= half_step * 1.001)
-        changed = (now != self._before).flatten(1).any(1).view(-1, *[1] * (now.ndim - 1))  # rows of it
-        self.weight.copy_(torch.where(changed, torch.where(keeps_error, now + error, now), self.weight))
+        now, before = now.to(self.weight), self._before.to(self.weight)
+        changed = now != before
+        if not _overwritten(now[changed], before[changed], self.weight.detach()[changed]):
+            factor = _factor(now, before)
+            self.weight.copy_(now + (self.weight - before) if factor is None else self.weight * factor)
+        else:
+            rows = now.shape[0], -1
+            most = changed.reshape(rows).float().mean(1) > 0.5
+            zeroed = (changed & (now == 0)).reshape(rows).any(1)
+            most, zeroed = (found.view(-1, *[1] * (now.ndim - 1)) for found in (most, zeroed))
+            self.weight.copy_(torch.where(changed | most | (zeroed & (now == 0)), now, self.weight))
+        self._before = self._rounded.detach().clone()
         return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have a tensor of their own, which is no result of autograd."""
+        return {**self.__dict__, "_rounded": self._rounded.detach()}
+
+
+def _overwritten(now: Tensor, before: Tensor, weight: Tensor) -> bool:
+    """Whether values were overwritten, not changed by an amount or a factor each.
+
+    That is so if there are few new values but many differences (filled, clamped, masked); if the new values have
+    nothing to do with those before; or if the differences make up for what rounding had lost (a float weight, perhaps
+    one that was averaged, is copied back).
+    """
+    if now.numel() < _FEW or 2 * now.unique().numel() <= (now - before).unique().numel():
+        return True
+    least = min(0.5, 4 / now.numel() ** 0.5)  # four standard deviations of what has nothing to do with each other
+    return not _alike(now, before) > least or _alike(now - before, weight - before) > least
+
+
+def _alike(a: Tensor, b: Tensor) -> float:
+    """The correlation of values; 1 of those that are all the same."""
+    found = float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
+    return 1.0 if math.isnan(found) else found
+
+
+def _factor(now: Tensor, before: Tensor) -> Tensor | None:
+    """What multiplied all values, those of each row, or those of each column; None: nothing did."""
+    precision = 8 * torch.finfo(now.dtype).eps
+    for kept in ((), (0,), (1,)):
+        others = [dim for dim in range(now.ndim) if dim not in kept]
+        if math.prod(now.shape[dim] for dim in others) < _FEW:
+            continue
+        factor = ((now.double() * before).sum(others, True) / before.double().square().sum(others, True)).nan_to_num(
+            1.0
+        )
+        if torch.allclose(now.double(), before * factor, rtol=precision, atol=0.0):
+            return factor.to(now.dtype)
+    return None
 
 
 def can_be_kept(weight: Tensor) -> bool:

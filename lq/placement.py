@@ -186,6 +186,7 @@ def _complete_checkpoints(module: nn.Module) -> None:
 def remove_from_weight(module: nn.Module, bake: bool) -> None:
     """Take the quantizer off the weight of a layer, if it has one; `bake` leaves the quantized values in the weight."""
     if parametrize.is_parametrized(module, "weight") and weight_quantizer(module) is not None:
+        float_weight(module)  # takes over what was written
         order: list[str] = module.parametrizations.parameter_order  # type: ignore[union-attr, assignment]
         _restore_weight(module, bake)
         module._parameters = {key: module._parameters[key] for key in order}

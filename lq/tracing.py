@@ -39,7 +39,8 @@ _CONCAT = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 #: Functions that ask about a tensor and do not read its numbers.
 _QUERIES = {
     "__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "type", "__len__",
-    "ndimension",
+    "ndimension", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty",
+    "new_zeros", "new_ones", "new_full", "new_tensor",
 }  # fmt: skip
 
 Origin = Literal["input", "parameter", "constant", "activation"]
@@ -182,7 +183,8 @@ class _Recorder(TorchFunctionMode):
         if name == MULTI_HEAD:
             with self:
                 return multi_head_attention(*args, **kwargs)
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = {key: value for key, value in kwargs.items() if key != "out"}
+        given = [t for t in tree_leaves((args, read)) if isinstance(t, Tensor)]
         values = [self.value(t) for t in given]
         versions = [None if t.is_inference() else t._version for t in given]
         result = func(*args, **kwargs)

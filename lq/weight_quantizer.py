@@ -92,9 +92,7 @@ class WeightQuantizer(Quantizer):
         written, self._written = self._written, None
         if written is None:
             return
-        split = self.layout.split(written.weight.detach())
-        half_step = self.layout.spread(self.step.detach() / 2, written.weight).expand_as(split)
-        if written.take_over(self.layout.join(half_step)):
+        if written.take_over():
             self._kept = None
             self.calibrate(written.weight)
 
@@ -123,7 +121,7 @@ class WeightQuantizer(Quantizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies recompute the kept weight."""
-        return {**super().__getstate__(), "_kept": None, "_written": None}
+        return {**super().__getstate__(), "_kept": None}
 
     def _quantize(self, weight: Tensor) -> Tensor:
         self._check_finite(weight)

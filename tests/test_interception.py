@@ -211,6 +211,10 @@ class Statements(nn.Module):
             z = y
             y += x
             nn.functional.relu(z, inplace=True)
+        elif self.how == "out":
+            z = torch.empty_like(y)
+            torch.add(x, y, out=z)
+            y = torch.relu(z)
         else:
             y.add_(x)
             self.relu(y)
@@ -233,3 +237,16 @@ def test_results_that_nobody_assigns(how, options):
     assert torch.equal(*outputs)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"skip": True}, {"integer": True}], ids=str)
+def test_results_in_a_given_tensor(options):
+    """``out=``, which has no gradient."""
+    outputs = []
+    for how in ("function assigned", "out"):
+        torch.manual_seed(0)
+        model, x = Statements(how).eval(), torch.randn(3, 4, 6, 6)
+        lq.attach(model, 8, 3, structure=lq.inspect(model, x), first_last=None, **options)
+        outputs.append(lq.calibrate(model, [x])(x))
+    assert torch.equal(*outputs)

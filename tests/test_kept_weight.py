@@ -181,6 +181,77 @@ def test_zeros_that_are_written_are_zeros():
     assert not net[0].weight.any()
 
 
+OVERWRITES = {
+    "trunc_normal_": lambda w: nn.init.trunc_normal_(w, std=0.02, generator=torch.Generator().manual_seed(1)),
+    "clamp_": lambda w: w.data.clamp_(-0.05, 0.05),
+    "fill_": lambda w: w.data.fill_(0.3),
+    "one value": lambda w: w.data[3, 1, 0].__setitem__(0, 0.7),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("write", OVERWRITES)
+def test_what_is_overwritten_has_nothing_of_the_old_rounding_error(write, training):
+    """At two bits a step is large against what is written here."""
+    torch.manual_seed(0)
+    net = lq.attach(nn.Sequential(nn.Conv2d(8, 8, 3)).train(training), 2, None, first_last=None)
+    old, rounded = float_weight(net[0]).detach().clone(), net[0].weight.detach().clone()
+    new = rounded.clone()
+    OVERWRITES[write](new)
+    OVERWRITES[write](net[0].weight)
+    found, written = float_weight(net[0]).detach(), new != rounded
+    assert torch.equal(found[written], new[written])
+    if write == "one value":
+        assert torch.equal(found[~written], old[~written])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_averages_are_swapped_in_and_out_through_the_quantized_weight(training):
+    torch.manual_seed(0)
+    net = lq.attach(nn.Sequential(nn.Linear(32, 16)).train(training), 3, None, first_last=None)
+    saved = float_weight(net[0]).detach().clone()
+    average = saved + 0.01 * torch.randn(16, 32)
+    net[0].weight.data.copy_(average)
+    assert torch.equal(float_weight(net[0]), average)
+    net[0].weight.data.copy_(saved)
+    assert torch.equal(float_weight(net[0]), saved)
+
+
+FACTORS = {"number": torch.tensor(0.1), "rows": torch.rand(8, 1) + 0.01, "columns": torch.rand(1, 12) + 0.01}
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_scaling_scales_the_float_weight(factor):
+    """Equalization of channels, decay by hand: the rounding error is scaled along."""
+    torch.manual_seed(0)
+    net = lq.attach(nn.Sequential(nn.Linear(12, 8)), 4, None, first_last=None)
+    before = float_weight(net[0]).detach().clone()
+    net[0].weight.data.mul_(FACTORS[factor])
+    torch.testing.assert_close(float_weight(net[0]).detach(), before * FACTORS[factor], atol=1e-6, rtol=1e-5)
+
+
+def test_clipped_values_come_back_when_an_adapter_is_taken_out():
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 16)
+    lq.attach(nn.Sequential(layer), 4, None, first_last=None)
+    with torch.no_grad():
+        weight_quantizer(layer).log2_step.sub_(2.0)  # three quarters of the range are clipped
+    before, adapter = float_weight(layer).detach().clone(), 0.1 * torch.randn(16, 32)
+    layer.weight.data += adapter
+    torch.testing.assert_close(float_weight(layer).detach(), before + adapter, atol=1e-5, rtol=0)
+    layer.weight.data -= adapter
+    torch.testing.assert_close(float_weight(layer).detach(), before, atol=1e-5, rtol=0)
+
+
+def test_what_is_written_is_in_copies_and_stays_when_quantizers_are_taken_off():
+    net = quantized()
+    expected = 2 * float_weight(net[0]).detach()
+    net[0].weight.data.mul_(2.0)
+    copied = copy.deepcopy(net)
+    torch.testing.assert_close(float_weight(copied[0]).detach(), expected)
+    torch.testing.assert_close(lq.detach(net)[0].weight.detach(), expected)
+
+
 @torch.no_grad()
 def test_reading_changes_nothing():
     net, x = quantized(), images()

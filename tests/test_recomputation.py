@@ -76,6 +76,33 @@ def test_gradients_are_those_without_checkpointing(kind, reentrant):
 
 
 @both
+def test_one_function_in_checkpointed_and_other_segments(reentrant):
+    """The last segment of `checkpoint_sequential` is not checkpointed: its calls stand where those of the others do."""
+
+    class Segments(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixing, self.segments = nn.Parameter(torch.randn(8, 8) / 3), 1
+            self.head = nn.Linear(8, 3)
+
+        def part(self, x):
+            return torch.tanh(x @ self.mixing)
+
+        def forward(self, x):
+            parts = [self.part] * 4
+            return self.head(checkpoint_sequential(parts, self.segments, x, use_reentrant=reentrant))
+
+    torch.manual_seed(0)
+    net, x = Segments(), torch.randn(4, 8)
+    lq.attach(net, 4, 3, structure=lq.inspect(net, x), first_last=None, estimator="lsq")
+    lq.calibrate(net, [x]).train()
+    expected = gradients(net, x.requires_grad_())
+    net.segments = 2
+    for a, b in zip(gradients(net, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@both
 def test_a_checkpointed_module(reentrant):
     net, x = attached("method")
     expected = gradients(net, x)
