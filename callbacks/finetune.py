@@ -37,7 +37,7 @@ from lq.callbacks.optimizers import (
     unfreeze_with_weights,
 )
 from lq.callbacks.per_module import ModuleCallback
-from lq.callbacks.pruning import prune_float_weights
+from lq.callbacks.pruning import check_parametrizations, prune_float_weights
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
 from lq.callbacks.untrained import build_as_float, warn_of_untrained
@@ -163,6 +163,7 @@ class FineTune(ModuleCallback):
 
     def _choose(self, module: pl.LightningModule) -> None:
         require_attached(module, type(self).__name__)
+        check_parametrizations(module)
         set_estimator(module, self._estimator)
         self._frozen = freeze_with_weights(module) if self._default_owner is None else []
 

@@ -13,6 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
+from lq.callbacks.averages import keep_averages_exact
+
 
 class _Known:
     """The module that a callback's attributes are about, and what they were for modules before it; all weakly.
@@ -78,6 +80,7 @@ class ModuleCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save what is known of this module, should another Trainer have shown the callback another one since."""
+        keep_averages_exact(trainer, pl_module)
         known = self._known.module
         last = known() if known is not None else None
         if known is None or last is pl_module:

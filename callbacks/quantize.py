@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lq.attach import attach, attached_plan, detach
 from lq.calibration import Forward, needs_calibration
+from lq.callbacks.averages import keep_averages_exact
 from lq.callbacks.checkpoints import class_names, save_result
 from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of, run_example
 from lq.callbacks.per_module import ModuleCallback
@@ -192,6 +193,7 @@ class Quantize(ModuleCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at what was pruned."""
+        keep_averages_exact(trainer, pl_module)
         warn_of_lost_zeros(trainer, pl_module)
 
     @override
@@ -207,6 +209,7 @@ class Quantize(ModuleCallback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before any fit, evaluate the float module; say so if the network has more bits than were asked for."""
+        keep_averages_exact(trainer, pl_module)
         if trainer.state.fn == "validate":
             self._before_running(pl_module, "which is evaluated,")
 

@@ -3,16 +3,17 @@
 A quantized layer computes its ``weight``; the Parameter behind it is ``parametrizations.weight.original``. What looks
 for ``isinstance(layer.weight, nn.Parameter)``, for names that end in "weight", or for ``type(layer) is nn.Conv2d``
 finds nothing there. Within `as_float` the layers have their own class and their float weight, the same Parameter object
-as always, under its own name and in its own place among the others.
+as always, under its own name and in its own place among the others; and what is learned of quantizers is no Parameter.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
+from lq.quantizer import Quantizer
 from lq.sites import weight_quantizer
 
 
@@ -33,8 +34,10 @@ def as_float(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as layers:
         for module in list(model.modules()):
-            if _made_by_us(module):
-                layers.enter_context(_shown_as_float(module))
+            if isinstance(module, Quantizer):
+                layers.enter_context(_shown(module, _hide_learned))
+            elif _made_by_us(module):
+                layers.enter_context(_shown(module, _show_weight))
         yield
 
 
@@ -52,20 +55,20 @@ def float_parameter(module: nn.Module) -> nn.Parameter | None:
 
 
 @contextmanager
-def _shown_as_float(module: nn.Module) -> Iterator[None]:
-    """Have one layer look as it would without a quantizer of its weight."""
-    quantized = module.__class__, module._parameters, module._modules
-    _show(module)
-    shown = module.__class__, module._parameters, module._modules
+def _shown(module: nn.Module, show: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Have one module look as `show` makes it."""
+    quantized = _look(module)
+    show(module)
+    shown = _look(module)
 
     def deepcopy(memo: dict[int, Any]) -> Any:
-        """Copy the layer as it is, with its quantizer."""
+        """Copy the module as it is, with its quantizer."""
         del module.__dict__["__deepcopy__"]
-        module.__class__, module._parameters, module._modules = quantized
+        _restore(module, quantized)
         try:
             return copy.deepcopy(module, memo)
         finally:
-            module.__class__, module._parameters, module._modules = shown
+            _restore(module, shown)
             module.__dict__["__deepcopy__"] = deepcopy
 
     module.__dict__["__deepcopy__"] = deepcopy
@@ -73,10 +76,24 @@ def _shown_as_float(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.__dict__.pop("__deepcopy__", None)
-        module.__class__, module._parameters, module._modules = quantized
+        _restore(module, quantized)
 
 
-def _show(module: nn.Module) -> None:
+def _look(module: nn.Module) -> tuple[Any, ...]:
+    return module.__class__, module._parameters, module._buffers, module._modules
+
+
+def _restore(module: nn.Module, look: tuple[Any, ...]) -> None:
+    module.__class__, module._parameters, module._buffers, module._modules = look
+
+
+def _hide_learned(module: nn.Module) -> None:
+    """Have a quantizer show no Parameter: what it learns is stepped by an optimizer of its own."""
+    module._buffers = {**module._buffers, **module._parameters}
+    module._parameters = {}
+
+
+def _show_weight(module: nn.Module) -> None:
     """Give a layer its own class, and its weight in its place among the parameters."""
     parametrized: Any = module._modules["parametrizations"]
     weight = float_parameter(module)

@@ -3,9 +3,9 @@
 Each module that holds a BatchNorm is traced, its children taken as they are (torch.fx with every child a leaf). This
 needs no example input and no traceable model: only the few lines between a convolution and its norm must be free of
 control flow on tensors. A pair is sure if its norm is the only reader of the convolution's output wherever the two are
-called: in training and in eval mode, with every default argument as it is and otherwise, in the modules around, and in
-their other methods (whose calls are read from the source). A convolution or a norm whose result somebody else sees, by
-a hook or by keeping it, is in no sure pair.
+called: in training and in eval mode, with every default argument and every switch (an attribute that is True or False)
+as it is and otherwise, in the modules around, and in their other methods (whose calls are read from the source). A
+convolution or a norm whose result somebody else sees, by a hook or by keeping it, is in no sure pair.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lq.forward_paths import KEPT, ForwardPath, follow
-from lq.method_calls import outside_calls, read_by_forward, replaces_parameters
+from lq.method_calls import outside_calls, read_by_forward, replaces_parameters, switches
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -246,6 +246,11 @@ class _Module:
         if self.pairs:
             for name in defaults:
                 self._vary(name, defaults)
+            for name in switches(module):
+                path, _ = follow(module, defaults, {name: not vars(module)[name]})
+                if path.complete:  # else no way that is known to exist
+                    path.attribute = name
+                    self.paths.append(path)
 
     def _propose(self, before: str, after: str, path: ForwardPath | None = None) -> None:
         """Note the pair of what ends one child and begins the next, if they are a convolution and a norm."""
@@ -297,8 +302,9 @@ class _Module:
         kind = type(self.module).__name__
         for path in self.paths:
             reason = path.against(first, second)
-            if reason and not path.argument:
-                return f"in {kind}.forward {reason}", False
+            if reason and not path.argument:  # whoever has set an attribute may set it anew
+                when = f", {path.attribute} decides: if it is set otherwise," if path.attribute else ""
+                return f"in {kind}.forward{when} {reason}", False
             if reason:  # the code around a module says what it is called with, that around the model may be any
                 return f"in {kind}.forward, {path.argument} decides: with another value {reason}", bool(self.name)
         if pair in self.pairs and self.error:
@@ -310,7 +316,9 @@ class _Module:
     def _by_source(self, first: str, second: str) -> tuple[str, bool] | None:
         """What the source of the module's methods says against a pair."""
         kind = type(self.module).__name__
-        cut = bool(self.paths) and not all(path.complete for path in self.paths if not path.argument)
+        cut = bool(self.paths) and not all(
+            path.complete for path in self.paths if not (path.argument or path.attribute)
+        )
         if cut and any(read_by_forward(self.module, name) for name in (first, second)):
             return f"{kind}.forward reads a parameter of the two", False
         if called := outside_calls(self.module, first, second, forward=cut):

@@ -7,7 +7,7 @@ control flow on tensors is followed up to there.
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +29,14 @@ class ForwardPath:
         complete: whether it was followed to its end.
         kept: calls whose result somebody holds after the end.
         argument: name of the argument that has another value than its default on this way, if there is one.
+        attribute: name of the attribute that has another value than it has now.
     """
 
     graph: fx.Graph
     complete: bool
     kept: set[fx.Node]
     argument: str = ""
+    attribute: str = ""
 
     def against(self, first: str, second: str) -> str:
         """What speaks against `second` being the only reader of `first`; names are below the module."""
@@ -72,10 +74,19 @@ class _ChildrenAreLeaves(fx.Tracer):
         return made
 
 
-def follow(module: nn.Module, concrete: dict[str, Any]) -> tuple[ForwardPath, str]:
-    """One way through the forward of a module, and why it could not be followed to its end."""
+def follow(
+    module: nn.Module, concrete: dict[str, Any], attributes: Mapping[str, Any] | None = None
+) -> tuple[ForwardPath, str]:
+    """One way through the forward of a module, and why it could not be followed to its end.
+
+    Args:
+        module: the module.
+        concrete: values of arguments.
+        attributes: values that the module's attributes have on this way.
+    """
     tracer, error = _ChildrenAreLeaves(), ""
     with _as_it_was(module):
+        module.__dict__.update(attributes or {})
         try:
             tracer.trace(module, concrete_args=concrete)
         except Exception as raised:  # noqa: BLE001 - whatever a forward raises on proxies, it cannot be traced

@@ -82,6 +82,12 @@ def read_by_forward(module: nn.Module, name: str) -> bool:
     return any(path.rpartition(".")[0] == name for key in used & methods.keys() for path in methods[key].parameters)
 
 
+def switches(module: nn.Module) -> list[str]:
+    """Names of the attributes that are True or False and that `forward`, or a method that it uses, reads."""
+    used = _used(_methods(type(module)))
+    return [name for name, value in vars(module).items() if isinstance(value, bool) and name in used - {"training"}]
+
+
 def _used(methods: Mapping[str, _Calls]) -> set[str]:
     """Names of `forward` and of what it uses, directly or not."""
     used, new = set[str](), {"forward"}

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, prune
 
 import lq
 from lq.float_view import as_float
+from lq.sites import quantizers
 
 
 def build():
@@ -70,6 +71,21 @@ def test_what_others_have_made_of_layers_stays_as_it_is():
         assert [name for name, _ in model.named_parameters()] == [name for name, _ in before[0]]
         assert torch.equal(model[1].bias, model[1].bias)
     assert model[1].bias.shape == (4,)
+
+
+def test_what_quantizers_learn_is_not_among_the_parameters_and_copies_keep_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = [name for name, _ in model.named_parameters()]
+    lq.calibrate(lq.attach(model, 4, 4), [torch.randn(8, 4)])
+    for quantizer in quantizers(model):
+        quantizer.set_estimator("lsq")
+    quantized = [(name, id(p)) for name, p in model.named_parameters()]
+    with as_float(model):
+        assert [name for name, _ in model.named_parameters()] == before
+        copied = copy.deepcopy(model)
+    assert [(name, id(p)) for name, p in model.named_parameters()] == quantized
+    assert [name for name, _ in copied.named_parameters()] == [name for name, _ in quantized]
+    assert len(quantized) > len(before)
 
 
 def test_a_pruned_weight_is_shown_as_the_parameter_that_is_trained():

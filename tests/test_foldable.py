@@ -53,6 +53,25 @@ class Switch(Block):
         return self.norm(self.conv(x)) if normalize else self.conv(x)
 
 
+class Flag(Block):
+    normalize: bool
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = True
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.normalized(x) if self.normalize else x
+
+    def normalized(self, x):
+        return self.norm(x)
+
+    def set_to(self, value):
+        self.normalize = value
+        return self
+
+
 class Mode(Block):
     def forward(self, x, mode="full"):
         x = self.conv(x)
@@ -198,6 +217,7 @@ PLAIN = {
     "another method": (Features, lambda m: [m(X), m.features(X)], "Features.features calls only one of the two"),
     "a part in another method": (FeaturesOfPart, lambda m: [m(X), m.features(X)], "features calls only one"),
     "switch": (Switch, lambda m: [m(X), m(X, False)], "normalize decides"),
+    "flag": (Flag, lambda m: [m.set_to(False)(X), m.set_to(True)(X)], "normalize decides: if it is set otherwise"),
     "string": (Mode, lambda m: [m(X), m(X, "raw")], "mode decides"),
     "number": (Depth, lambda m: [m(X), m(X, 1)], "depth decides"),
     "optional": (Mask, lambda m: [m(X), m(X, torch.ones(()))], "mask decides"),

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import (
 )
 
 import lq
-from lq.callbacks import load_from_checkpoint
+from lq.callbacks import Quantize, load_from_checkpoint
 from lq.sites import quantizers
 from tests.callbacks.training import PLAIN, STAGES, check_resume, learned, over, updates_of, weights
 from tests.helpers import QUIET, Tiny, assert_same, fit, loader, tiny, trainer
@@ -116,3 +116,15 @@ def test_weights_and_steps_are_stochastic_averages(stages, norm):
 def test_averaging_before_quantize_is_an_error(stages, make):
     with pytest.raises(lq.StateError, match="list Quantize before it in Trainer"):
         fit(tiny(), [make(), *stages()])
+
+
+@pytest.mark.parametrize("bits", [3, 7])
+def test_averages_of_widths_that_sums_round_stay_whole(bits, tmp_path):
+    module, saver = tiny(), ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    callbacks = [Quantize(bits, bits, first_last=None), EMAWeightAveraging(decay=0.9), saver]
+    trainer(callbacks, max_epochs=5, enable_checkpointing=True).fit(module, loader(), loader(24))
+    check_whole(module)
+    for found in (module, load_from_checkpoint(Tiny, tmp_path / "last.ckpt")):
+        check_whole(found)
+        assert {float(b) for q in quantizers(found) for b in q.bits.flatten()} == {float(bits)}
+        assert lq.integer_weights(found)

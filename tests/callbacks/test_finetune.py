@@ -204,8 +204,17 @@ def test_before_quantize():
 
 
 def test_lbfgs():
+    class Early(pl.Callback):
+        """Before the callbacks of lq."""
+
+        def on_fit_start(self, trainer, pl_module):
+            trainer.strategy.optimizers = [torch.optim.LBFGS(pl_module.parameters())]
+
     with pytest.raises(lq.StateError, match="LBFGS keeps its own list of parameters"):
-        fit(tiny(optimizer="lbfgs"), [quantize(), FineTune()])
+        fit(tiny(), [quantize(), Early(), FineTune()])
+    module = tiny(optimizer="lbfgs")  # built in configure_optimizers, it has the weights alone
+    fit(module, [quantize(), FineTune()])
+    assert all(torch.equal(q.bits, q.bits.round()) for q in quantizers(module))
 
 
 @pytest.mark.parametrize("kwargs", [{"lr": 0.1}, {"schedule": "cosine"}])

@@ -237,3 +237,11 @@ def test_adapters_train_beside_a_frozen_layer():
     fit(module, [quantize(4), FineTune("lsq")], max_epochs=2)
     moved = {name for name, layer in layers(module) if not torch.equal(float_weight(layer), before[name])}
     assert moved == {"net.8.down", "net.8.up"}
+
+
+def test_a_norm_of_weights_that_was_put_on_between_two_fits_is_refused():
+    module = tiny()
+    fit(module, [Quantize(4, 4), FineTune()])
+    parametrizations.spectral_norm(module.net[3])
+    with pytest.raises(lq.StateError, match=r"net.3.weight has the parametrization _SpectralNorm beside"):
+        fit(module, [FineTune()])

@@ -37,7 +37,7 @@ def by_type(net):
     decay = [
         p for m in net.modules() if type(m) in kinds for n, p in m.named_parameters(recurse=False) if n == "weight"
     ]
-    rest = [p for n, p in net.named_parameters() if not any(p is other for other in decay) and "quantizer" not in n]
+    rest = [p for _, p in net.named_parameters() if not any(p is other for other in decay)]
     return [{"params": decay, "weight_decay": 1e-4}, {"params": rest, "weight_decay": 0.0}]
 
 
