@@ -33,6 +33,7 @@ from lq.distillation import float_copy
 from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Reduce
 from lq.layout import FIRST, Layout, find_layout
+from lq.padded import padded
 from lq.recomputation import without_recomputation
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.drop import Drop, drop_of
@@ -272,6 +273,7 @@ class _Work:
             eval_mode(self.twin),
             kept_memory(self.storage.device),
             without_recomputation(self.model, self.twin),
+            padded(self.model, self.twin),
             torch.compiler.set_stance("force_eager"),
             ExitStack() as stack,
         ):
