@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
@@ -64,11 +65,16 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
         return args, kwargs
     device = reference.device
     moved: tuple[tuple[Any, ...], dict[str, Any]] = _pytree.tree_map(
-        lambda t: t.to(device) if isinstance(t, (Tensor, PackedSequence)) else t,
+        lambda part: _on(device, part),
         (args, kwargs),
         is_leaf=lambda part: isinstance(part, PackedSequence),  # it moves its own parts: some stay on the CPU
     )
     return moved
+
+
+def _on(device: torch.device, part: Any) -> Any:
+    moved: Any = part  # torch declares no device for packed sequences
+    return moved.to(device) if isinstance(part, (Tensor, PackedSequence)) else part
 
 
 def _chosen(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
