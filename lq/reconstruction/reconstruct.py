@@ -42,7 +42,7 @@ from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.flow import Flow, find_flow
 from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
 from lq.reconstruction.heap import kept_memory
-from lq.reconstruction.identity import describe_object, digest, named_state
+from lq.reconstruction.identity import describe_object, digest_of_module
 from lq.reconstruction.losses import Loss, loss_of
 from lq.reconstruction.method import Activations, Data, Inside, Method, Start
 from lq.reconstruction.progress import Progress
@@ -384,8 +384,8 @@ class _Work:
             "ranks": self.ranks,
             "dtype": str(self.dtype),
             "forward": describe_object(self.forward),
-            "model": digest(named_state(self.model).items()),
-            "teacher": digest(named_state(self.twin).items()),
+            "model": digest_of_module(self.model),
+            "teacher": digest_of_module(self.twin),
         }
         return Progress.open(
             path, self.model, fingerprint, quantizers_of(self.model, units), self.reduce, writes=rank == 0
