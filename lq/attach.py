@@ -16,6 +16,7 @@ from lq.interception import (
     call_quantizers,
     remove_call_quantizers,
 )
+from lq.padded import keep_padded
 from lq.patterns import select
 from lq.placement import attach_sites, remove_checkpoint_hooks, remove_from_tensors, remove_from_weight
 from lq.scheme import Override, Skip, Width, left_in_float, plan_sites
@@ -165,6 +166,7 @@ def detach(model: M, bake: bool = False) -> M:
     for module in model.modules():
         forget_left(module)
         remove_checkpoint_hooks(module)
+    keep_padded(model)
     return model
 
 

@@ -95,7 +95,7 @@ class Call:
         if function == "einsum" and len(args) != 3:
             places = {}  # chains of products: which pairs are multiplied is torch's choice
         if kind == "rnn":
-            index = next(i for i, a in enumerate(args) if i > 1 and isinstance(a, (tuple, list)) and len(a) != 2)
+            index = max(i for i, a in enumerate(args) if isinstance(a, (tuple, list)))  # the hidden state comes before
             matrices = {f"weight_{i}": (index, str(i)) for i, w in enumerate(args[index]) if w.ndim == 2}
             places = {**places, **matrices}
         return cls(function, kind, places, args, dict(kwargs))

@@ -1,9 +1,10 @@
 """Run a model on a batch: the forward that a caller gives, or the one that the batch and the model's signature tell.
 
-A tensor is the model's argument; of a tuple or list, the first part is. Parts that have names (the keys of a mapping,
-the fields of a dataclass or of a named tuple) are matched with the parameters of the model's ``forward``: those of one
-name go together, as Hugging Face's models and data sets of dicts want it; a ``forward`` with one argument of another
-name gets the mapping as a whole. What none of this tells is an error that names ``forward=``; nothing is guessed.
+A tensor, or a packed sequence, is the model's argument; of a tuple or list, the first part is. Parts that have names
+(the keys of a mapping, the fields of a dataclass or of a named tuple) are matched with the parameters of the model's
+``forward``: those of one name go together, as Hugging Face's models and data sets of dicts want it; a ``forward`` with
+one argument of another name gets the mapping as a whole. What none of this tells is an error that names ``forward=``;
+nothing is guessed.
 """
 
 import dataclasses
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 
 from lq.errors import DataError
@@ -62,13 +65,20 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
         return args, kwargs
     device = reference.device
     moved: tuple[tuple[Any, ...], dict[str, Any]] = _pytree.tree_map(
-        lambda t: t.to(device) if isinstance(t, Tensor) else t, (args, kwargs)
+        lambda part: _on(device, part),
+        (args, kwargs),
+        is_leaf=lambda part: isinstance(part, PackedSequence),  # it moves its own parts: some stay on the CPU
     )
     return moved
 
 
+def _on(device: torch.device, part: Any) -> Any:
+    moved: Any = part  # torch declares no device for packed sequences
+    return moved.to(device) if isinstance(part, (Tensor, PackedSequence)) else part
+
+
 def _chosen(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Tensor):
+    if isinstance(batch, (Tensor, PackedSequence)):
         return (batch,), {}
     named = named_parts(batch)
     if named is not None:

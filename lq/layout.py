@@ -139,15 +139,19 @@ def _candidates(batch: Any, batch_dim: int | None) -> Iterator[Layout]:
         return
     labels = [source for source in sources if is_label(batch, source[0])]
     inputs = [source for source in sources if not is_label(batch, source[0])]
+    within = [((*path, i), p) for path, part in inputs if isinstance(part, (tuple, list)) for i, p in _tensors(part)]
+    sources += within
     likely = batch_size(batch)
     known: set[tuple[int, tuple[int | None, ...]]] = set()
     if batch_dim is not None:
-        counts = [(path, part, batch_dim) for path, part in inputs if length(part, batch_dim) is not None]
+        given = [(path, part) for path, part in [*inputs, *within] if isinstance(part, Tensor)] or inputs
+        counts = [(path, part, batch_dim) for path, part in given if length(part, batch_dim) is not None]
         dims: tuple[int, ...] = (batch_dim,)
     else:
         counts = [(path, part, 0) for path, part in [*labels, *inputs] if length(part) == likely]
         counts += [(path, part, 0) for path, part in labels]
         counts += [(path, part, dim) for dim in (0, 1) for path, part in inputs[:4]]
+        counts += [(path, part, dim) for dim in (0, 1) for path, part in within[:4]]
         dims = (0, 1)
     for path, part, dim in counts:
         size = length(part, dim)
@@ -181,6 +185,11 @@ def _tried(batch: Any, layout: Layout, run: Callable[[Any], Any], is_loss: bool)
             is_same = _close(torch.cat(alone, dim), together) and not (several and count == 1)
             return replace(layout, output_dim=dim), is_same
     return None
+
+
+def _tensors(part: Any) -> list[tuple[int, Tensor]]:
+    """The tensors in a list, which may be several inputs of which samples lie in other dimensions than the first."""
+    return [(i, value) for i, value in enumerate(part) if isinstance(value, Tensor) and value.ndim]
 
 
 def _may_be_samples(part: Any, size: int) -> bool:

@@ -25,6 +25,7 @@ from lq.interception import (
     call_quantizers,
     rounded_in_place,
 )
+from lq.padded import keep_padded
 from lq.places import Places
 from lq.quantizer import ActivationQuantizer
 from lq.scheme import PlannedSite
@@ -88,6 +89,7 @@ def attach_sites(
             _place(module, planned.site, shared.train(module.training))
             _complete_checkpoints(module)
     _note_places(modules, places or {})
+    keep_padded(model)
     note_known_sources(model)
     if calibrate:
         for module in model.modules():

@@ -1,9 +1,12 @@
-"""Attention as it is taken apart: torch's numbers, fused or not."""
+"""Attention as it is taken apart: torch's numbers, fused or not; the matrices of recurrent layers."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import lq
 from tests.models import Attention, tokens
@@ -88,3 +91,19 @@ class Masked(nn.Module):
     def forward(self, x, mask):
         q, k, v = self.qkv(x).chunk(3, -1)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("packed", [False, True])
+def test_matrices_of_recurrent_layers_without_biases(kind, packed):
+    torch.manual_seed(0)
+    layer = kind(4, 3, bias=False)
+    x = pack_sequence([torch.randn(n, 4) for n in (3, 2)]) if packed else torch.randn(5, 2, 4)
+    expected = copy.deepcopy(layer)
+    lq.attach(layer, 4, None, structure=lq.inspect(layer, (x,)), first_last=None)
+    found = lq.integer_weights(layer)
+    with torch.no_grad():
+        for key, name in (("rnn_0_weight_0", "weight_ih_l0"), ("rnn_0_weight_1", "weight_hh_l0")):
+            getattr(expected, name).copy_(found[key].dequantize())
+    y, z = layer(x)[0], expected(x)[0]
+    assert torch.equal(y.data, z.data)

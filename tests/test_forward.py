@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lq.errors import DataError
 from lq.forward import arguments, describe, run
@@ -138,3 +139,17 @@ def test_describe():
     assert describe(Fields(X, 1)) == "Fields(image: Tensor(2, 3), label: int)"
     assert describe(Sample(X, 1)) == "Sample(image: Tensor(2, 3), label: int)"
     assert describe([1] * 11) == f"list({', '.join(['int'] * 8)}, and 3 more)"
+
+
+def test_a_packed_sequence_is_the_argument():
+    packed = pack_sequence([torch.randn(n, 3) for n in (4, 2, 1)])
+    for batch in (packed, (packed, Y), {"x": packed, "label": Y}):
+        args, kwargs = arguments(_Weighted(), batch)
+        (found,) = (*args, *kwargs.values())
+        assert isinstance(found, PackedSequence) and torch.equal(found.data, packed.data)
+
+
+class _Weighted(Recorder):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))

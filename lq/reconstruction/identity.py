@@ -1,17 +1,19 @@
 """What a run is made of, told in a way that is the same in every process: hashes of tensors, descriptions of objects.
 
-Of a function there are its qualified name, its code, its defaults and what it closes over; of a partial function, a
-dataclass or an object that can be called all of their parts; of a module its parameters and buffers. Other objects are
-told by how they print, or by their class.
+Of a function there are its qualified name, its code, its defaults, what it closes over and what it looks up; of a
+partial function, a dataclass or an object that can be called all of their parts, and the code of classes that are not
+lq's; of a module its parameters and buffers, its classes and their settings. Other objects are told by how they print,
+or by their class.
 """
 
+import dis
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import PurePath
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 
 # How deep objects are looked into: what lies further inside is told by its class.
 _DEPTH = 8
+# Libraries whose code is told by its names: it is the same in every run, or the versions are others.
+_LIBRARIES = {"lq", "torch", "torchvision", "timm", "numpy", "scipy", "lightning", "builtins", "typing", "abc"}
 
 
 class Digest:
@@ -66,6 +70,15 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return found.value
 
 
+def digest_of_module(module: nn.Module) -> str:
+    """A hash of parameters and buffers, of the classes of all modules and of how those that compute are set."""
+    found = Digest()
+    found.add(digest(named_state(module).items()))
+    for part in _settings(module):
+        found.add(repr(part))
+    return found.value
+
+
 def named_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a model by name; those that are shared by each of their names."""
     return {
@@ -88,6 +101,7 @@ class _Describing:
 
     def __init__(self) -> None:
         self._open: set[int] = set()  # what is being described: it may hold itself
+        self._described: set[int] = set()  # functions, which many may look up
 
     def of(self, thing: object, depth: int) -> str:
         """The description."""
@@ -97,6 +111,10 @@ class _Describing:
             return _name(thing)
         if isinstance(thing, PurePath):
             return repr(str(thing))
+        if id(thing) in self._described:
+            return _name(thing)
+        if isinstance(thing, FunctionType):
+            self._described.add(id(thing))
         if id(thing) in self._open or depth > _DEPTH:
             return f"<{_name(type(thing))}>"
         self._open.add(id(thing))
@@ -117,11 +135,14 @@ class _Describing:
         elif isinstance(thing, np.ndarray):
             inside = [str(thing.dtype), str(thing.shape), hashlib.blake2b(thing.tobytes()).hexdigest()[:16]]
         elif isinstance(thing, nn.Module):
-            inside = [digest(named_state(thing).items())[:16]]
+            inside = [digest_of_module(thing)[:16]]
         elif isinstance(thing, partial):
             kind, inside = "partial", [of(thing.func), *map(of, thing.args), *_named(thing.keywords, of)]
         elif is_dataclass(thing):
-            inside = _named({f.name: getattr(thing, f.name, None) for f in fields(thing)}, of)
+            inside = [
+                *_named({f.name: getattr(thing, f.name, None) for f in fields(thing)}, of),
+                *_own_code(type(thing)),
+            ]
         elif isinstance(thing, Mapping):
             inside = [f"{of(key)}: {of(value)}" for key, value in thing.items()]
         elif isinstance(thing, (set, frozenset)):
@@ -129,9 +150,7 @@ class _Describing:
         elif isinstance(thing, Sequence):
             inside = map(of, thing)
         elif callable(thing):
-            call: Any = vars(type(thing)).get("__call__")
-            code = [_code(call.__code__)] if isinstance(call, FunctionType) and _is_foreign(call) else []
-            inside = [*_named(dict(sorted(getattr(thing, "__dict__", {}).items())), of), *code]
+            inside = [*_named(dict(sorted(getattr(thing, "__dict__", {}).items())), of), *_own_code(type(thing))]
         else:  # what else it holds may differ from run to run: times, handles, addresses
             own: Any = type(thing).__repr__
             return re.sub(" at 0x[0-9a-f]+", "", repr(thing)) if own is not object.__repr__ else f"<{kind}>"
@@ -150,6 +169,7 @@ def _function(function: FunctionType, of: Callable[[object], str]) -> str:
         given = [_code(function.__code__)]
         given += [of(part) for part in function.__defaults__ or ()]
         given += _named(function.__kwdefaults__ or {}, of)
+        given += _named(_looked_up(function), of)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             given.append(f"{name}={of(cell.cell_contents)}")
@@ -159,7 +179,20 @@ def _function(function: FunctionType, of: Callable[[object], str]) -> str:
 
 
 def _is_foreign(function: FunctionType) -> bool:
-    return str(function.__module__).partition(".")[0] != "lq"
+    return _package(function) != "lq"
+
+
+def _package(thing: Any) -> str:
+    return str(thing.__module__).partition(".")[0]
+
+
+def _looked_up(function: FunctionType) -> dict[str, object]:
+    """What a function finds among the globals of its module, and does not set itself: constants, other functions."""
+    known = function.__globals__
+    if _package(function) in _LIBRARIES:
+        return {}
+    names = sorted(name for name in _names_in(function.__code__) if name in known)
+    return {name: known[name] for name in names if not isinstance(known[name], ModuleType)}
 
 
 def _code(code: CodeType) -> str:
@@ -177,6 +210,41 @@ def _code(code: CodeType) -> str:
 
     add(code)
     return f"code {found.hexdigest()}"
+
+
+def _settings(module: nn.Module) -> list[tuple[str, ...]]:
+    """What kinds of modules there are, by name, and what those without others in them are set to: slopes, strides."""
+    plain = (bool, int, float, complex, str, tuple, list, type(None))
+    found: list[tuple[str, ...]] = []
+    for name, part in module.named_modules():
+        found.append((name, _name(type(part)), *_own_code(type(part))))
+        if not part._modules and not type(part).__module__.startswith("lq."):
+            own = {k: v for k, v in sorted(vars(part).items()) if not k.startswith("_") and isinstance(v, plain)}
+            found.append(tuple(f"{key}={value!r}" for key, value in own.items() if key != "training"))
+    return found
+
+
+def _own_code(kind: type) -> list[str]:
+    """The code of the methods of a class that somebody else wrote, and what its plain attributes are."""
+    found = []
+    for one in kind.__mro__:
+        if _package(one) in _LIBRARIES:
+            continue
+        for name, value in sorted(vars(one).items()):
+            if isinstance(value, FunctionType) and value.__module__ == one.__module__:
+                found.append(f"{name}: {_code(value.__code__)}")
+            elif not name.startswith("__") and isinstance(value, (bool, int, float, str)):
+                found.append(f"{name}: {value!r}")
+    return found
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """The names of globals that code and the functions in it read, but for those that they set."""
+    found = {step.opname: set[str]() for step in dis.get_instructions(code)}
+    for step in dis.get_instructions(code):
+        found[step.opname].add(str(step.argval))
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return found.get("LOAD_GLOBAL", set()).union(*inner) - found.get("STORE_GLOBAL", set())
 
 
 def _name(thing: Any) -> str:

@@ -33,6 +33,7 @@ from lq.distillation import float_copy
 from lq.errors import DataError, SpecError, StateError
 from lq.histogram import Reduce
 from lq.layout import FIRST, Layout, find_layout
+from lq.padded import padded
 from lq.recomputation import without_recomputation
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.drop import Drop, drop_of
@@ -41,7 +42,7 @@ from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.flow import Flow, find_flow
 from lq.reconstruction.granularity import Merges, Metric, merge_units, module_capacity
 from lq.reconstruction.heap import kept_memory
-from lq.reconstruction.identity import describe_object, digest, named_state
+from lq.reconstruction.identity import describe_object, digest_of_module
 from lq.reconstruction.losses import Loss, loss_of
 from lq.reconstruction.method import Activations, Data, Inside, Method, Start
 from lq.reconstruction.progress import Progress
@@ -272,6 +273,7 @@ class _Work:
             eval_mode(self.twin),
             kept_memory(self.storage.device),
             without_recomputation(self.model, self.twin),
+            padded(self.model, self.twin),
             torch.compiler.set_stance("force_eager"),
             ExitStack() as stack,
         ):
@@ -382,8 +384,8 @@ class _Work:
             "ranks": self.ranks,
             "dtype": str(self.dtype),
             "forward": describe_object(self.forward),
-            "model": digest(named_state(self.model).items()),
-            "teacher": digest(named_state(self.twin).items()),
+            "model": digest_of_module(self.model),
+            "teacher": digest_of_module(self.twin),
         }
         return Progress.open(
             path, self.model, fingerprint, quantizers_of(self.model, units), self.reduce, writes=rank == 0

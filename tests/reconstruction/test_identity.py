@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lq.reconstruction.identity import Digest, describe_object, digest, named_state
+from lq.reconstruction.identity import Digest, describe_object, digest, digest_of_module, named_state
 
 SCRIPT = """
 from tests.reconstruction.test_identity import things
@@ -130,3 +130,54 @@ def test_the_state_of_a_model_has_every_name():
         "2.running_var",
         "2.num_batches_tracked",
     ]
+
+
+POWER = 2.0
+
+
+def helper(output):
+    return output**POWER
+
+
+class Custom:
+    POWER = 2.0
+
+    def __call__(self, output):
+        return self.inside(output)
+
+    def inside(self, output):
+        return output**self.POWER
+
+
+class Weighted(nn.Module):
+    def __init__(self, power):
+        super().__init__()
+        self.power = power
+
+
+def test_what_functions_look_up_counts(monkeypatch):
+    functions = (helper, lambda x: helper(x) + 1, lambda x: [helper(y) for y in x])
+    before = [describe_object(function) for function in functions]
+    assert before == [describe_object(function) for function in functions]
+    monkeypatch.setitem(globals(), "POWER", 3.0)
+    assert all(old != describe_object(function) for old, function in zip(before, functions, strict=True))
+
+
+def test_methods_and_constants_of_classes_count(monkeypatch):
+    before = describe_object(Custom())
+    assert before == describe_object(Custom())
+    with monkeypatch.context() as patch:
+        patch.setattr(Custom, "POWER", 3.0)
+        assert describe_object(Custom()) != before
+    monkeypatch.setattr(Custom, "inside", lambda self, output: abs(output))
+    assert describe_object(Custom()) != before
+
+
+def test_modules_that_differ_in_what_is_no_tensor():
+    assert describe_object(Weighted(2.0)) == describe_object(Weighted(2.0)) != describe_object(Weighted(3.0))
+    networks = [nn.ReLU(), nn.Tanh(), nn.LeakyReLU(0.1), nn.LeakyReLU(0.3), nn.Sequential(nn.ReLU())]
+    found = [digest_of_module(nn.Sequential(network)) for network in networks]
+    assert len(set(found)) == len(found)
+    assert digest_of_module(nn.Sequential(nn.LeakyReLU(0.3)).train()) == digest_of_module(
+        nn.Sequential(nn.LeakyReLU(0.3)).eval()
+    )
