@@ -49,6 +49,8 @@ def require_file(path: str | Path, error: type[LqError] = DataError) -> Path:
     try:
         if Path(path).is_dir():
             raise error(f"{path} is a folder; give the name of a file")
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
+            raise error(f"{path} is no ordinary file, but a pipe, socket or device; give the name of a file")
         with Path(path).open("rb"):
             return Path(path)
     except FileNotFoundError as cause:

@@ -47,6 +47,13 @@ def test_what_cannot_be_opened(tmp_path):
         require_file(tmp_path / "none", lq.RecipeError)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="named pipes are files there alone")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(DataError, match="is no ordinary file, but a pipe, socket or device"):
+        read_checkpoint(tmp_path / "pipe.pt")
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user that permissions hold for")
 def test_a_file_without_permission(tmp_path):
     path = tmp_path / "t"
