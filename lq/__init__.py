@@ -22,6 +22,7 @@ from lq.errors import PatternError as PatternError
 from lq.errors import RecipeError as RecipeError
 from lq.errors import SpecError as SpecError
 from lq.errors import StateError as StateError
+from lq.errors import WriteError as WriteError
 from lq.export import IntegerWeight as IntegerWeight
 from lq.export import OnnxReport as OnnxReport
 from lq.export import export_onnx as export_onnx

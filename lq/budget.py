@@ -110,6 +110,8 @@ def parse_budget(value: object) -> Budget:
     if isinstance(value, Mapping) and set(value) == {"table", "limit"}:
         value = Latency(**value)
     if isinstance(value, Latency):
+        if not isinstance(value.table, (str, Path)) or isinstance(value.limit, (bool, str, type(None))):
+            raise SpecError(f"{value!r} should have the path of a CSV and a number, such as Latency('table.csv', 4.2)")
         return Budget("latency", _positive(value.limit, value), read_latencies(value.table))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Budget("bits", _positive(float(value), value))

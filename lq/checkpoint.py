@@ -34,6 +34,9 @@ M = TypeVar("M", bound=nn.Module)
 # Where a quantized layer has its float weight.
 _ORIGINAL = "parametrizations.weight.original"
 
+# Steps are float32.
+_LARGEST_LOG2_STEP = 127.0
+
 # The state of a quantizer.
 _STATE = ("log2_step", "zero_point", "bits")
 
@@ -91,7 +94,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DataError: if there is none.
     """
-    is_file = not isinstance(source, Mapping)
+    is_file = isinstance(source, (str, Path))
     content = read_checkpoint(source) if isinstance(source, (str, Path)) else source
     with named(str(source)) if is_file else nullcontext():
         found = content.get("state_dict", content) if isinstance(content, Mapping) else content
@@ -162,6 +165,7 @@ def require_fit(model: nn.Module, state_dict: Mapping[str, Any], source: str = "
         kinds = {_kind(state_dict[f"{name}.{part}"]) for part in _STATE} - {None, "floats"}
         if kinds:
             raise DataError(f"the quantizer {name!r} in {source} should have floats, it has {kinds.pop()}")
+        _require_grid(name, state_dict, source)
         shape, weight = shapes["bits"], float_weight(modules[site.module]) if site.place == "weight" else None
         if site.place == "weight" and (weight is None or f"{name.removesuffix('0')}original" not in state_dict):
             raise DataError(f"{source} has the quantizer {name!r}, and no weight for it")
@@ -170,16 +174,27 @@ def require_fit(model: nn.Module, state_dict: Mapping[str, Any], source: str = "
             raise DataError(f"the quantizer {name!r} in {source} has the shape {shape}, expected {allowed[-1]}")
 
 
+def _require_grid(name: str, state_dict: Mapping[str, Any], source: str) -> None:
+    """Raise if a quantizer's steps or zero points are no numbers; steps are NaN before calibration."""
+    log2_step, zero_point = (state_dict[f"{name}.{part}"] for part in ("log2_step", "zero_point"))
+    if not isinstance(log2_step, Tensor) or not isinstance(zero_point, Tensor):  # only the shapes are known
+        return
+    if bool((log2_step > _LARGEST_LOG2_STEP).any()) or not bool(zero_point.isfinite().all()):
+        raise DataError(f"the quantizer {name!r} in {source} has steps or zero points that are no finite numbers")
+
+
 def _lacking(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
     """What a state dict does not have of a model, has besides, or has in other shapes or kinds."""
     ours, theirs = _plain(model.state_dict()), _plain(state_dict)
     known = {key for key, part in model.named_modules(remove_duplicate=False) if isinstance(part, Quantizer)}
     ours = {key: value for key, value in ours.items() if key.rpartition(".")[0] not in known}
     # BatchNorms that one of the two has folded: `rebuild` folds them too, or puts them back.
-    gone = [pair for pair in foldable_pairs(model) if not _has_statistics(theirs, pair.norm)]
-    back = [pair for pair in folded_pairs(model) if _has_statistics(theirs, pair.norm)]
-    norms, biases = {pair.norm for pair in [*gone, *back]}, {f"{pair.conv}.bias" for pair in [*gone, *back]}
-    ours, theirs = ({k: v for k, v in some.items() if k.rpartition(".")[0] not in norms} for some in (ours, theirs))
+    in_theirs = {key.rpartition(".")[0] for key in theirs}
+    gone = [pair for pair in foldable_pairs(model) if pair.norm not in in_theirs]
+    back = {pair: norm for pair, norm in folded_pairs(model).items() if pair.norm in in_theirs}
+    norms, biases = {pair.norm for pair in gone}, {f"{pair.conv}.bias" for pair in [*gone, *back]}
+    ours = {key: value for key, value in ours.items() if key.rpartition(".")[0] not in norms}
+    ours |= {f"{pair.norm}.{key}": value for pair, norm in back.items() for key, value in norm.state_dict().items()}
     missing, unknown = (sorted(found - biases) for found in (ours.keys() - theirs.keys(), theirs.keys() - ours.keys()))
     both = sorted(key for key in ours.keys() & theirs.keys() if not key.endswith("_extra_state"))
     lacks = [f"it has no {', '.join(missing[:3])}"] if missing else []

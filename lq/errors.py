@@ -21,6 +21,10 @@ class DataError(LqError, ValueError):
     """The data cannot be used: no batches, NaN or Inf, a batch the model does not take."""
 
 
+class WriteError(LqError, OSError):
+    """A file cannot be written: no such folder, no permission, no room on the disk; the old one is as it was."""
+
+
 class BudgetError(LqError, ValueError):
     """No allocation meets the budgets; the message states what is feasible."""
 

@@ -5,6 +5,7 @@ All that lq reads from outside comes through here: text by `read_text`, JSON by 
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lq.errors import DataError, LqError
+from lq.errors import DataError, LqError, WriteError
 
 #: Largest text that is read, in bytes.
 TEXT_LIMIT = 1 << 28
@@ -49,6 +50,8 @@ def require_file(path: str | Path, error: type[LqError] = DataError) -> Path:
     try:
         if Path(path).is_dir():
             raise error(f"{path} is a folder; give the name of a file")
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
+            raise error(f"{path} is no ordinary file, but a pipe, socket or device; give the name of a file")
         with Path(path).open("rb"):
             return Path(path)
     except FileNotFoundError as cause:
@@ -213,7 +216,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     Each writer has a path of its own: of several to one file, in threads or processes, the last that ends wins. A
     process that is killed meanwhile leaves the old file as it is, and the unfinished one beside it: the next writer of
     that file removes it.
+
+    Raises:
+        WriteError: if it cannot be written.
     """
+    if not path.name or "\0" in path.name or os.path.isdir(path):
+        reason = "it is a folder" if path.name and "\0" not in path.name else "it is no name of a file"
+        raise WriteError(f"{str(path)!r} cannot be written: {reason}")
     mine = f"{_host()}.{os.getpid()}.{threading.get_ident()}-{next(_counter)}"
     unfinished = path.with_name(f"{path.name}.{mine}.unfinished")
     with _lock:
@@ -224,12 +233,45 @@ def whole_file(path: Path) -> Iterator[Path]:
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())  # the name must not be there before the content
         os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a name that no file can have
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, LqError):
+            raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
         raise
     finally:
         with _lock:
             _unfinished.discard(unfinished.absolute())
+
+
+class _Patient(io.FileIO):
+    """A file whose first failure is kept; what is written afterwards goes nowhere."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write all of it."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while self.failure is None and done < len(view):
+            try:
+                done += super().write(view[done:])
+            except OSError as error:
+                self.failure = error
+        return len(view)
+
+
+@contextmanager
+def file_for_torch(path: Path) -> Iterator[io.FileIO]:
+    """A file to write to for ``torch.save`` and ``torch.export.save``, which may end the process if a write fails.
+
+    Raises:
+        OSError: at the end, if a write failed.
+    """
+    with _Patient(path, "wb") as file:
+        yield file
+        if file.failure is not None:
+            raise file.failure
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -306,13 +306,13 @@ def _remember(model: nn.Module, pair: FoldablePair, folded: _Folded) -> None:
     parent.__dict__["_folded_norms"][local] = folded
 
 
-def folded_pairs(model: nn.Module) -> list[FoldablePair]:
-    """The convolutions and BatchNorms that were folded."""
-    return [
-        FoldablePair(_join(prefix, pair.conv), _join(prefix, pair.norm), pair.norm_first)
+def folded_pairs(model: nn.Module) -> dict[FoldablePair, nn.Module]:
+    """The convolutions and BatchNorms that were folded, with each BatchNorm as it was."""
+    return {
+        FoldablePair(_join(prefix, pair.conv), _join(prefix, pair.norm), pair.norm_first): folded.norm
         for prefix, parent in model.named_modules()
-        for pair in parent.__dict__.get("_folded_norms", {})
-    ]
+        for pair, folded in parent.__dict__.get("_folded_norms", {}).items()
+    }
 
 
 def folded_norms(model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +92,27 @@ def recipe_path(name: str, *, trust: Sequence[str] = ()) -> Path:
         RecipeError: if there is no such recipe, or it names something else than callbacks.
     """
     path = _path(name)
-    for entry in _entries(path):
+    entries = _entries(path)
+    for entry in entries:
         _require_trusted(entry["class_path"], trust, path)
         for class_path in _objects(entry["init_args"]):
             _require_trusted(class_path, trust, path, _OBJECTS)
+    for entry in entries:
+        _callback(entry["class_path"], path)
     return path
 
 
 def _path(name: str) -> Path:
     """The file of a recipe."""
+    if not isinstance(name, (str, Path)):
+        raise RecipeError(f"a recipe is given by its name or the path of a file, not by {schema.shown(name)}")
     for path in (_FOLDER / f"{name}.yaml", Path(name)):
         try:
             if path.is_file():
                 return path
         except (OSError, ValueError):  # a name too long, or with a zero byte
             continue
-    near = difflib.get_close_matches(name, recipe_names(), n=3) or recipe_names()
+    near = difflib.get_close_matches(str(name), recipe_names(), n=3) or recipe_names()
     raise RecipeError(f"there is no recipe {name!r}; did you mean {', '.join(near)}?")
 
 
@@ -129,8 +134,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 def _require_trusted(class_path: object, trust: Sequence[str], path: Path, modules: Sequence[str] = ()) -> None:
     """Raise if a name is not one in a package that is trusted, or in `modules`; nothing is imported for that."""
-    if isinstance(trust, str):
-        raise RecipeError(f"trust={trust!r}: expected a list of packages, such as [{trust!r}]")
+    if isinstance(trust, str) or not isinstance(trust, Collection):
+        raise RecipeError(f"trust={trust!r}: expected a list of packages, such as {[trust or 'mypackage']!r}")
     words = class_path.split(".") if isinstance(class_path, str) else []
     if len(words) < 2 or not all(word.isidentifier() and not word.startswith("_") for word in words):
         given = schema.shown(class_path)
@@ -163,7 +168,7 @@ def _attribute(class_path: str, path: Path) -> Any:
     module_name, _, name = class_path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # what a module raises when it is imported
+    except (Exception, SystemExit) as error:  # what a module raises when it is imported
         raise RecipeError(f"{path.name}: {class_path} cannot be imported: {' '.join(str(error).split())}") from error
     if name not in vars(module):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value) and not key.startswith("_")]

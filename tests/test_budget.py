@@ -147,3 +147,9 @@ def test_rows_that_say_no_latency(rows, message, tmp_path):
 def test_a_table_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="there is no file .*none.csv"):
         read_latencies(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("latency", [Latency(None, 3), Latency(5, 3), Latency("t.csv", "3"), Latency("t.csv", None)])
+def test_latencies_of_other_kinds(latency):
+    with pytest.raises(SpecError, match="should have the path of a CSV and a number, such as Latency"):
+        parse_budget(latency)

@@ -262,6 +262,14 @@ UNFIT = {
     "widths that are none": ({BITS: torch.full((4,), 17.0)}, f"{BITS} should be one width for each channel, from 0 to"),
     "widths that are nan": ({BITS: torch.full((4,), torch.nan)}, f"{BITS} should be one width for each channel"),
     "widths that are integers": ({BITS: torch.full((4,), 4)}, "should have floats, it has integers"),
+    "steps that are infinite": (
+        {"5.input_quantizer.log2_step": torch.tensor(torch.inf)},
+        "'5.input_quantizer' in the checkpoint has steps or zero points that are no finite numbers",
+    ),
+    "zero points that are nan": (
+        {"2.parametrizations.weight.0.zero_point": torch.full((4,), torch.nan)},
+        "steps or zero points that are no finite numbers",
+    ),
     "half a quantizer": ({BITS: None}, "it has no 2.weight; the model has no 2.parametrizations.weight.original"),
     "an unknown layer": (
         {"9.input_quantizer.bits": torch.tensor(8.0)},
@@ -283,6 +291,21 @@ def test_a_model_that_does_not_fit_is_not_touched(kind):
         assert_same(state(model), before)
 
 
+@pytest.mark.parametrize("part", ["running_mean", "running_var", "weight", "num_batches_tracked"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_part_of_a_norm_that_is_missing(part, folded):
+    found = lq.attach(randomize(convnet(), 5), 4).state_dict()
+    key = next(key for key in found if key.endswith(".running_mean")).replace("running_mean", part)
+    del found[key]
+    model = convnet().eval()
+    if folded:
+        lq.fold_batchnorm(model)
+    before = state(model)
+    with pytest.raises(DataError, match=f"it has no {key}"):
+        lq.load(found, model)
+    assert_same(state(model), before)
+
+
 def test_names_that_are_none():
     with pytest.raises(DataError, match="expected a state dict with names of tensors, got one with the key 3"):
         lq.load({3: torch.ones(2)}, small())
@@ -291,3 +314,5 @@ def test_names_that_are_none():
 def test_files_of_other_kinds(tmp_path):
     with pytest.raises(DataError, match="expected a state dict or a checkpoint with one, got a Tensor"):
         read_state_dict(save(torch.ones(2), tmp_path))
+    with pytest.raises(DataError, match="^expected a state dict or a checkpoint with one, got a NoneType"):
+        lq.load(None, small())

@@ -47,6 +47,13 @@ def test_what_cannot_be_opened(tmp_path):
         require_file(tmp_path / "none", lq.RecipeError)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="named pipes are files there alone")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(DataError, match="is no ordinary file, but a pipe, socket or device"):
+        read_checkpoint(tmp_path / "pipe.pt")
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user that permissions hold for")
 def test_a_file_without_permission(tmp_path):
     path = tmp_path / "t"
@@ -252,3 +259,63 @@ def test_the_last_writer_wins(tmp_path):
             second.write_text("second")
         assert (tmp_path / "f").read_text() == "second"
     assert (tmp_path / "f").read_text() == "first" and names(tmp_path) == ["f"]
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+import lq
+from lq.export.program import export_program
+
+folder = Path(sys.argv[1])
+x = torch.randn(8, 64)
+model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+lq.calibrate(lq.attach(model, 4, 8), [x])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+for name, write in {
+    "m.safetensors": lambda path: lq.save(model, path),
+    "m.pt2": lambda path: export_program(model, x[:2], path),
+    "m.onnx": lambda path: lq.export_onnx(model, x[:2], path),
+    "m.pt": lambda path: lq.reconstruct(model, [x], units="layer", iterations=2, resume=path),
+}.items():
+    (folder / name).write_bytes(b"old")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        (folder / name).unlink() if name == "m.pt" else None
+        write(folder / name)
+    except lq.WriteError as error:
+        assert f"{name} cannot be written: File too large" in str(error), error
+        assert name == "m.pt" or (folder / name).read_bytes() == b"old"
+        assert name == "m.pt" or all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        print(name)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of files are set as on Unix")
+def test_a_full_disk_is_one_error(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FULL, tmp_path], capture_output=True, timeout=300, check=False
+    )
+    assert run.stdout.decode().split() == ["m.safetensors", "m.pt2", "m.onnx", "m.pt"], run.stderr.decode()[-2000:]
+    assert names(tmp_path) == ["m.onnx", "m.pt2", "m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder", "'.*folder' cannot be written: it is a folder"),
+        ("a\0b", "cannot be written: it is no name of a file"),
+        ("none/f", "f cannot be written: No such file or directory"),
+        ("a" * 300, "a cannot be written: File name too long"),
+    ],
+)
+def test_what_cannot_be_written(name, message, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(lq.WriteError, match=message), whole_file(tmp_path / name) as path:
+        path.write_text("all")
+    assert names(tmp_path) == ["folder"]
+    with pytest.raises(lq.WriteError, match="it is a folder|it is no name of a file"), whole_file(Path()):
+        pass

@@ -223,7 +223,33 @@ def test_packages_that_the_caller_trusts(tmp_path, monkeypatch):
             lq.recipe(own(tmp_path, of(f"trusted_package.mine.{other}")), trust=["trusted_package"])
     with pytest.raises(lq.RecipeError, match=r"trust='trusted_package': expected a list of packages"):
         lq.recipe(path, trust="trusted_package")
+    with pytest.raises(lq.RecipeError, match=r"trust=None: expected a list of packages, such as \['mypackage'\]"):
+        lq.recipe(path, trust=None)
+    (tmp_path / "trusted_package" / "ends.py").write_text("raise SystemExit(3)\n")
+    with pytest.raises(lq.RecipeError, match="trusted_package.ends.Mine cannot be imported: 3"):
+        lq.recipe(own(tmp_path, of("trusted_package.ends.Mine")), trust=["trusted_package"])
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lq.callbacks.Quantise", "lq.callbacks has no Quantise; did you mean Quantize"),
+        ("lq.callbacks.os.system", "lq.callbacks.os.system cannot be imported"),
+        ("lq.callbacks.export.ONNX", "has no ONNX"),
+    ],
+)
+def test_the_path_of_a_recipe_of_callbacks_alone(name, message, tmp_path):
+    for take in (lq.recipe, recipe_path):
+        with pytest.raises(lq.RecipeError, match=message):
+            take(own(tmp_path, of(name)))
+
+
+@pytest.mark.parametrize("name", [None, 5, ["lsq_w4a4"]])
+def test_a_recipe_has_a_name(name):
+    for take in (lq.recipe, recipe_path):
+        with pytest.raises(lq.RecipeError, match="a recipe is given by its name or the path of a file, not by"):
+            take(name)
 
 
 def test_objects_among_arguments_are_made(tmp_path):

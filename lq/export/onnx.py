@@ -20,7 +20,7 @@ from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights
 from lq.export.opsets import NEWEST_LOWERED, OLDEST, lowered
-from lq.export.program import Example, batch_length, exported, first_line, in_float32, pieces
+from lq.export.program import Example, batch_length, exported, first_line, in_float32, one_at_a_time, pieces
 from lq.export.running import compare
 from lq.export.standard import standard_form
 from lq.files import whole_file
@@ -73,6 +73,7 @@ class OnnxReport:
         return "\n".join([*lines, *self.notes])
 
 
+@one_at_a_time
 def export_onnx(
     model: nn.Module,
     example: Example,
@@ -130,7 +131,7 @@ def export_onnx(
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # of several classes, none of them public
         raise DataError(f"torch.onnx makes an invalid file of {type(model).__name__}: {first_line(error)}") from error
-    with whole_file(path) as unfinished, _taken_over(model, graph, notes):
+    with _taken_over(model, graph, notes), whole_file(path) as unfinished:
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)
         run = compare(model, unfinished, batches if samples is None else pieces(batches, samples))

@@ -1,10 +1,12 @@
 """torch.export: a quantized model as a program of standard operators, which runs where lq is not installed."""
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,23 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lq.errors import DataError
 from lq.export.standard import standard_form
-from lq.files import whole_file
+from lq.files import file_for_torch, whole_file
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_exporting = threading.RLock()
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, waiting for other threads that export: torch.export keeps what it does in the process."""
+
+    @wraps(function)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _exporting:
+            return function(*args, **kwargs)
+
+    return waiting
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,7 @@ class Call:
 Example = Tensor | Sequence[Any] | Mapping[str, Any] | Call
 
 
+@one_at_a_time
 def export_program(model: nn.Module, example: Example, path: str | Path | None = None) -> ExportedProgram:
     """A quantized model as an `ExportedProgram`: integer weights, quantize and dequantize operators, any batch size.
 
@@ -56,7 +75,7 @@ def export_program(model: nn.Module, example: Example, path: str | Path | None =
     if program is None:
         raise DataError(f"torch.export cannot export {type(model).__name__}: {reason}")
     if path is not None:
-        with whole_file(Path(path)) as unfinished, unfinished.open("wb") as file:
+        with whole_file(Path(path)) as unfinished, file_for_torch(unfinished) as file:
             torch.export.save(program, file)
     return program
 

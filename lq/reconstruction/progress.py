@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.errors import StateError
-from lq.files import read_checkpoint, whole_file
+from lq.files import file_for_torch, read_checkpoint, whole_file
 from lq.histogram import Reduce
 from lq.quantizer import Quantizer
 from lq.reconstruction.identity import Digest, named_state
@@ -116,9 +116,9 @@ class Progress:
         tensors = {names[id(part)]: part.detach().cpu().clone() for part in quantizers.state()}
         self._units.append({"report": asdict(report), "tensors": tensors})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path) as unfinished:
+        with whole_file(self.path) as unfinished, file_for_torch(unfinished) as file:
             content = {"format": _FORMAT, "fingerprint": self.fingerprint, "units": self._units}
-            torch.save({**content, "checksum": _checksum(content)}, unfinished)
+            torch.save({**content, "checksum": _checksum(content)}, file)
 
     def _read(self, path: Path) -> None:
         try:

@@ -8,6 +8,7 @@ are tiny, and outputs are compared up to a thousandth. Errors of a grid are ten 
 import json
 import math
 import re
+import threading
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -951,3 +952,26 @@ def test_unpacking_by_hand():
         made = helper.make_tensor("w", getattr(TensorProto, kind), (3, 5), values.flatten().tolist())
         tensor = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(made), "w")
         assert np.array_equal(unpacked(tensor), values)
+
+
+def test_threads_export_one_after_the_other(tmp_path):
+    model, errors = quantized(weights=8, activations=8), []
+
+    def write(name):
+        try:
+            if name.endswith("onnx"):
+                lq.export_onnx(model, images(2), tmp_path / name)
+            else:
+                lq.export_program(model, images(2), tmp_path / name)
+        except Exception as error:  # noqa: BLE001  (told below)
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in ["m.onnx", "m.pt2"] * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.pt2", "m.report.json"]
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    assert torch.equal(program(images(2)), model(images(2)))
