@@ -110,6 +110,11 @@ def parse_budget(value: object) -> Budget:
     if isinstance(value, Mapping) and set(value) == {"table", "limit"}:
         value = Latency(**value)
     if isinstance(value, Latency):
+        if not isinstance(value.table, (str, Path)) or not isinstance(value.limit, (int, float)):
+            raise SpecError(
+                f"budget={value!r} is not understood; a latency has the path of a CSV and a number in its unit, "
+                "such as Latency('table.csv', 4.2)"
+            )
         return Budget("latency", _positive(value.limit, value), read_latencies(value.table))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Budget("bits", _positive(float(value), value))

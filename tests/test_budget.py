@@ -147,3 +147,9 @@ def test_rows_that_say_no_latency(rows, message, tmp_path):
 def test_a_table_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="there is no file .*none.csv"):
         read_latencies(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(("table", "limit"), [({}, 3.0), (None, 3.0), ("t.csv", "3ms"), ("t.csv", None)])
+def test_a_latency_of_something_else(table, limit):
+    with pytest.raises(SpecError, match="a latency has the path of a CSV and a number"):
+        parse_budget(Latency(table, limit))
