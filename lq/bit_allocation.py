@@ -192,6 +192,8 @@ def allocate(
         row[[width not in allowed[item.tensor.role] for width in sensitivity.widths]] = np.inf
     _pin(losses, items, costs, sensitivity.widths, pins or {})
     budgets = [parse_budget(one) for one in (budget if isinstance(budget, (list, tuple)) else [budget])]
+    if not budgets:
+        raise SpecError(f"budget={budget!r} limits nothing; give one, such as 3.0 or '8x', or a list of several")
     if sum(one.kind == "bitops" for one in budgets) > 1:
         raise SpecError(f"budget={budget!r} limits bit operations more than once; give the least alone")
     count = Counting(items, costs, np.array(sensitivity.widths, dtype=float), activations == "joint")

@@ -27,6 +27,7 @@ What deviates:
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from torch.utils import _pytree
 from lq.calibration import Forward, describe, eval_mode, run
 from lq.cost import batch_size
 from lq.distillation import kl_divergence
-from lq.errors import DataError, SpecError, StateError
+from lq.errors import DataError, NoEffectWarning, SpecError, StateError
 from lq.histogram import Reduce
 from lq.quantizer import Quantizer, middle
 from lq.ranges import Levels, Lp, Samples
@@ -269,6 +270,13 @@ def _optimize(model: nn.Module, measure: _Loss, rules: dict[float, Lp], evaluati
     if best is not None and best not in losses:
         rules = {**rules, best: Lp(p=best, candidates=rule.candidates)}
         try_out(rules[best])
+    if len(losses) > 1 and all(loss == before for loss in losses.values()):
+        warnings.warn(
+            f"the loss is {before:.6g} with any of {len(losses)} ranges: it does not depend on them, and nothing is "
+            "optimized; look at the batches, and at what loss= computes of the output that it is given",
+            NoEffectWarning,
+            stacklevel=3,
+        )
     power = min(losses, key=lambda p: losses[p])
     start = min(before, losses[power])
     if not math.isfinite(start):

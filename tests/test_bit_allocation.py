@@ -350,3 +350,8 @@ def test_weights_that_were_not_measured_keep_their_widths():
     with pytest.warns(NoEffectWarning, match=message):
         found = lq.allocate(network(), part, 3.5)
     assert set(found.weights) == {"2", "4"}
+
+
+def test_no_budget_at_all():
+    with pytest.raises(SpecError, match="limits nothing"):
+        lq.allocate(network(), table(), [])

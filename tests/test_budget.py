@@ -149,7 +149,7 @@ def test_a_table_that_is_not_there(tmp_path):
         read_latencies(tmp_path / "none.csv")
 
 
-@pytest.mark.parametrize("latency", [Latency(None, 3), Latency(5, 3), Latency("t.csv", "3"), Latency("t.csv", None)])
+@pytest.mark.parametrize("latency", [Latency(None, 3), Latency({}, 3), Latency("t.csv", "3"), Latency("t.csv", None)])
 def test_latencies_of_other_kinds(latency):
     with pytest.raises(SpecError, match="should have the path of a CSV and a number, such as Latency"):
         parse_budget(latency)

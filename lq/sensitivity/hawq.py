@@ -103,6 +103,8 @@ class HawqV2:
         for tap in taps:
             tap.forward_ended = True
         owned = [(tap, leaf) for tap in taps for leaf in tap.leaves]
+        if not owned or not value.requires_grad:
+            raise StateError("the output does not depend on a quantized layer; nothing can be measured")
         leaves = [leaf for _, leaf in owned]
         gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
         reached = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.errors import DataError, NoEffectWarning, SpecError, StateError
+from lq.errors import DataError, LqError, NoEffectWarning, SpecError, StateError
 from lq.sensitivity import BruteForce, Fisher, HawqV2, OutputDistortion, Sensitivity, measure_sensitivity
 from lq.sites import float_weight, weight_quantizer
 
@@ -352,3 +352,16 @@ def test_a_loss_that_says_nothing():
         measure_sensitivity(model, batches, constant)
     with pytest.raises(DataError, match=r"sensitivities of 3 of 3 tensors are no finite numbers \(0.weight, 3.weight"):
         measure_sensitivity(model, [(x * math.nan, y) for x, y in batches])
+
+
+@pytest.mark.parametrize("metric", [Fisher, HawqV2])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_losses_of_something_else(metric, gradient):
+    model = lq.attach(nn.Sequential(nn.Linear(4, 3)), 4, first_last=None)
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,)))]
+    constant = torch.ones((), requires_grad=gradient)
+    loss = lambda model, batch: constant + 0 * model(batch[0]).detach().sum()  # noqa: E731
+    with pytest.raises(
+        LqError, match="does not depend on a quantized layer|nothing changes with the widths|no second derivative"
+    ):
+        measure_sensitivity(model, batches, metric(loss=loss))
