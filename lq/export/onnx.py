@@ -166,6 +166,8 @@ def _opset(model: nn.Module, opset: int | None) -> int:
         return OPSET_OF_INT2 if any(bits <= 2 for bits in widths.values()) else OPSET
     if opset < OLDEST:
         raise DataError(f"opset={opset}: steps for each channel need {OLDEST} or more")
+    if opset > (newest := _require("onnx").defs.onnx_opset_version()):
+        raise DataError(f"opset={opset}: the newest that this version of onnx knows is {newest}")
     few = [name for name, bits in widths.items() if bits <= 4]
     if opset < OPSET and few:
         listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
