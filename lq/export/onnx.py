@@ -131,6 +131,12 @@ def export_onnx(
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # of several classes, none of them public
         raise DataError(f"torch.onnx makes an invalid file of {type(model).__name__}: {first_line(error)}") from error
+    if left := graph.with_float_inputs():
+        listed = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        notes.append(
+            f"inputs of {listed} are float: onnxruntime may round them to 8 bits by itself; "
+            "with activations=8, integer=True they are rounded in the model too"
+        )
     with _taken_over(model, graph, notes), whole_file(path) as unfinished:
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)
@@ -228,8 +234,6 @@ def _notes(model: nn.Module) -> list[str]:
         notes.append(f"activations with other widths than 8 are 8-bit integers, limited to their levels: {listed}")
     if widths[16]:
         notes.append(f"{widths[16]} activations of 16 bits: onnxruntime computes what reads them in float")
-    if not widths:
-        notes.append("weights only: onnxruntime may round inputs of matrix products to 8 bits by itself")
     if not integer_weights(model):
         notes.append("activations only: onnxruntime may round float weights between them by itself")
     if left := stay_float(model):
