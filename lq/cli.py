@@ -125,7 +125,7 @@ def _built(name: str, pairs: Sequence[str]) -> nn.Module:
         arguments = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
         build = getattr(_module(place), function) if function else _timm(place)
         model = build(**arguments)
-    except Exception as error:  # what user code raises
+    except (Exception, SystemExit) as error:  # what user code raises
         cause = str(error) or type(error).__name__
         raise DataError(f"--model {name}: {cause}; give the name of a timm model, or module:function") from error
     if not isinstance(model, nn.Module):
@@ -150,11 +150,17 @@ def _timm(name: str) -> Callable[..., Any]:
 def _example(model: nn.Module, options: argparse.Namespace) -> torch.Tensor:
     """Two random samples of the size that was given, or that a timm model was made for."""
     size = options.input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
-    if not size or min(size) < 1:
+    given = f"--input-size {' '.join(map(str, size or ()))}"
+    if options.input_size and min(options.input_size) < 1:
+        raise DataError(f"{given}: expected numbers from 1 on, such as 3 224 224")
+    if not size:
         raise DataError(f"--model {options.model} does not say what it takes; give --input-size, such as 3 224 224")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = size[0] if options.input_size or first is None else first.in_channels
-    return torch.randn(2, channels, *size[1:], generator=torch.Generator().manual_seed(0))
+    try:
+        return torch.randn(2, channels, *size[1:], generator=torch.Generator().manual_seed(0))
+    except RuntimeError as error:
+        raise DataError(f"{given}: two samples do not fit into memory") from error
 
 
 if __name__ == "__main__":

@@ -263,6 +263,11 @@ OTHER = {
         ["--output", "o.onnx", "--input-size", "4", "--opset", "9"],
         "opset=9: steps for each channel need 13",
     ),
+    "no length": (["--output", "o.pt2", "--input-size", "0"], "--input-size 0: expected numbers from 1 on, such as 3"),
+    "a size that no memory has": (
+        ["--output", "o.pt2", "--input-size", "3", "1000000000", "1000000000"],
+        "--input-size 3 1000000000 1000000000: two samples do not fit into memory",
+    ),
     "another size": (["--output", "o.pt2", "--input-size", "5"], "torch.export cannot export Sequential: "),
 }
 

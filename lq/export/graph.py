@@ -202,6 +202,22 @@ class Graph:
                 inputs = [integer, self._constant(f"{name}_scale", scale)]
                 node.input[2] = self._insert(node, "DequantizeLinear", inputs, f"{name}_value", axis=0)
 
+    def with_float_inputs(self) -> list[str]:
+        """Integer weights of matrix products whose other operand is float: onnxruntime may quantize that by itself."""
+        made = {node.output[0]: node for node in self.nodes}
+        found = []
+        for node in self.nodes:
+            if node.op_type in ("MatMul", "Gemm"):
+                left, right = (made.get(operand) for operand in node.input[:2])
+                if right is None or right.op_type != "DequantizeLinear":
+                    continue
+                if left is None or left.op_type != "DequantizeLinear":
+                    name = right.input[0]
+                    while name in made:
+                        name = made[name].input[0]
+                    found.append(name.removesuffix(".weight"))
+        return found
+
     def _add_bias_apart(self, node: Any, bias: NDArray[Any]) -> None:
         """Take a bias out of its layer: onnxruntime would make an integer of it that overflows."""
         from onnx import helper

@@ -131,6 +131,12 @@ def export_onnx(
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # of several classes, none of them public
         raise DataError(f"torch.onnx makes an invalid file of {type(model).__name__}: {first_line(error)}") from error
+    if left := graph.with_float_inputs():
+        listed = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        notes.append(
+            f"inputs of {listed} are float: onnxruntime may round them to 8 bits by itself; "
+            "with activations=8, integer=True they are rounded in the model too"
+        )
     with _taken_over(model, graph, notes), whole_file(path) as unfinished:
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)
@@ -166,6 +172,8 @@ def _opset(model: nn.Module, opset: int | None) -> int:
         return OPSET_OF_INT2 if any(bits <= 2 for bits in widths.values()) else OPSET
     if opset < OLDEST:
         raise DataError(f"opset={opset}: steps for each channel need {OLDEST} or more")
+    if opset > (newest := _require("onnx").defs.onnx_opset_version()):
+        raise DataError(f"opset={opset}: the newest that this version of onnx knows is {newest}")
     few = [name for name, bits in widths.items() if bits <= 4]
     if opset < OPSET and few:
         listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
@@ -226,8 +234,6 @@ def _notes(model: nn.Module) -> list[str]:
         notes.append(f"activations with other widths than 8 are 8-bit integers, limited to their levels: {listed}")
     if widths[16]:
         notes.append(f"{widths[16]} activations of 16 bits: onnxruntime computes what reads them in float")
-    if not widths:
-        notes.append("weights only: onnxruntime may round inputs of matrix products to 8 bits by itself")
     if not integer_weights(model):
         notes.append("activations only: onnxruntime may round float weights between them by itself")
     if left := stay_float(model):

@@ -876,7 +876,7 @@ def test_an_opset_without_steps_for_channels(opset, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_an_opset_that_there_is_not(tmp_path):
     model = calibrated(convolutions(), images(8), **few(8))
-    with pytest.raises(DataError, match=r"^opset=99 is not one that torch .* exports$"):
+    with pytest.raises(DataError, match=r"^opset=99: the newest that this version of onnx knows is \d\d$"):
         export_onnx(model, images(), tmp_path / "m.onnx", opset=99)
     assert not list(tmp_path.iterdir())
 
@@ -975,3 +975,22 @@ def test_threads_export_one_after_the_other(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.pt2", "m.report.json"]
     program = torch.export.load(tmp_path / "m.pt2").module()
     assert torch.equal(program(images(2)), model(images(2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "listed"),
+    [
+        ({"activations": None}, "inputs of 0, 2 are float"),
+        ({"activations": 8}, "inputs of 0 are float"),
+        ({"activations": 8, "integer": True}, None),
+    ],
+)
+def test_float_inputs_of_integer_weights_are_told(options, listed, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), torch.randn(32, 6, 16)
+    lq.attach(model, 8, structure=lq.inspect(model, x), first_last=None, **options)
+    report = export_onnx(lq.calibrate(model, [x]), x, tmp_path / "m.onnx")
+    found = [note.split(":")[0] for note in report.notes if note.startswith("inputs of")]
+    assert found == ([] if listed is None else [listed])
+    if listed is None:  # nothing is left for onnxruntime to round
+        assert report.largest_difference < 1e-5
