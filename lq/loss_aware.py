@@ -270,6 +270,10 @@ def _optimize(model: nn.Module, measure: _Loss, rules: dict[float, Lp], evaluati
     if best is not None and best not in losses:
         rules = {**rules, best: Lp(p=best, candidates=rule.candidates)}
         try_out(rules[best])
+    power = min(losses, key=lambda p: losses[p])
+    start = min(before, losses[power])
+    if not math.isfinite(start):
+        raise DataError("the loss is not a finite number with any of the ranges tried; look at the data and the loss")
     if len(losses) > 1 and all(loss == before for loss in losses.values()):
         warnings.warn(
             f"the loss is {before:.6g} with any of {len(losses)} ranges: it does not depend on them, and nothing is "
@@ -277,10 +281,6 @@ def _optimize(model: nn.Module, measure: _Loss, rules: dict[float, Lp], evaluati
             NoEffectWarning,
             stacklevel=3,
         )
-    power = min(losses, key=lambda p: losses[p])
-    start = min(before, losses[power])
-    if not math.isfinite(start):
-        raise DataError("the loss is not a finite number with any of the ranges tried; look at the data and the loss")
     if start < before:
         take(rules[power])
     else:
