@@ -255,14 +255,17 @@ def _optimize(model: nn.Module, measure: _Loss, rules: dict[float, Lp], evaluati
     known = list(samples_of(model))
     given, before = _ranges(model), measure()
     losses: dict[float, float] = {}
+    moved = False  # whether any rule gave another range than the model came with
 
     def take(rule: Lp) -> None:
         for quantizer, samples, signed in known:
             _fit(quantizer, samples, signed, rule)
 
     def try_out(rule: Lp) -> None:
+        nonlocal moved
         take(rule)
         losses[rule.p] = measure()
+        moved = moved or _have_moved(given)
 
     for rule in rules.values():
         try_out(rule)
@@ -274,7 +277,7 @@ def _optimize(model: nn.Module, measure: _Loss, rules: dict[float, Lp], evaluati
     start = min(before, losses[power])
     if not math.isfinite(start):
         raise DataError("the loss is not a finite number with any of the ranges tried; look at the data and the loss")
-    if len(losses) > 1 and all(loss == before for loss in losses.values()):
+    if moved and all(loss == before for loss in losses.values()):
         warnings.warn(
             f"the loss is {before:.6g} with any of {len(losses)} ranges: it does not depend on them, and nothing is "
             "optimized; look at the batches, and at what loss= computes of the output that it is given",
@@ -357,6 +360,11 @@ def _powell(searched: list[Quantizer], measure: _Loss, start: float, evaluations
 def _ranges(model: nn.Module) -> _State:
     """Copies of the ranges of all quantizers."""
     return [(q, q.log2_step.detach().clone(), q.zero_point.detach().clone()) for q in quantizers(model)]
+
+
+def _have_moved(ranges: _State) -> bool:
+    """Whether any quantizer has another range than these."""
+    return any(not torch.equal(q.log2_step, step) or not torch.equal(q.zero_point, zero) for q, step, zero in ranges)
 
 
 @torch.no_grad()
