@@ -76,7 +76,7 @@ class Graph:
             for i, name in enumerate(node.input):
                 node.input[i] = renamed.get(name, name)
             key = (node.op_type, tuple(map(self._value, node.input)), str(list(node.attribute)))
-            same = node.op_type in ("QuantizeLinear", "DequantizeLinear", "Min") and node.output[0] not in self.outputs
+            same = node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip") and node.output[0] not in self.outputs
             if same and first.setdefault(key, node.output[0]) != node.output[0]:
                 renamed[node.output[0]] = first[key]
             else:

@@ -1,6 +1,7 @@
 """ONNX files: integer weights of 2, 4 or 8 bits, quantize and dequantize nodes, checked against the model.
 
-Activations of fewer than 8 bits are 8-bit integers limited by a Min, weights of other widths take the next larger type.
+Activations of fewer than 8 bits are 8-bit integers limited by a Clip; weights of other widths take the next larger
+type.
 """
 
 import copy

@@ -118,7 +118,7 @@ class StandardActivation(nn.Module):
         grid = self.scale, self.zero_point, 0, largest, self.dtype
         codes = ops.quantize_per_tensor((x.float() - self.shift) if self.shift else x.float(), *grid)
         if self.high < largest:  # not left to the operator: ONNX's knows the limits of types only
-            codes = codes.clamp(max=self.high)
+            codes = codes.clamp(0, self.high)  # a Clip: onnxruntime 1.23 has no Min of 8-bit integers
         values = ops.dequantize_per_tensor(codes, *grid)
         return ((values + self.shift) if self.shift else values).to(x.dtype)  # type: ignore[no-any-return]
 

@@ -90,6 +90,12 @@ def nodes(path, kind=None):
     return [node for node in loaded(path).graph.node if kind in (None, node.op_type)]
 
 
+def limits_of_codes(path):
+    """Clip nodes of what QuantizeLinear gives: the limits of activations of fewer bits than their type."""
+    codes = {node.output[0] for node in nodes(path, "QuantizeLinear")}
+    return [node for node in nodes(path, "Clip") if node.input[0] in codes]
+
+
 def kinds(path):
     return Counter(node.op_type for node in nodes(path))
 

@@ -61,7 +61,7 @@ def rounding(read, name, step="step", zero="zero", limit=None):
     """Quantize and dequantize, with a limit between."""
     parts = [node("QuantizeLinear", [read, step, zero], f"{name}_codes")]
     if limit:
-        parts.append(node("Min", [f"{name}_codes", limit], f"{name}_few"))
+        parts.append(node("Clip", [f"{name}_codes", "", limit], f"{name}_few"))
     return [*parts, node("DequantizeLinear", [parts[-1].output[0], step, zero], name)]
 
 
@@ -81,7 +81,7 @@ def test_quantizers_that_are_alike_become_one(limit):
     x = random(5, 4) * 3
     before = run(proto, x)[0]
     optimized(proto)
-    assert kinds(proto) == {"QuantizeLinear": 1, "DequantizeLinear": 1, "Mul": 1, **({"Min": 1} if limit else {})}
+    assert kinds(proto) == {"QuantizeLinear": 1, "DequantizeLinear": 1, "Mul": 1, **({"Clip": 1} if limit else {})}
     assert set(proto.graph.node[-1].input) == {"left"}
     assert np.array_equal(run(proto, x)[0], before)
 
