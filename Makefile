@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest test-slow lint format clean
+.PHONY: demo test test-oldest test-slow docs lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/quickstart.py
@@ -18,6 +18,10 @@ test-oldest: .venv-oldest/stamp
 test-slow: .venv/dev.stamp
 	$(BIN)/pytest -m slow
 
+# The documentation, into docs/_build/html; strict, and without network.
+docs: .venv/docs.stamp
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -n -q docs docs/_build/html
+
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,7 +32,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info docs/_build docs/generated docs/gallery
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -41,6 +45,10 @@ clean:
 .venv/dev.stamp: .venv/bin/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@ .venv/demo.stamp
+
+.venv/docs.stamp: .venv/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
 
 .venv-oldest/stamp: pyproject.toml constraints/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
