@@ -41,7 +41,7 @@ class SynthesizeData(ModuleCallback):
         batch_size: images that have the network's statistics together.
         seed: the images depend on it, and not on the global random state.
 
-    Afterwards ``images`` are those of this rank, on the CPU, shape (N, *shape).
+    Afterwards ``images`` are those of this rank, on the CPU, shape ``(N, *shape)``.
 
     Example::
 

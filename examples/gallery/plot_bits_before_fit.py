@@ -7,8 +7,7 @@ knapsack gives every layer, or every channel, the width that loses least within 
 """
 
 import copy
-import runpy
-from pathlib import Path
+import sys
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -19,10 +18,12 @@ import lq
 # %%
 # The small timm network of ``examples/quickstart.py``, trained on handwritten digits for a few seconds.
 
-quickstart = runpy.run_path(str(Path(__file__).parents[1] / "quickstart.py"))
+sys.path.append("examples")  # run from the root of a clone
+from quickstart import Classifier, Digits, fit
+
 L.seed_everything(0, verbose=False)
-module, data = quickstart["Classifier"](), quickstart["Digits"]()
-quickstart["fit"](module, data, 4, [], False)
+module, data = Classifier(), Digits()
+fit(module, data, 4, [], False)
 network = module.model.eval()
 batches = list(data.train_dataloader())[:4]
 

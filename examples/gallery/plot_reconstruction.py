@@ -7,8 +7,7 @@ output of a whole block stays what it was, without labels and without training.
 """
 
 import copy
-import runpy
-from pathlib import Path
+import sys
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -16,10 +15,12 @@ import torch
 
 import lq
 
-quickstart = runpy.run_path(str(Path(__file__).parents[1] / "quickstart.py"))
+sys.path.append("examples")  # run from the root of a clone
+from quickstart import Classifier, Digits, fit
+
 L.seed_everything(0, verbose=False)
-module, data = quickstart["Classifier"](), quickstart["Digits"]()
-quickstart["fit"](module, data, 4, [], False)
+module, data = Classifier(), Digits()
+fit(module, data, 4, [], False)
 network = module.model.eval()
 images, labels = data.val.tensors
 batches = [x for x, _ in list(data.train_dataloader())[:4]]
