@@ -50,6 +50,7 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main(path: Path = HERE / "_static" / "accuracy_by_width.svg") -> None:
+    """Draw what results.md says."""
     draw(scores((HERE / "results.md").read_text(encoding="utf-8")), path)
 
 

@@ -1,12 +1,15 @@
 """Settings of the documentation: Sphinx with MyST, built without network by `make docs`."""
 
 import sys
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext"), str(HERE.parent / "examples")]
 
 import lq  # noqa: E402
+
+warnings.filterwarnings("ignore", ".*LeafSpec.*")  # of Lightning about itself; it would stand in the gallery
 
 project = "lq"
 author = "The lq authors"

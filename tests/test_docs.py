@@ -1,8 +1,8 @@
 """The documentation says what is: every code block runs, every message exists, every page is reached.
 
-A page's Python blocks run one after the other in one namespace, in a folder of their own, with little work: few batches, few
-iterations, a small timm network. A block whose first line is ``# name.py`` or ``# name.yaml`` is also written to that file, for
-the shell blocks behind it.
+A page's Python blocks run one after the other in one namespace, in a folder of their own, with little work: few
+batches, few iterations, a small timm network. A block whose first line is ``# name.py`` or ``# name.yaml`` is also
+written to that file, for the shell blocks behind it.
 """
 
 import ast
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import pickle
 import re
 import runpy
 import shlex
@@ -42,6 +43,10 @@ PAGES = sorted(
 NEEDS = {"hydra.md": "hydra", "deploy.md": "openvino"}
 
 
+#: Networks with the same names of layers, that take less time.
+_SMALL = {"resnet18": "test_resnet"}
+
+
 def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -55,7 +60,7 @@ def blocks(path: Path) -> list[tuple[str, str]]:
 
 
 class Mine(L.LightningModule):
-    """The reader's module: a timm ResNet, for images of 32 pixels."""
+    """The reader's module, around a timm ResNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +79,7 @@ class Mine(L.LightningModule):
 def network() -> Any:
     import timm
 
-    return timm.create_model("resnet18", num_classes=10).eval()
+    return timm.create_model("test_resnet").eval()
 
 
 def reader() -> dict[str, Any]:
@@ -99,11 +104,14 @@ def at_most(function: Callable[..., Any], limits: dict[str, int], **others: Any)
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in others}
         given = signature.bind(*args, **kwargs).arguments
         for name, limit in limits.items():
             value = given.get(name, signature.parameters[name].default)
-            kwargs |= {} if value is not None and value <= limit or name in given and name not in kwargs else {name: limit}
-        return function(*args, **{**others, **kwargs})
+            by_position = name in given and name not in kwargs
+            if not by_position and (value is None or value > limit):
+                kwargs[name] = limit
+        return function(*args, **kwargs, **{name: value for name, value in others.items() if name not in kwargs})
 
     return limited
 
@@ -125,6 +133,10 @@ def little_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     }.items():
         monkeypatch.setattr(cls, "__init__", at_most(cls.__init__, limits))
     monkeypatch.setattr(lq, "reconstruct", at_most(lq.reconstruct, {"iterations": 2}))
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(_SMALL.get(name, name), **more))
     known = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - known:  # modules that a page has written
@@ -174,8 +186,8 @@ def run_shell(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         elif program == "lq":
             assert command(arguments) == 0, line
         elif program == "cp":
-            line = line.replace("python -c", f"{shlex.quote(sys.executable)} -c")
-            subprocess.run(["bash", "-euc", line], check=True, cwd=folder)
+            mine = line.replace("python -c", f"{shlex.quote(sys.executable)} -c")
+            subprocess.run(["bash", "-euc", mine], check=True, cwd=folder)
         elif program == "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
         else:
@@ -185,7 +197,14 @@ def run_shell(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 assert set(extra.split(",")) <= set(declared), line
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p)], ids=named)
+def pages_with_code() -> list[Any]:
+    """Pages; of the tutorials, which train and export several networks, all but the first are slow."""
+    slow = {path for path in (DOCS / "tutorials").glob("*.md") if path.name != "trainer.md"}
+    marks = {path: [pytest.mark.slow] if path in slow else [] for path in PAGES}
+    return [pytest.param(path, marks=marks[path], id=named(path)) for path in PAGES if blocks(path)]
+
+
+@pytest.mark.parametrize("path", pages_with_code())
 def test_code_of_a_page_runs(path: Path, little_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path.name in NEEDS and importlib.util.find_spec(NEEDS[path.name]) is None:
         pytest.skip(f"{NEEDS[path.name]} is not installed")
@@ -234,13 +253,14 @@ def strings() -> list[str]:
 
 def test_messages_of_the_troubleshooting_page_exist() -> None:
     texts = strings()
-    headings = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    headings = re.findall(
+        r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert len(headings) > 30
     of_torch = {heading for heading in headings if heading.startswith("Serialization of parametrized modules")}
+    quantized = lq.attach(tiny().net, 8, None)
     with pytest.raises(RuntimeError, match=re.escape(next(iter(of_torch)))):
-        import pickle
-
-        pickle.dumps(lq.attach(tiny().net, 8, None))
+        pickle.dumps(quantized)
     gone = [heading for heading in headings if heading not in of_torch and not any(heading in text for text in texts)]
     assert not gone
 
@@ -267,12 +287,22 @@ def test_every_recipe_is_of_a_method(pages: Any) -> None:
     assert sorted(shown) == lq.recipe_names()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_begins_with_what_it_is_for(path: Path) -> None:
+    header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    labels = re.findall(r"^# (Source|Use|Measured|Time|Command): \S", header, flags=re.MULTILINE)
+    assert labels == ["Source", "Use", "Measured", "Time", "Command"]
+    assert f'lq.recipe("{path.stem}"' in header.replace("\n#  ", "")
+
+
 def test_method_pages_are_what_the_code_says(pages: Any) -> None:
     made = pages.pages()
     assert "Nagel et al., Up or Down?" in made["methods/adaround.rst"]
     assert "Deviates: differences are those of logarithms" in made["methods/mrecg.rst"]
     assert pages.module_of("estimators.noise_scale").__name__.endswith("estimators.noise_scale")
     assert hasattr(pages.module_of("noise_scale"), "WidthLearner")
+    assert not pages.module_of("noise_scale").__name__.startswith("lq.callbacks")
+    assert pages.module_of("callbacks.noise_scale") is sys.modules["lq.callbacks.noise_scale"]
     with pytest.raises(LookupError, match="no module of lq ends in 'nonsense'"):
         pages.module_of("nonsense")
 

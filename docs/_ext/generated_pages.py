@@ -15,7 +15,6 @@ import lq
 import lq.callbacks
 
 DOCS = Path(__file__).parents[1]
-ROOT = DOCS.parent
 FOLDER = DOCS / "generated"
 
 
@@ -23,7 +22,8 @@ FOLDER = DOCS / "generated"
 class Method:
     """A page: its title, the recipes that are the method, and the modules whose docstrings it consists of.
 
-    A module is given by the end of its name; of several, the one with the shortest name is meant.
+    A module is given by the end of its name; of several, the one with the shortest name is meant, and none of
+    `lq.callbacks` unless it says so.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Method:
 
 METHODS = {
     "Widths for layers and channels": {
-        "rdoq": Method("RDO-Q", ("rdoq",), ("metrics", "lagrangian", "allocate.allocate|bit_allocation")),
+        "rdoq": Method("RDO-Q", ("rdoq",), ("metrics", "lagrangian", "allocation.allocate|bit_allocation")),
         "mpqco": Method("MPQCO", ("mpqco", "mpqco_finetune"), ("metrics", "one_pass", "greedy")),
         "hawq_v2": Method("HAWQ-V2", ("hawq_v2",), ("hawq", "exact")),
         "noise_scale": Method(
@@ -44,13 +44,13 @@ METHODS = {
         "progressive": Method("Widths that come down while training", (), ("callbacks.reduce_bits",)),
     },
     "Post-training reconstruction": {
-        "adaround": Method("AdaRound", ("adaround",), ("adaround", "reconstruct")),
-        "brecq": Method("BRECQ", ("brecq",), ("units", "fisher", "reconstruct")),
-        "qdrop": Method("QDrop", ("qdrop",), ("drop", "reconstruct")),
-        "mrecg": Method("MRECG", ("mrecg_modcap", "mrecg_loss"), ("granularity", "reconstruct")),
-        "nwq": Method("NWQ", ("nwq",), ("softmax", "drop", "reconstruct")),
+        "adaround": Method("AdaRound", ("adaround",), ("adaround", "reconstruction.reconstruct")),
+        "brecq": Method("BRECQ", ("brecq",), ("units", "fisher", "reconstruction.reconstruct")),
+        "qdrop": Method("QDrop", ("qdrop",), ("drop", "reconstruction.reconstruct")),
+        "mrecg": Method("MRECG", ("mrecg_modcap", "mrecg_loss"), ("granularity", "reconstruction.reconstruct")),
+        "nwq": Method("NWQ", ("nwq",), ("softmax", "drop", "reconstruction.reconstruct")),
         "feedback": Method("Error feedback (OBQ, GPTQ)", (), ("feedback",)),
-        "best_ptq": Method("Best without training", ("best_ptq",), ("reconstruct",)),
+        "best_ptq": Method("Best without training", ("best_ptq",), ("reconstruction.reconstruct",)),
     },
     "Ranges": {
         "lapq": Method("LAPQ", ("lapq",), ("loss_aware",)),
@@ -97,27 +97,21 @@ def module_of(ending: str) -> Any:
     """
     names = [part.name for part in pkgutil.walk_packages(lq.__path__, "lq.")]
     for one in ending.split("|"):
-        found = sorted((name for name in names if f".{name}".endswith(f".{one}")), key=lambda name: name.count("."))
+        ours = [name for name in names if "callbacks" in one or not name.startswith("lq.callbacks.")]
+        found = sorted((name for name in ours if name.endswith(f".{one}")), key=lambda name: name.count("."))
         if found:
             return importlib.import_module(found[0])
     raise LookupError(f"no module of lq ends in {ending!r}; mend METHODS in {__file__}")
 
 
-def recipe_header(name: str) -> str:
-    """The comment at the top of a recipe, without its signs."""
-    lines = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return "\n".join(line[2:] for line in lines if line.startswith("# "))
-
-
 def method_page(method: Method) -> str:
     """A method's page, as reStructuredText."""
     parts = [_title(method.title)]
-    for name in method.recipes:
-        parts += [_title(f"Recipe ``{name}``", "-"), f".. literalinclude:: ../../../recipes/{name}.yaml\n   :language: yaml\n"]
     for ending in method.modules:
         module = module_of(ending)
-        doc = inspect.getdoc(module) or ""
-        parts += [_title(f"``{module.__name__}``", "-"), doc, ""]
+        parts += [_title(f"``{module.__name__}``", "-"), inspect.getdoc(module) or "", ""]
+    for name in method.recipes:
+        parts += [_title(f"Recipe ``{name}``", "-"), _included(name, "../../..")]
     return "\n".join(parts)
 
 
@@ -125,7 +119,7 @@ def recipes_page() -> str:
     """All recipes, with what their headers say."""
     parts = [_title("Recipes"), _RECIPES]
     for name in lq.recipe_names():
-        parts += [_title(f"``{name}``", "-"), f".. literalinclude:: ../../recipes/{name}.yaml\n   :language: yaml\n"]
+        parts += [_title(f"``{name}``", "-"), _included(name, "../..")]
     return "\n".join(parts)
 
 
@@ -172,6 +166,10 @@ a Trainer.
 def _summary(package: str, names: list[str]) -> str:
     listed = "\n".join(f"   {name}" for name in names)
     return f".. currentmodule:: {package}\n\n.. autosummary::\n   :toctree: .\n\n{listed}\n"
+
+
+def _included(recipe: str, up: str) -> str:
+    return f".. literalinclude:: {up}/recipes/{recipe}.yaml\n   :language: yaml\n"
 
 
 def _title(text: str, line: str = "=") -> str:

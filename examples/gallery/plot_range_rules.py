@@ -13,7 +13,6 @@ import torch
 import lq
 
 torch.manual_seed(0)
-layer = torch.nn.Linear(1000, 1, bias=False)
 values = torch.cat([0.3 * torch.randn(998), torch.tensor([-1.6, 1.9])])
 
 # %%
@@ -21,10 +20,11 @@ values = torch.cat([0.3 * torch.randn(998), torch.tensor([-1.6, 1.9])])
 
 figure, axes = plt.subplots(3, 1, figsize=(7, 5), sharex=True)
 for axis, rule in zip(axes, ("minmax", "lp", "percentile"), strict=True):
-    model = torch.nn.Sequential(torch.nn.Linear(1000, 1, bias=False))
-    model[0].weight.data = values[None].clone()
+    layer = torch.nn.Linear(1000, 1, bias=False)
+    layer.weight.data = values[None].clone()
+    model = torch.nn.Sequential(layer)
     lq.attach(model, weights=lq.QuantSpec(3, range=rule), activations=None, first_last=None)
-    rounded = model[0].weight.detach()[0]
+    rounded = layer.weight.detach()[0]
     error = float((rounded - values).square().mean())
     axis.hist(values.numpy(), bins=80, color="#c4b5fd")
     for level in rounded.unique().tolist():
