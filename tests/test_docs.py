@@ -311,7 +311,8 @@ def test_the_reference_has_every_public_name(pages: Any) -> None:
     lines = {line.strip() for line in pages.reference_page().splitlines()}
     for package in (lq, lq.callbacks):
         assert set(pages.public(package)) <= lines
-    assert {name for names in pages.GROUPS.values() for name in names} <= set(vars(lq))
+    assert {name for names in pages.GROUPS.values() for name in names} <= set(pages.public(lq))
+    assert {"attach", "LqError"} <= set(pages.public(lq))
 
 
 def test_the_picture_is_made_of_the_results(tmp_path: Path) -> None:

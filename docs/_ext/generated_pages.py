@@ -85,8 +85,9 @@ GROUPS = {
 
 def public(package: Any) -> dict[str, Any]:
     """The functions and classes that a package offers."""
-    found = {name: value for name, value in vars(package).items() if not name.startswith("_")}
-    return {name: value for name, value in found.items() if inspect.isfunction(value) or inspect.isclass(value)}
+    found = {name: getattr(package, name) for name in dir(package) if not name.startswith("_")}
+    kinds = {name: value for name, value in found.items() if inspect.isfunction(value) or inspect.isclass(value)}
+    return {name: value for name, value in kinds.items() if value.__module__.split(".")[0] == "lq"}
 
 
 def module_of(ending: str) -> Any:
