@@ -3,7 +3,7 @@ What a range rule decides
 =========================
 
 A grid of few levels cannot cover all values well. The range rule says where it begins and ends: at the extremes
-(min-max), where the error of the values is least (:math:`L_p`), or by a share of values that may be clipped
+(min-max), where the error of the values is least (L_p), or by a share of values that may be clipped
 (percentile). Here 1 000 weights with two outliers meet grids of 3 bits.
 """
 
