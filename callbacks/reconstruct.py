@@ -15,12 +15,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
-from lq.calibration import Forward, needs_calibration
-from lq.callbacks.averages import give_to_averages
-from lq.callbacks.data import forward_of, progress_bar, reduce_over, training_batches
-from lq.callbacks.per_module import ModuleCallback
-from lq.callbacks.reports import report_path, write_text
-from lq.distillation import float_copy
+from lq.attachment.float_models import float_copy
+from lq.attachment.sites import require_attached
+from lq.calibration.calibration import needs_calibration
+from lq.callbacks.trainer.averages import give_to_averages
+from lq.callbacks.trainer.data import forward_of, progress_bar, reduce_over, training_batches
+from lq.callbacks.trainer.per_module import ModuleCallback
+from lq.callbacks.trainer.reports import report_path, write_text
 from lq.errors import SpecError, StateError
 from lq.reconstruction import Reconstruction, reconstruct
 from lq.reconstruction.drop import Drop, drop_of
@@ -28,9 +29,9 @@ from lq.reconstruction.granularity import Metric
 from lq.reconstruction.losses import Loss, loss_of
 from lq.reconstruction.method import Activations, Start
 from lq.reconstruction.reconstruct import Units, check_choices, without_address
+from lq.reconstruction.rounding import Rounding, rounding_of
 from lq.reconstruction.storage import dtype_of, memory_in_bytes
-from lq.rounding import Rounding, rounding_of
-from lq.sites import require_attached
+from lq.structure.forward import Forward
 
 When = Literal["start", "end"]
 
@@ -44,7 +45,7 @@ class Reconstruct(ModuleCallback):
     Args:
         units: "layer", "block", "mixed" (MRECG), "network", or names of modules, chains of them as lists.
         rounding: "nearest", "adaround", "softmax" (NWQ), "wide_softmax" (also one level down: where weights are
-            levels already), or a rounding object of `lq.rounding`.
+            levels already), or a rounding object of `lq.reconstruction.rounding`.
         loss: "relative" (the squared error, of tokens relative to the variance of each), "mse", "fisher" (BRECQ), "kl"
             (the network as one unit), or a function of output, target and weights.
         drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lq.attachment.sites import activation_quantizers, quantizers
+from lq.attachment.stored import stay_float
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights
@@ -25,8 +27,6 @@ from lq.export.program import Example, batch_length, exported, first_line, in_fl
 from lq.export.running import compare
 from lq.export.standard import standard_form
 from lq.files import whole_file
-from lq.sites import activation_quantizers, quantizers
-from lq.stored import stay_float
 
 
 @dataclass(frozen=True)

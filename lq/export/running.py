@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lq.calibration import eval_mode
 from lq.errors import DataError
 from lq.export.program import Example, arguments, map_tensors
+from lq.structure.forward import eval_mode
 
 # Operators of onnxruntime's that multiply two tensors, after its own optimization.
 _IN_INTEGERS = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lq.attachment.sites import INPUT, OUTPUT
 from lq.errors import DataError, StateError
-from lq.layout import FIRST, Layout
 from lq.reconstruction.flow import Flow, Lies, Run, arguments, replaced, returning, stop_at
 from lq.reconstruction.identity import Digest
 from lq.reconstruction.storage import Storage, Stored
 from lq.reconstruction.units import Unit
-from lq.samples import join, take
-from lq.sites import INPUT, OUTPUT
+from lq.structure.batch_layout import FIRST, Layout
+from lq.structure.samples import join, take
 
 
 class Batches:

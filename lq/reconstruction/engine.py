@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lq.errors import DivergenceError
-from lq.functional import fake_quantize
-from lq.histogram import Reduce
-from lq.quantizer import ActivationQuantizer
+from lq.quantizer.functional import fake_quantize
+from lq.quantizer.histogram import Reduce
+from lq.quantizer.quantizer import ActivationQuantizer
 from lq.reconstruction.capture import call
 from lq.reconstruction.drop import random_mask
 from lq.reconstruction.method import Data, Fitted, Inside, Method
 from lq.reconstruction.quantizers import UnitQuantizers, feedback_levels, refit_ranges, tapped
-from lq.rounding import WeightGrid
+from lq.reconstruction.rounding import WeightGrid
 
 # Points of a loss curve.
 _POINTS = 100

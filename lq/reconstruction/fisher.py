@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.histogram import Reduce
+from lq.quantizer.histogram import Reduce
 from lq.reconstruction.capture import Batches, Outputs
 from lq.reconstruction.flow import Flow, Run
 from lq.reconstruction.storage import Storage, Stored
 from lq.reconstruction.units import Unit
-from lq.sensitivity.metrics import require_output
+from lq.structure.outputs import require_output
 
 
 def squared_gradients(

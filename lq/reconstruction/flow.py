@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lq.errors import DataError
 from lq.reconstruction.units import Unit
-from lq.samples import take
+from lq.structure.samples import take
 
 #: Runs a model on a batch.
 Run = Callable[[nn.Module, Any], Any]

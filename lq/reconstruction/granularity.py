@@ -20,10 +20,10 @@ from typing import Literal
 
 from torch import nn
 
+from lq.attachment.sites import float_weight, weight_quantizer
 from lq.errors import SpecError
 from lq.reconstruction.flow import Flow
 from lq.reconstruction.units import Unit
-from lq.sites import float_weight, weight_quantizer
 
 #: How adjacent units are compared.
 Metric = Literal["modcap", "loss"]

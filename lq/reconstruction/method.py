@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lq.reconstruction.capture import Inputs, Outputs
 from lq.reconstruction.drop import Drop
 from lq.reconstruction.losses import Loss, RelativeLoss
-from lq.rounding import Rounding
+from lq.reconstruction.rounding import Rounding
 
 #: Where the rounding starts: at the float weights, or nearer to what error feedback chooses.
 Start = Literal["float", "feedback"]

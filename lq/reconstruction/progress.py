@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lq.errors import StateError
 from lq.files import file_for_torch, read_checkpoint, whole_file
-from lq.histogram import Reduce
-from lq.quantizer import Quantizer
+from lq.quantizer.histogram import Reduce
+from lq.quantizer.quantizer import Quantizer
 from lq.reconstruction.identity import Digest, named_state
 from lq.reconstruction.quantizers import UnitQuantizers
 from lq.reconstruction.report import UnitReport

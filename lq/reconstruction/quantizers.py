@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.histogram import Reduce
-from lq.interception import SharedQuantizer
-from lq.quantizer import ActivationQuantizer
+from lq.attachment.interception import SharedQuantizer
+from lq.attachment.sites import float_weight, weight_quantizer
+from lq.quantizer.histogram import Reduce
+from lq.quantizer.quantizer import ActivationQuantizer
+from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.reconstruction.capture import Inputs, call
+from lq.reconstruction.rounding import WeightGrid
+from lq.reconstruction.rounding.feedback import Correlation
 from lq.reconstruction.units import Unit
-from lq.rounding import WeightGrid
-from lq.rounding.feedback import Correlation
-from lq.sites import float_weight, weight_quantizer
-from lq.weight_quantizer import WeightQuantizer
 
 
 class UnitQuantizers:

@@ -28,13 +28,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lq.calibration import Forward, eval_mode, needs_calibration, run
-from lq.distillation import float_copy
+from lq.attachment.float_models import float_copy
+from lq.attachment.padded import padded
+from lq.attachment.sites import activation_quantizers, require_attached
+from lq.calibration.calibration import needs_calibration
 from lq.errors import DataError, SpecError, StateError
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout, find_layout
-from lq.padded import padded
-from lq.recomputation import without_recomputation
+from lq.quantizer.histogram import Reduce
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.drop import Drop, drop_of
 from lq.reconstruction.engine import fit_unit, refit_ranges_if_better
@@ -48,11 +47,13 @@ from lq.reconstruction.method import Activations, Data, Inside, Method, Start
 from lq.reconstruction.progress import Progress
 from lq.reconstruction.quantizers import quantizers_of, tapped
 from lq.reconstruction.report import Reconstruction, UnitReport
+from lq.reconstruction.rounding import Rounding, rounding_of
 from lq.reconstruction.storage import Storage, memory_in_bytes
 from lq.reconstruction.units import Granularity, Unit, find_units
-from lq.rounding import Rounding, rounding_of
-from lq.sensitivity.metrics import require_output
-from lq.sites import activation_quantizers, require_attached
+from lq.structure.batch_layout import FIRST, Layout, find_layout
+from lq.structure.forward import Forward, eval_mode, run
+from lq.structure.outputs import require_output
+from lq.structure.recomputation import without_recomputation
 
 #: Units by their granularity, or by name: modules, chains of them as lists.
 Units = Granularity | Literal["mixed"] | Sequence[str | Sequence[str]]
@@ -102,7 +103,7 @@ def reconstruct(
         batches: any iterable of batches, read once and kept; labels are not used.
         units: "layer", "block", "mixed" (MRECG: merged blocks), "network", or names of modules, chains as lists.
         rounding: "nearest", "adaround", "softmax" (NWQ), "wide_softmax" (also one level down: where weights are
-            levels already), or a rounding object of `lq.rounding`.
+            levels already), or a rounding object of `lq.reconstruction.rounding`.
         start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses;
             with rounding "nearest", that is what they get.
         loss: "relative" (the squared error, of tokens relative to the variance of each), "mse" (the squared error as it

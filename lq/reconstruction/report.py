@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lq import schema
 from lq.errors import DataError
-from lq.files import parse_json
+from lq.files import parse_json, schema
 from lq.reconstruction.granularity import Merges
 from lq.tables import Table
 

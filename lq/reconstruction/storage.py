@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lq.budget import parse_budget
+from lq.allocation.budget import parse_budget
 from lq.errors import SpecError
 
 

@@ -1,6 +1,7 @@
 """Units of reconstruction: which modules are fitted together, for any model.
 
-One dry run of the float model (`lq.tracing`) says what is called once, with one tensor in and one out. Of that:
+One dry run of the float model (`lq.structure.tracing`) says what is called once, with one tensor in and one out. Of
+that:
 
 - a *layer* is a module with a quantized weight, and the activation function behind it if nothing else reads between;
 - a *block* is what the model itself says it is (timm's ``group_matcher``), or the innermost module that adds what it
@@ -17,10 +18,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lq.calls import ACTIVATIONS
+from lq.attachment.sites import common_module, float_weight, weight_quantizer
 from lq.errors import PatternError, SpecError, StateError
-from lq.sites import common_module, float_weight, weight_quantizer
-from lq.tracing import CallEvent, Trace, Value, trace
+from lq.structure.calls import ACTIVATIONS
+from lq.structure.tracing import CallEvent, Trace, Value, trace
 
 Granularity = Literal["layer", "block", "network"]
 

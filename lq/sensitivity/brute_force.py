@@ -13,13 +13,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lq.calibration import Forward, run
+from lq.attachment.float_models import float_model
 from lq.errors import SpecError
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout
-from lq.sensitivity.items import Item, float_model
-from lq.sensitivity.metrics import has_label, labels_of, log_likelihood, require_output
+from lq.quantizer.histogram import Reduce
+from lq.sensitivity.items import Item
+from lq.sensitivity.metrics import has_label, labels_of, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
+from lq.structure.batch_layout import FIRST, Layout
+from lq.structure.forward import Forward, run
+from lq.structure.outputs import require_output
 
 Measured = Literal["kl", "output_distortion", "loss"]
 

@@ -16,23 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lq.calibration import Forward, run
+from lq.attachment.float_models import float_model
 from lq.errors import SpecError, StateError
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout
-from lq.recomputation import recomputed
-from lq.sensitivity.items import Item, float_model
-from lq.sensitivity.metrics import (
-    Loss,
-    grouped,
-    has_label,
-    labels_of,
-    log_likelihood,
-    require_loss,
-    require_output,
-    signs,
-)
+from lq.quantizer.histogram import Reduce
+from lq.sensitivity.items import Item
+from lq.sensitivity.metrics import Loss, grouped, has_label, labels_of, log_likelihood, signs
 from lq.sensitivity.table import Accumulator, Found
+from lq.structure.batch_layout import FIRST, Layout
+from lq.structure.forward import Forward, run
+from lq.structure.outputs import require_loss, require_output
+from lq.structure.recomputation import recomputed
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,17 @@
 """The tensors whose widths are measured: one item per quantizer, and the state in which a model is measured."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lq.calibration import eval_mode
-from lq.channels import ChannelLayout
+from lq.attachment.sites import quantizers
 from lq.errors import StateError
-from lq.functional import round_to_grid
-from lq.quantizer import ActivationQuantizer
+from lq.quantizer.functional import round_to_grid
+from lq.quantizer.quantizer import ActivationQuantizer
+from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.sensitivity.contraction import by_sample
-from lq.sites import quantizers
-from lq.weight_quantizer import WeightQuantizer
+from lq.structure.channels import ChannelLayout
 
 # Changes of a weight are kept between batches if all of them together are below this, in bytes.
 _KEEP = 2 << 30
@@ -120,34 +118,3 @@ def find_items(
     ]
     stored = sum(p.numel() for p in model.parameters()) * 4 * len(widths)
     return [Item(q, widths, stored <= _KEEP) for q in found]
-
-
-@contextmanager
-def float_model(model: nn.Module) -> Iterator[None]:
-    """The float model: no quantizer rounds, nothing trains, no fused kernel hides a layer; undone afterwards."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    taps = [(q, q.tap) for q in quantizers(model)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for quantizer, _ in taps:
-            quantizer.tap = _pass
-        with eval_mode(model), torch.autocast(_device_type(model), enabled=False):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for quantizer, tap in taps:
-            quantizer.tap = tap
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _pass(x: Tensor) -> Tensor:
-    return x
-
-
-def _device_type(model: nn.Module) -> str:
-    parameter = next(model.parameters(), None)
-    return "cpu" if parameter is None else parameter.device.type

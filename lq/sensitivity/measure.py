@@ -10,18 +10,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from lq.calibration import Forward, run
+from lq.attachment.float_models import float_model
+from lq.attachment.sites import require_attached
 from lq.errors import DataError, NoEffectWarning, SpecError
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout, find_layout
-from lq.recomputation import without_recomputation
+from lq.quantizer.histogram import Reduce
+from lq.quantizer.spec import check_bits
 from lq.sensitivity.brute_force import BruteForce
 from lq.sensitivity.hawq import HawqV2
-from lq.sensitivity.items import Item, find_items, float_model
-from lq.sensitivity.metrics import Fisher, OutputDistortion, require_loss, require_output
+from lq.sensitivity.items import Item, find_items
+from lq.sensitivity.metrics import Fisher, OutputDistortion
 from lq.sensitivity.table import Found, Sensitivity
-from lq.sites import require_attached
-from lq.spec import check_bits
+from lq.structure.batch_layout import FIRST, Layout, find_layout
+from lq.structure.forward import Forward, run
+from lq.structure.outputs import require_loss, require_output
+from lq.structure.recomputation import without_recomputation
 
 #: Widths measured unless others are asked for.
 WIDTHS = tuple(range(9))

@@ -6,7 +6,7 @@ tensor, with the terms of its channels added before the square (MPQCO), and of e
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lq.calibration import Forward, describe, run
 from lq.errors import DataError, SpecError
-from lq.forward import named_parts
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout
+from lq.quantizer.histogram import Reduce
 from lq.sensitivity.items import Item
 from lq.sensitivity.one_pass import OnePass
 from lq.sensitivity.table import Accumulator, Found
+from lq.structure.batch_layout import FIRST, Layout
+from lq.structure.forward import Forward, describe, run
+from lq.structure.outputs import require_loss, require_output
 
 #: The label of what has none, as in torch's cross-entropy.
 IGNORED = -100
@@ -202,34 +202,3 @@ def labels_of(batch: Any) -> Tensor:
         f"a batch of {describe(batch)} has no labels in its second place; {_OWN_LOSS}; or measure without labels, by "
         "Fisher(labels='model') or OutputDistortion()"
     )
-
-
-def require_output(output: Any) -> Tensor:
-    """The output as a tensor; of several, the one called "logits", or else the first that is no single number.
-
-    Raises:
-        DataError: if there is none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    parts: Mapping[Any, Any] = named_parts(output) or {}
-    if not parts and isinstance(output, (tuple, list)):
-        parts = dict(enumerate(output))
-    for part in (parts.get("logits"), getattr(output, "logits", None), *parts.values()):
-        if isinstance(part, Tensor) and part.ndim:  # a number is a loss
-            return part
-    raise DataError(
-        f"the forward returned {describe(output)}; it must return the model's output (logits), as a tensor or first in "
-        "a tuple or mapping"
-    )
-
-
-def require_loss(loss: Any) -> Tensor:
-    """The loss as a scalar tensor.
-
-    Raises:
-        DataError: if it is none.
-    """
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss.reshape(())
-    raise DataError(f"loss= returned {describe(loss)}; it must return the mean loss of the batch, one value")

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lq.calls import FUNCTIONS, MULTI_HEAD, Call, multi_head_attention
+from lq.attachment.float_models import float_model
 from lq.errors import LqError, StateError
-from lq.layout import FIRST, Layout
-from lq.recomputation import recomputed
 from lq.sensitivity.contraction import operands_of, terms
-from lq.sensitivity.items import Item, float_model
+from lq.sensitivity.items import Item
+from lq.structure.batch_layout import FIRST, Layout
+from lq.structure.calls import FUNCTIONS, MULTI_HEAD, Call, multi_head_attention
+from lq.structure.recomputation import recomputed
 
 #: The scalar whose gradient is taken: a sum over the samples of a batch, of a model run on it.
 Objective = Callable[[nn.Module, Any], Tensor]

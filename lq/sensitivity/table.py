@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lq import schema
 from lq.errors import DataError
-from lq.files import parse_json
-from lq.histogram import Reduce
+from lq.files import parse_json, schema
+from lq.quantizer.histogram import Reduce
+from lq.quantizer.spec import width_in_file
 from lq.sensitivity.items import Item
 from lq.tables import Table
 
@@ -134,7 +134,7 @@ _LOSS, _ERROR = schema.number(), schema.number(0, nan=True)
 _SENSITIVITY = schema.record(
     {
         "metric": schema.text,
-        "widths": schema.array(schema.width, least=1, into=tuple),
+        "widths": schema.array(width_in_file, least=1, into=tuple),
         "samples": schema.integer(),
         "group": schema.integer(1),
         "tensors": schema.array(

@@ -24,9 +24,11 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import lq
+from lq.attachment.sites import activation_quantizers, weight_quantizer
 from lq.errors import DataError, StateError
 from lq.export import export_onnx
-from lq.sites import activation_quantizers, weight_quantizer
+from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.test_folding import convnet, norms, randomize
 from tests.export.exported import (
     Pairs,
     activations,
@@ -53,8 +55,6 @@ from tests.export.exported import (
 )
 from tests.helpers import assert_same, hooks
 from tests.models import EXAMPLES, Block, Residual, example, state
-from tests.test_attach import images, quantized, small
-from tests.test_folding import convnet, norms, randomize
 
 #: torch says so of every recurrent layer that it exports, and of its own code on the way.
 pytestmark = [

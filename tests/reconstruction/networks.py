@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lq
-from lq.distillation import float_copy
+from lq.attachment.float_models import float_copy
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.flow import find_flow
 from lq.reconstruction.storage import Storage

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
+from lq.attachment.interception import SharedQuantizer
+from lq.attachment.sites import activation_quantizers, float_weight, weight_quantizer
 from lq.errors import DivergenceError
-from lq.interception import SharedQuantizer
-from lq.quantizer import ActivationQuantizer
+from lq.quantizer.quantizer import ActivationQuantizer
 from lq.reconstruction import Constant, FisherLoss, LpLoss
 from lq.reconstruction.engine import Data, Inside, Method, UnitQuantizers, _order, fit_unit, refit_ranges, tapped
-from lq.rounding import AdaRound, AnnealingSoftmax, Nearest
-from lq.sites import activation_quantizers, float_weight, weight_quantizer
+from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest
 from tests.helpers import assert_same
 from tests.models import Block
 from tests.reconstruction.networks import Basic, ResNet, Work, quantized, samples
@@ -532,7 +532,7 @@ def test_regularization_compares_blocks_of_the_network():
         torch.manual_seed(3)
         model, data = ResNet(2).eval(), [samples((3, 8, 8), 16)]
         quantized(model, data, 2, None)
-        twin = lq.distillation.float_copy(model)
+        twin = lq.training.distillation.float_copy(model)
         found = lq.reconstruct(
             model,
             data,

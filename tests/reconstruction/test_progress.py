@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lq
-from lq.distillation import float_copy
+from lq.attachment.float_models import float_copy
 from lq.errors import StateError
 from lq.reconstruction.capture import Batches
 from lq.reconstruction.progress import _checksum

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.distillation import float_copy
+from lq.attachment.float_models import float_copy
 from lq.errors import PatternError, SpecError, StateError
 from lq.reconstruction.units import Unit, find_units, weighted_layers
 from tests.models import Block, Loop, Residual, UNet

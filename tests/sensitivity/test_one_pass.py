@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
+from lq.attachment.float_models import float_model
+from lq.attachment.sites import quantizers
 from lq.errors import StateError
-from lq.samples import take
-from lq.sensitivity.items import find_items, float_model
+from lq.sensitivity.items import find_items
 from lq.sensitivity.metrics import signs
 from lq.sensitivity.one_pass import OnePass
-from lq.sites import quantizers
+from lq.structure.samples import take
 from tests.models import Attention, every_model, example
 
 WIDTHS = (0, 1, 2, 4, 8)
