@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "errors": "",
     "files": "errors",
+    "options": "",
     "tables": "",
     "configuration": "errors files",
     "structure": "errors files tables",
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "sensitivity": "errors files tables structure quantizer attachment",
     "allocation": "errors files tables structure quantizer attachment sensitivity",
     "training": "errors structure quantizer attachment",
-    "reconstruction": "errors files tables structure quantizer attachment calibration allocation",
+    "reconstruction": "errors files options tables structure quantizer attachment calibration allocation",
     "export": "errors files structure quantizer attachment",
     "report": "errors files tables structure quantizer attachment",
     "sites": "attachment",

@@ -96,6 +96,16 @@ def describe_object(thing: object) -> str:
     return _Describing().of(thing, 0)
 
 
+def describe_parts(kind: str, parts: Mapping[str, object]) -> str:
+    """What an object of a kind is, given its parts, as `describe_object` tells a dataclass.
+
+    >>> describe_parts("lq.Rule", {"lr": 0.1, "dtype": torch.float16})
+    'lq.Rule(lr=0.1, dtype=torch.float16)'
+    """
+    description = _Describing()
+    return f"{kind}({', '.join(_named(parts, lambda part: description.of(part, 1)))})"
+
+
 class _Describing:
     """Describes an object and all in it."""
 

@@ -34,16 +34,18 @@ def memory_in_bytes(limit: str | float) -> int:
     return int(min(found, 2.0**62))
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The type of floating-point numbers of that name.
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of floating-point numbers itself, or the one of that name.
 
     >>> dtype_of("float16")
     torch.float16
     """
-    found = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise SpecError(f"dtype={name!r} is unknown; use 'float32', 'bfloat16', 'float16' or None")
-    return found
+    if dtype is None:
+        return None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise SpecError(f"dtype={dtype!r} is unknown; use 'float32', 'bfloat16', 'float16' or None")
+    return named
 
 
 class Storage:

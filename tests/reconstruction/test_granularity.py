@@ -8,7 +8,7 @@ from torch import nn
 
 import lq
 from lq.errors import SpecError
-from lq.reconstruction.flow import Flow, Lies
+from lq.reconstruction.flow import Flow, SampleLayout
 from lq.reconstruction.granularity import merge_units, module_capacity
 from lq.reconstruction.units import Unit
 from tests.helpers import assert_same
@@ -47,7 +47,7 @@ def chain(count, chained=None, blocks=None):
     names = "abcdefghij"[:count]
     units = [Unit((name,), is_block=blocks is None or name in blocks) for name in names]
     direct = tuple(k - 1 if k and (chained is None or name in chained) else None for k, name in enumerate(names))
-    lies = tuple(Lies(0, 1) for _ in names)
+    lies = tuple(SampleLayout(0, 1) for _ in names)
     needs = tuple(frozenset({k - 1} if k else ()) for k in range(count))
     return units, Flow(direct, needs, tuple((found,) for found in lies), lies, ())
 
@@ -119,7 +119,7 @@ def resnet18():
 
 def test_resnet18_as_the_authors_list_it(resnet18):
     work = resnet18
-    scores = [module_capacity(unit.bind(work.model)) for unit in work.units]
+    scores = [capacity(work.model, unit.bind(work.model)) for unit in work.units]
     found, merges = merge_units(work.units, work.flow, scores, 2, "modcap")
     merged = [unit.name for unit in found if len(unit.modules) > 1 and unit.is_block]
     assert merged == ["layer1.1+layer2.0", "layer2.1+layer3.0"]
