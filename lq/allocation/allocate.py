@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lq.allocation.budget import Budget, Costs, parse_budget
-from lq.allocation.counting import Counting, Item, Limit
+from lq.allocation.counting import Choice, Counting, Limit
 from lq.allocation.solvers import Problem
 from lq.allocation.solvers import solver as solver_of
 from lq.allocation.solvers.products import merge
@@ -267,7 +267,7 @@ def _check_sensitivity(sensitivity: Sensitivity, model: nn.Module, costs: Costs)
         )
 
 
-def _widths(items: Sequence[Item], chosen: Sequence[int]) -> tuple[dict[str, int | tuple[int, ...]], dict[str, int]]:
+def _widths(items: Sequence[Choice], chosen: Sequence[int]) -> tuple[dict[str, int | tuple[int, ...]], dict[str, int]]:
     """The chosen widths by layer, and by activation."""
     by_channel: dict[str, list[int]] = {}
     weights: dict[str, int | tuple[int, ...]] = {}
@@ -293,25 +293,25 @@ def _known(bits: Sequence[int] | None, least: int, sensitivity: Sensitivity) -> 
     return chosen
 
 
-def _items(sensitivity: Sensitivity, granularity: Granularity, *, with_activations: bool) -> list[Item]:
+def _items(sensitivity: Sensitivity, granularity: Granularity, *, with_activations: bool) -> list[Choice]:
     items = []
     for tensor in sensitivity.tensors:
         if tensor.role == "activation" and not with_activations:
             continue
         if granularity == "layer" or tensor.channels == 1:
-            items.append(Item(tensor, None, 1.0, tensor.loss.copy()))
+            items.append(Choice(tensor, None, 1.0, tensor.loss.copy()))
             continue
         if not len(tensor.group_loss):
             raise SpecError(f"{sensitivity.metric} was measured by layer only; use granularity='layer'")
         for start, losses in zip(range(0, tensor.channels, sensitivity.group), tensor.group_loss, strict=True):
             stop = min(start + sensitivity.group, tensor.channels)
-            items.append(Item(tensor, slice(start, stop), (stop - start) / tensor.channels, losses.copy()))
+            items.append(Choice(tensor, slice(start, stop), (stop - start) / tensor.channels, losses.copy()))
     return items
 
 
 def _pin(
     losses: Array,
-    items: Sequence[Item],
+    items: Sequence[Choice],
     costs: Costs,
     widths: Sequence[int],
     pins: Mapping[str, int | Sequence[int]],

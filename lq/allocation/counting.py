@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Item:
+class Choice:
     """One choice of a width: a tensor, or a group of its channels."""
 
     tensor: TensorSensitivity
@@ -72,7 +72,7 @@ class Counting:
         joint: whether activations of one sample count like weights.
     """
 
-    def __init__(self, items: Sequence[Item], costs: Costs, widths: Array, joint: bool) -> None:
+    def __init__(self, items: Sequence[Choice], costs: Costs, widths: Array, joint: bool) -> None:
         self.items = items
         self.costs = costs
         self.widths = widths
@@ -118,7 +118,7 @@ class Counting:
         found: Array = sizes[:, None] * self.widths / max(sizes.sum(), 1.0)
         return found
 
-    def _stored(self, item: Item) -> float:
+    def _stored(self, item: Choice) -> float:
         if item.tensor.role == "activation":
             return float(item.tensor.numel) if self.joint else 0.0
         return float(self.costs.tensors[item.tensor.name].numel)

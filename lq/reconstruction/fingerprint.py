@@ -11,8 +11,8 @@ from lq.reconstruction.networks import Networks
 from lq.reconstruction.options import Options, RunOptions
 from lq.reconstruction.units import Unit
 
-# How files of format 2 tell the options, whatever class holds them: under this name, these in this order.
-_METHOD = "lq.reconstruction.method.Method"
+# How files of format 2 tell the options, whichever class has them: under this name, these in this order.
+_METHOD = "lq.method.Method"
 _ALWAYS = (
     "rounding",
     "loss",
@@ -37,9 +37,7 @@ def describe_options(options: Options) -> str:
     later = [
         one.name
         for one in fields(Options)
-        if one.name not in _ALWAYS
-        and one.metadata.get("compared", True)
-        and getattr(options, one.name) != one.default
+        if one.name not in _ALWAYS and one.metadata.get("compared", True) and getattr(options, one.name) != one.default
     ]
     objects = {
         "rounding": options.rounding_method,

@@ -25,6 +25,9 @@ _DEPTH = 8
 # Libraries whose code is told by its names: it is the same in every run, or the versions are others.
 _LIBRARIES = {"lq", "torch", "torchvision", "timm", "numpy", "scipy", "lightning", "builtins", "typing", "abc"}
 
+# The folders in a dotted name of lq's: of `lq.<folders>.<file>.<name>`.
+_FOLDERS = re.compile(r"\blq\.(?:[a-z]\w*\.)+(?=[a-z]\w*\.[A-Za-z_])")
+
 
 class Digest:
     """A hash that tensors and texts are added to."""
@@ -257,5 +260,14 @@ def _names_in(code: CodeType) -> set[str]:
     return found.get("LOAD_GLOBAL", set()).union(*inner) - found.get("STORE_GLOBAL", set())
 
 
+def without_folders(text: str) -> str:
+    """A description in which lq's own things do not show the folder of their file, which may move.
+
+    >>> without_folders("lq.reconstruction.rounding.adaround.AdaRound(warmup=0.2)")
+    'lq.adaround.AdaRound(warmup=0.2)'
+    """
+    return _FOLDERS.sub("lq.", text)
+
+
 def _name(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}"
+    return without_folders(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}")

@@ -45,7 +45,9 @@ class Networks:
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
         if not first:
-            raise DataError("reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch")
+            raise DataError(
+                "reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch"
+            )
         layout = _layout(self.float_model, first[0], options.forward)
         hashed = options.resume is not None
         self.batches = Batches(itertools.chain(first, rest), storage, digest=hashed, layout=layout)
@@ -98,9 +100,7 @@ class Networks:
         """Of the quantized network and of the float one."""
         flow, options = self.flow(units), self.options
         quantized, floats = (
-            Capture(
-                model, units, flow, self.forward, self.batches, dtype=options.kept_dtype, chunk=options.batch_size
-            )
+            Capture(model, units, flow, self.forward, self.batches, dtype=options.kept_dtype, chunk=options.batch_size)
             for model in (self.model, self.float_model)
         )
         return quantized, floats

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lq.errors import StateError
 from lq.files import file_for_torch, read_checkpoint, whole_file
 from lq.quantizer.quantizer import Quantizer
-from lq.reconstruction.identity import Digest, named_state
+from lq.reconstruction.identity import Digest, named_state, without_folders
 from lq.reconstruction.options import RunOptions
 from lq.reconstruction.quantizers import UnitQuantizers
 from lq.reconstruction.report import UnitReport
@@ -123,7 +123,8 @@ class Progress:
     def _read(self, path: Path) -> None:
         try:
             content = read_checkpoint(path)
-            saved, units = dict(content["fingerprint"]), list(content["units"])
+            saved = {key: _plain(value) for key, value in dict(content["fingerprint"]).items()}
+            units = list(content["units"])
         except Exception as error:
             raise StateError(
                 f"{path} does not hold the progress of a reconstruction ({type(error).__name__}: {error}); {_ELSE}"
@@ -180,6 +181,10 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 def _kind(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _plain(value: object) -> object:
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

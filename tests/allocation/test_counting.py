@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lq.allocation.budget import Budget, Costs, Product, TensorCost, parse_budget
-from lq.allocation.counting import Counting, Item, Limit
+from lq.allocation.counting import Choice, Counting, Limit
 from lq.errors import BudgetError, DataError
 from lq.sensitivity import TensorSensitivity
 
@@ -11,7 +11,7 @@ WIDTHS = np.array([2.0, 4.0, 8.0])
 
 def item(name, role, numel, channels=None, share=1.0):
     loss = np.array([4.0, 2.0, 1.0])
-    return Item(TensorSensitivity(name, role, numel, 2, loss, loss, loss[None], loss[None]), channels, share, loss)
+    return Choice(TensorSensitivity(name, role, numel, 2, loss, loss, loss[None], loss[None]), channels, share, loss)
 
 
 ITEMS = [

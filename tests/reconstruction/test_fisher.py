@@ -8,7 +8,7 @@ from torch import nn
 from lq.errors import DataError
 from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.options import RunOptions
-from tests.reconstruction.networks import BY_NAME, NETWORKS, InPlace, Work, call, network, quantized, samples
+from tests.reconstruction.networks import BY_NAME, NETWORKS, InPlace, Work, network, quantized, samples
 
 
 def weights_of(work, seed=3, dtype=None, **options):

@@ -10,20 +10,26 @@ import lq
 from lq.errors import SpecError
 from lq.reconstruction.flow import Flow, SampleLayout
 from lq.reconstruction.granularity import merge_units, module_capacity
+from lq.reconstruction.quantized_model import QuantizedModel
 from lq.reconstruction.units import Unit
 from tests.helpers import assert_same
 from tests.reconstruction.networks import Basic, ResNet, Work, quantized, samples
+
+
+def capacity(model, modules):
+    return module_capacity(QuantizedModel(model).layers_in(modules))
 
 
 def test_capacity_by_hand():
     torch.manual_seed(0)
     model = nn.Sequential(Basic(4, 6, 2))
     lq.attach(model, lq.QuantSpec(3, signed=True), first_last=None, exclude="0.shortcut")
-    assert module_capacity([model[0]]) == pytest.approx(3 * (4 * 6 * 9 * 1.6 + 6 * 6 * 9))
+    assert capacity(model, [model[0]]) == pytest.approx(3 * (4 * 6 * 9 * 1.6 + 6 * 6 * 9))
     lq.set_bits(model, {"0.conv2": [2, 2, 2, 4, 4, 4]})
-    assert module_capacity([model[0]]) == pytest.approx(3 * 4 * 6 * 9 * 1.6 + 3 * 6 * 6 * 9)
-    assert module_capacity([model[0].conv1, model[0].conv2]) == pytest.approx(module_capacity([model[0]]))
-    assert module_capacity([nn.ReLU(), nn.Conv2d(3, 3, 3)]) == 0
+    assert capacity(model, [model[0]]) == pytest.approx(3 * 4 * 6 * 9 * 1.6 + 3 * 6 * 6 * 9)
+    parts = [model[0].conv1, model[0].conv2]
+    assert capacity(model, parts) == pytest.approx(capacity(model, [model[0]]))
+    assert capacity(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 3)), list(model)) == 0
 
 
 @pytest.mark.parametrize(
@@ -39,7 +45,7 @@ def test_capacity_by_hand():
 def test_alpha(layer, alpha):
     model = lq.attach(nn.Sequential(layer), 4, first_last=None)
     weight = model[0].parametrizations.weight.original
-    assert module_capacity([model[0]]) == pytest.approx(4 * alpha * weight.numel())
+    assert capacity(model, [model[0]]) == pytest.approx(4 * alpha * weight.numel())
 
 
 def chain(count, chained=None, blocks=None):

@@ -15,10 +15,9 @@ from torch import nn
 import lq
 from lq.attachment.float_models import float_copy
 from lq.errors import StateError
-from lq.reconstruction.capture import Batches
+from lq.reconstruction.fingerprint import digest_over_ranks
+from lq.reconstruction.options import RunOptions
 from lq.reconstruction.progress import _checksum
-from lq.reconstruction.reconstruct import _Work
-from lq.reconstruction.storage import Storage
 from tests.helpers import assert_same
 from tests.models import state as state_of
 from tests.reconstruction.networks import quantized, samples
@@ -327,22 +326,11 @@ def test_another_teacher_and_another_forward(tmp_path):
 
 def test_ranks_in_another_order():
     """What each of two ranks adds to the sum depends on its number: data that change ranks are other data."""
-    model, data = prepared()
     sent = {}
-    for rank, batches in enumerate((data[:1], data[1:2])):
+    for rank, digest in enumerate(("00ff" * 8, "0a0b" * 8)):
         for place in (0, 1):
-            work = _Work(
-                model,
-                model,
-                Batches(batches, Storage(torch.device("cpu"), 1 << 20), digest=True),
-                None,
-                Storage(torch.device("cpu"), 1 << 20),
-                None,
-                lambda tensor, _, key=(rank, place): sent.setdefault(key, tensor),
-                2,
-                0,
-            )
-            work._over_ranks(work.data.digest, place)
+            reduce = lambda tensor, _, key=(rank, place): sent.setdefault(key, tensor)  # noqa: E731
+            digest_over_ranks(digest, RunOptions(reduce=reduce, ranks=2, rank=place), torch.device("cpu"))
     assert not torch.equal(sent[0, 0] + sent[1, 1], sent[0, 1] + sent[1, 0])
 
 

@@ -1,4 +1,4 @@
-"""The tensors whose widths are measured: one item per quantizer, and the state in which a model is measured."""
+"""The tensors whose widths are measured: one per quantizer, and the state in which a model is measured."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ _KEEP = 2 << 30
 _BLOCK = 1 << 20
 
 
-class Item:
+class MeasuredTensor:
     """A quantizer, the widths to measure, and what one batch has shown of them.
 
     Args:
@@ -106,10 +106,10 @@ class Item:
         return self._grids
 
 
-def find_items(
+def find_tensors(
     model: nn.Module, widths: Sequence[int], *, weights: bool = True, activations: bool = True
-) -> list[Item]:
-    """An item for each quantizer of a model, once each, in the model's order."""
+) -> list[MeasuredTensor]:
+    """One for each quantizer of a model, once each, in the model's order."""
     found: list[WeightQuantizer | ActivationQuantizer] = [
         q
         for q in quantizers(model)
@@ -117,4 +117,4 @@ def find_items(
         or (isinstance(q, ActivationQuantizer) and activations and not q.unreached)
     ]
     stored = sum(p.numel() for p in model.parameters()) * 4 * len(widths)
-    return [Item(q, widths, stored <= _KEEP) for q in found]
+    return [MeasuredTensor(q, widths, stored <= _KEEP) for q in found]
