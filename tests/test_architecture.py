@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "errors": "",
     "files": "errors",
+    "options": "",
     "tables": "",
     "configuration": "errors files",
     "structure": "errors files tables",
