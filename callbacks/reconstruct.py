@@ -7,7 +7,7 @@ kept in a file, from which a run that was killed goes on.
 
 import re
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,9 +25,9 @@ from lq.callbacks.trainer.data import forward_of, progress_bar, reduce_over, tra
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.callbacks.trainer.reports import report_path, write_text
 from lq.errors import StateError
-from lq.options import takes
+from lq.options import after, takes
 from lq.reconstruction import Reconstruction, reconstruct
-from lq.reconstruction.options import Options, option
+from lq.reconstruction.options import AT_LEAST_1, Options
 from lq.structure.forward import Forward
 
 When = Literal["start", "end"]
@@ -46,24 +46,21 @@ class CallbackOptions(Options):
     """
 
     _: KW_ONLY
-    samples: int = option(1024, least=1, behind="compile")
-    when: When = option("start", behind="samples")
+    samples: int = field(default=1024, metadata={**AT_LEAST_1, **after("compile")})
+    when: When = field(default="start", metadata=after("samples"))
     save_to: str | Path | None = None
     forward: Forward | None = None
 
 
-if TYPE_CHECKING:
-    _Attributes = CallbackOptions  # each option is an attribute; one that is set is checked
-else:
-    _Attributes = object
-
-
-class Reconstruct(ModuleCallback, _Attributes):
+class Reconstruct(ModuleCallback):
     """Learn how weights are rounded, and the steps of activations, by the outputs of layers, blocks or the network.
 
     Put it after `Quantize`. AdaRound, BRECQ, QDrop, MRECG and NWQ are choices of its arguments (see `lq.reconstruct`),
     and recipes of these names. Afterwards ``reconstruction`` tells what was done. Of several in a list of callbacks,
     the second adds "-2" to the names of its files, and so on.
+
+    Args:
+        options: each of `CallbackOptions` is an argument, and an attribute.
 
     Example::
 
@@ -74,6 +71,12 @@ class Reconstruct(ModuleCallback, _Attributes):
     def __init__(self, options: CallbackOptions) -> None:
         super().__init__()
         self.options = options
+
+    if TYPE_CHECKING:  # options are attributes, which may be set
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     @override
     def _begin(self) -> None:
@@ -98,13 +101,13 @@ class Reconstruct(ModuleCallback, _Attributes):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reconstruct before training; nothing if a checkpoint brought what came of it."""
         require_attached(pl_module, "Reconstruct")
-        if self.when == "start" or trainer.max_epochs == 0:  # then training has no end
+        if self.options.when == "start" or trainer.max_epochs == 0:  # then training has no end
             self._reconstruct(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reconstruct what training has left."""
-        if self.when == "end":
+        if self.options.when == "end":
             self._reconstruct(trainer, pl_module)
             self.changed_after_training = True
 
@@ -112,7 +115,7 @@ class Reconstruct(ModuleCallback, _Attributes):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the float network; what is done at the end is about to be done to other weights."""
         self._teacher = None
-        if self.when == "end":
+        if self.options.when == "end":
             self.reconstruction = None
 
     @override

@@ -180,15 +180,16 @@ def texts_of(options: type) -> dict[str, str]:
 
 
 def with_args(doc: str | None, options: type, *, keyword_only: bool = False) -> str:
-    """A docstring whose section ``Args`` has the texts of the options, too, at its end."""
+    """A docstring whose section ``Args`` has the text of each option, in place of the one that it has for all."""
     texts = texts_of(options)
     entries = [texts[field.name] for field in ordered_fields(options, keyword_only=keyword_only)]
     lines = inspect.cleandoc(doc or "").splitlines()
     if "Args:" in lines:
-        place = lines.index("Args:") + 1
-        while place < len(lines) and lines[place].startswith("    "):
-            place += 1
-        lines[place:place] = entries
+        end = lines.index("Args:") + 1
+        while end < len(lines) and lines[end].startswith("    "):
+            end += 1
+        start = next((number for number in range(end) if lines[number].startswith("    options: ")), end)
+        lines[start:end] = entries
     else:
         sections = (number for number, line in enumerate(lines) if _SECTION.fullmatch(line))
         place = next(sections, len(lines))

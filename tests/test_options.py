@@ -51,6 +51,8 @@ def make(name: str, options: Sandwich) -> tuple[str, Sandwich]:
 
     Args:
         name: whose it is.
+        options: as `Sandwich` has them,
+            all of them.
 
     Returns:
         It.

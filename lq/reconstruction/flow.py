@@ -244,7 +244,7 @@ class _Dependencies:
         return tuple(needs)
 
     def _arguments_without_units(self) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Leaves of a graph in place of what units return, and, for each unit, tensors in its arguments made of them."""
+        """Leaves of a graph in place of what units return, and for each unit the tensors in its arguments made of them."""
         leaves = [torch.zeros_like(call.output).requires_grad_() for call in self.calls]
         arguments: list[list[Tensor]] = [[] for _ in self.units]
 

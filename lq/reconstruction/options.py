@@ -1,8 +1,8 @@
 """The options of reconstruction, each written once: its name, type, default, text and check.
 
-`lq.reconstruct` and `lq.callbacks.Reconstruct` show them as arguments (`lq.options.takes`), and hand them on as a whole.
-An option that is added to `Options` is an argument of both, stands in ``--help`` with its text and may be set in recipes;
-a file of `resume` belongs to runs with the same value of it.
+`lq.reconstruct` and `lq.callbacks.Reconstruct` show them as arguments (`lq.options.takes`) and hand them on as a whole. An
+option that is added to `Options` is an argument of both, stands in ``--help`` with its text and may be set in recipes; a
+file of `resume` belongs to runs with the same value of it.
 """
 
 import typing
@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
 from lq.errors import SpecError
-from lq.options import after
 from lq.quantizer.histogram import Reduce
 from lq.reconstruction.drop import Drop, drop_of
 from lq.reconstruction.granularity import Metric
@@ -40,21 +39,12 @@ Watch = Callable[[Iterable[int], str], Iterable[int]]
 
 _UNITS = (*get_args(Granularity), "mixed")
 
-T = TypeVar("T")
+#: Metadata of an option whose least value is 1.
+AT_LEAST_1 = {"least": 1}
 
-
-def option(default: T, *, least: int | None = None, compared: bool = True, behind: str | None = None) -> T:
-    """A field of a dataclass of options.
-
-    Args:
-        default: its default.
-        least: the least value that it may have.
-        compared: whether a file of `resume` belongs to runs with the same value; if not, it makes no difference to
-            what comes out, or what it decides is compared instead.
-        behind: the option that it is shown behind; by default, options are shown in their order.
-    """
-    place = {} if behind is None else after(behind)
-    return field(default=default, metadata={"least": least, "compared": compared, **place})  # type: ignore[return-value]
+#: Metadata of an option of which files of `resume` say nothing: what comes out does not depend on it, or the file has
+#: what it decides.
+NOT_COMPARED = {"compared": False}
 
 
 @dataclass(frozen=True)
@@ -93,27 +83,27 @@ class Options:
         resume: file that keeps finished units; if it exists, the run goes on after the last of them.
     """
 
-    units: Units = option("block", compared=False)
+    units: Units = field(default="block", metadata=NOT_COMPARED)
     rounding: str | Rounding = "adaround"
     start: Start = field(default="float", kw_only=True)
     loss: str | Loss = "relative"
     drop: float | str | Drop = 0.5
-    iterations: int = option(20_000, least=1)
+    iterations: int = field(default=20_000, metadata=AT_LEAST_1)
     _: KW_ONLY
-    batch_size: int = option(32, least=1)
+    batch_size: int = field(default=32, metadata=AT_LEAST_1)
     activation_mode: Activations = "learned"
     step_lr: float | None = None
     regularization: float = 0.0
     bias_lr: float = 0.0
-    metric: Metric = option("modcap", compared=False)
-    merges: int = option(2, least=1, compared=False)
-    search_iterations: int = option(200, least=1, compared=False)
+    metric: Metric = field(default="modcap", metadata=NOT_COMPARED)
+    merges: int = field(default=2, metadata=AT_LEAST_1 | NOT_COMPARED)
+    search_iterations: int = field(default=200, metadata=AT_LEAST_1 | NOT_COMPARED)
     early_stop: bool = False
     compile: bool = False
-    memory: str | float = option("4GB", compared=False)
-    dtype: str | torch.dtype | None = option(None, compared=False)
-    seed: int = option(0, compared=False)
-    resume: str | Path | None = option(None, compared=False)
+    memory: str | float = field(default="4GB", metadata=NOT_COMPARED)
+    dtype: str | torch.dtype | None = field(default=None, metadata=NOT_COMPARED)
+    seed: int = field(default=0, metadata=NOT_COMPARED)
+    resume: str | Path | None = field(default=None, metadata=NOT_COMPARED)
 
     def __post_init__(self) -> None:
         _ = self.rounding_method, self.loss_function, self.drop_schedule, self.memory_limit, self.kept_dtype
@@ -191,7 +181,7 @@ class RunOptions(Options):
     teacher: nn.Module | None = None
     forward: Forward | None = None
     reduce: Reduce | None = None
-    ranks: int = option(1, least=1)
+    ranks: int = field(default=1, metadata=AT_LEAST_1)
     rank: int = 0
     watch: Watch = lambda steps, name: steps
 

@@ -50,6 +50,7 @@ def reconstruct(model: nn.Module, batches: Iterable[Any], options: RunOptions) -
     Args:
         model: a model with quantizers, calibrated; runs in eval mode.
         batches: any iterable of batches, read once and kept; labels are not used.
+        options: each of `RunOptions` is an argument.
 
     Returns:
         What was done: loss of every unit before and after, curves, merges.
