@@ -46,6 +46,7 @@ class CallbackOptions(Options):
     """
 
     _: KW_ONLY
+    dtype: str | None = None  # as files and command lines have it
     samples: int = field(default=1024, metadata={**AT_LEAST_1, **after("compile")})
     when: When = field(default="start", metadata=after("samples"))
     save_to: str | Path | None = None

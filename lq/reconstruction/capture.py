@@ -16,8 +16,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lq.attachment.sites import INPUT, OUTPUT
 from lq.errors import DataError, StateError
-from lq.reconstruction.flow import Flow, Run, SampleLayout, arguments, replaced, returning, stop_at
+from lq.reconstruction.flow import Flow, Run, SampleLayout
 from lq.reconstruction.identity import Digest
+from lq.reconstruction.partial_runs import replaced, returning, stop_at
 from lq.reconstruction.storage import Storage, Stored
 from lq.reconstruction.units import Unit
 from lq.structure.batch_layout import FIRST, Layout
@@ -263,7 +264,7 @@ class Capture:
 def call(modules: Sequence[nn.Module], leaves: Sequence[Any], spec: TreeSpec) -> Tensor:
     """Run a chain of modules; `leaves` are those of the first one's arguments."""
     first, *others = modules
-    args, kwargs = arguments(leaves, spec)
+    args, kwargs = tree_unflatten(leaves, spec)
     output = first(*args, **kwargs)
     for module in others:
         output = module(output)

@@ -5,25 +5,22 @@ the float model find out, for each unit, whether its input *is* the output of an
 input depends on otherwise, and along which dimension samples lie in its tensors.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from lq.errors import DataError
+from lq.reconstruction.partial_runs import replaced, returning, stop_at
 from lq.reconstruction.units import Unit
 from lq.structure.samples import take
 
 #: Runs a model on a batch.
 Run = Callable[[nn.Module, Any], Any]
-
-
-class Reached(Exception):  # noqa: N818 - not an error: it ends a forward that has come far enough
-    """The unit whose input was asked for is about to run."""
 
 
 @dataclass(frozen=True)
@@ -121,38 +118,6 @@ def find_flow(
     return Flow(direct, needs, tuple(inputs), tuple(outputs), shapes)
 
 
-@contextmanager
-def replaced(modules: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Have modules return what a function returns instead of running; what is put around them stays."""
-    before = {module: module.__dict__.get("forward") for module in modules}
-    try:
-        for module, function in modules.items():
-            module.forward = function
-        yield
-    finally:
-        for module, own in before.items():
-            del module.forward
-            if own is not None:
-                module.forward = own
-
-
-@contextmanager
-def stop_at(module: nn.Module, taken: list[Any]) -> Iterator[None]:
-    """Put the arguments of `module` into `taken` and end the forward there."""
-
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        taken.append((args, kwargs))
-        raise Reached
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-    try:
-        yield
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-
-
 def _record(model: nn.Module, units: Sequence[Unit], run: Run, batch: Any) -> list[UnitCall]:
     calls: dict[int, UnitCall] = {}
     arguments: dict[int, tuple[list[Any], TreeSpec, tuple[int, ...]]] = {}
@@ -244,7 +209,7 @@ class _Dependencies:
         return tuple(needs)
 
     def _arguments_without_units(self) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Leaves of a graph in place of what units return, and for each unit the tensors in its arguments made of them."""
+        """Leaves of a graph in place of what units return, and the tensors in each unit's arguments made of them."""
         leaves = [torch.zeros_like(call.output).requires_grad_() for call in self.calls]
         arguments: list[list[Tensor]] = [[] for _ in self.units]
 
@@ -279,29 +244,3 @@ class _Dependencies:
             not isinstance(a, Tensor) or torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
             for a, b in zip(leaves, self.calls[k].leaf_copies, strict=True)
         )
-
-
-def returning(
-    model: nn.Module, units: Sequence[Unit], outputs: Mapping[int, Tensor]
-) -> dict[nn.Module, Callable[..., Tensor]]:
-    """For `replaced`: units that return these outputs without computing."""
-
-    def give(output: Tensor) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: output
-
-    functions = {}
-    for k, output in outputs.items():
-        *inner, last = units[k].bind(model)
-        functions.update(dict.fromkeys(inner, _first_argument))
-        functions[last] = give(output)
-    return functions
-
-
-def _first_argument(*args: Any, **kwargs: Any) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def arguments(leaves: Sequence[Any], spec: TreeSpec) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call from their leaves."""
-    args, kwargs = tree_unflatten(leaves, spec)
-    return args, kwargs

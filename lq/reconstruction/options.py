@@ -1,8 +1,8 @@
 """The options of reconstruction, each written once: its name, type, default, text and check.
 
-`lq.reconstruct` and `lq.callbacks.Reconstruct` show them as arguments (`lq.options.takes`) and hand them on as a whole. An
-option that is added to `Options` is an argument of both, stands in ``--help`` with its text and may be set in recipes; a
-file of `resume` belongs to runs with the same value of it.
+`lq.reconstruct` and `lq.callbacks.Reconstruct` show them as arguments (`lq.options.takes`) and hand them on as a whole.
+An option that is added to `Options` is an argument of both, stands in ``--help`` with its text and may be set in
+recipes; a file of `resume` belongs to runs with the same value of it.
 """
 
 import typing

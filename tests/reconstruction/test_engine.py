@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.attachment.interception import SharedQuantizer
+from lq.attachment.float_models import float_copy
 from lq.attachment.sites import activation_quantizers, float_weight, weight_quantizer
 from lq.errors import DivergenceError
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.reconstruction import Constant, FisherLoss, LpLoss
 from lq.reconstruction.engine import _order, fit_unit
 from lq.reconstruction.options import RunOptions
@@ -22,7 +21,6 @@ from lq.reconstruction.quantized_model import QuantizedModel
 from lq.reconstruction.quantizers import UnitQuantizers, tapped
 from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest
 from tests.helpers import assert_same
-from tests.models import Block
 from tests.reconstruction.networks import Basic, ResNet, Work, quantized, samples
 
 FAST = AdaRound(lr=0.05)
@@ -236,13 +234,6 @@ def test_drops_hold_for_every_activation_and_follow_the_schedule():
     assert sum(steps[:10]) / 10 > 0.75 and sum(steps[-10:]) / 10 < 0.25
 
 
-@pytest.mark.parametrize(("iterations", "share"), [(20_000, 1), (10_000, 2), (1000, 10), (50, 10), (80_000, 1)])
-def test_rates_by_the_number_of_iterations(iterations, share):
-    by_default = method(rounding=AdaRound(), iterations=iterations)
-    assert by_default.rates == pytest.approx((1e-3 * share, 1e-4 * share))
-    assert method(rounding=AdaRound(lr=0.3), step_lr=0.2, iterations=iterations).rates == (0.3, 0.2)
-
-
 def test_the_order_of_samples():
     order = _order(10, 7, 4, 3)
     assert order.shape == (7, 4)
@@ -360,32 +351,6 @@ def test_the_estimator_makes_no_difference(estimator):
     assert other.fit(method(iterations=10, step_lr=0.02)).curve == found.curve
 
 
-def test_shared_quantizers_are_learned_once():
-    torch.manual_seed(0)
-    data = [samples((5, 8), 8)]
-    model = Block().eval()
-    lq.calibrate(lq.attach(model, 4, 4, structure=lq.inspect(model, data[0]), first_last=None), data)
-    shared = [m for m in model.modules() if isinstance(m, SharedQuantizer)]
-    assert shared  # queries, keys and values are made of one tensor
-    found = unit_quantizers(model, [model])
-    owners = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
-    assert found.activations == owners and found.learned == owners
-    one = unit_quantizers(model, [model.attn.k])
-    assert one.activations == [shared[0].owner] and one.learned == one.activations
-    done = unit_quantizers(model, [model.attn.q]).settled()
-    later = unit_quantizers(model, [model.attn.k], done)
-    assert later.activations == [shared[0].owner] and later.learned == []
-
-
-def test_tied_weights_are_settled_once():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model[2].weight = model[0].weight
-    lq.attach(model, 4, None, first_last=None)
-    assert len(unit_quantizers(model, [model]).weights) == 1
-    done = unit_quantizers(model, [model[0]]).settled()
-    assert unit_quantizers(model, [model[2]], done).weights == []
-
-
 WIDTHS = {
     "transposed, in groups": (
         lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), nn.ReLU(), nn.Conv2d(6, 3, 1)),
@@ -421,16 +386,6 @@ def test_widths_for_each_channel_are_kept(kind, rounding, symmetric):
             if width == 1 and symmetric:
                 assert row.unique().numel() == 2 and row.sum() == pytest.approx(row.numel() * row.mean().item())
                 assert torch.equal(row.abs(), row.abs().flatten()[0].expand_as(row))
-
-
-def test_taps_are_nested():
-    part = Unit().model[2].input_quantizer
-    one, two = (lambda x: x), (lambda x: 2 * x)
-    with tapped(part, one):
-        with tapped(part, two):
-            assert part.tap is two
-        assert part.tap is one
-    assert part.tap is None
 
 
 # --- regularization, weights, ranks ------------------------------------------------------------------------------
@@ -513,7 +468,7 @@ def test_regularization_compares_blocks_of_the_network():
         torch.manual_seed(3)
         model, data = ResNet(2).eval(), [samples((3, 8, 8), 16)]
         quantized(model, data, 2, None)
-        twin = lq.training.distillation.float_copy(model)
+        twin = float_copy(model)
         found = lq.reconstruct(
             model,
             data,

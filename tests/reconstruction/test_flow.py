@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lq.errors import DataError
-from lq.reconstruction.flow import SampleLayout, find_flow, replaced, returning, stop_at
+from lq.reconstruction.flow import SampleLayout, find_flow
+from lq.reconstruction.partial_runs import replaced, returning, stop_at
 from lq.reconstruction.units import Unit
 from tests.reconstruction.networks import BY_NAME, NETWORKS, InPlace, Work, call, network, quantized, samples
 

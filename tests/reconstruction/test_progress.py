@@ -15,8 +15,6 @@ from torch import nn
 import lq
 from lq.attachment.float_models import float_copy
 from lq.errors import StateError
-from lq.reconstruction.fingerprint import digest_over_ranks
-from lq.reconstruction.options import RunOptions
 from lq.reconstruction.progress import _checksum
 from tests.helpers import assert_same
 from tests.models import state as state_of
@@ -322,16 +320,6 @@ def test_another_teacher_and_another_forward(tmp_path):
         run(prepared()[0], data, resume=path, teacher=teacher)
     with pytest.raises(StateError, match="belongs to another reconstruction: its forward is 'None', here it is"):
         run(prepared()[0], data, resume=path, forward=lambda model, batch: model(batch * 2))
-
-
-def test_ranks_in_another_order():
-    """What each of two ranks adds to the sum depends on its number: data that change ranks are other data."""
-    sent = {}
-    for rank, digest in enumerate(("00ff" * 8, "0a0b" * 8)):
-        for place in (0, 1):
-            reduce = lambda tensor, _, key=(rank, place): sent.setdefault(key, tensor)  # noqa: E731
-            digest_over_ranks(digest, RunOptions(reduce=reduce, ranks=2, rank=place), torch.device("cpu"))
-    assert not torch.equal(sent[0, 0] + sent[1, 1], sent[0, 1] + sent[1, 0])
 
 
 def test_every_flipped_bit_is_found_or_does_not_matter(whole, tmp_path):
