@@ -1,6 +1,8 @@
 """The options of reconstruction: their checks, and that each is an argument of the function and of the callback."""
 
 import inspect
+import io
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
@@ -100,3 +102,19 @@ def test_means_over_ranks():
     assert RunOptions(reduce=reduce).mean_over_ranks(one) is one
     assert RunOptions(reduce=reduce, ranks=2).mean_over_ranks(one) == 4.0
     assert sums == ["sum"]
+
+
+def test_command_lines_show_each_with_its_text_type_and_default():
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser, shown = jsonargparse.ArgumentParser(), io.StringIO()
+    parser.add_class_arguments(Reconstruct, "it")
+    parser.print_help(shown)
+    text = " ".join(shown.getvalue().split())
+    for name in inspect.signature(Reconstruct).parameters:
+        entry = inspect.cleandoc(Reconstruct.__doc__).split(f"    {name}: ")[1]
+        assert re.search(rf"--it\.{name}[^.]* {re.escape(' '.join(entry.split()[:4]))}", text), name
+    assert "optimizer steps for a unit. (type: int, default: 20000)" in text
+    assert "(type: Literal['start', 'end'], default: start)" in text
+    made = parser.parse_args(["--it.drop=annealed", '--it.units=["a", ["b", "c"]]', "--it.dtype=float16"])
+    options = parser.instantiate_classes(made).it.options
+    assert (options.drop, options.units, options.dtype) == ("annealed", ["a", ["b", "c"]], "float16")
