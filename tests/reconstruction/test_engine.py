@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
+from lq.attachment.float_models import float_copy
 from lq.attachment.interception import SharedQuantizer
 from lq.attachment.sites import activation_quantizers, float_weight, weight_quantizer
 from lq.errors import DivergenceError
@@ -532,7 +533,7 @@ def test_regularization_compares_blocks_of_the_network():
         torch.manual_seed(3)
         model, data = ResNet(2).eval(), [samples((3, 8, 8), 16)]
         quantized(model, data, 2, None)
-        twin = lq.training.distillation.float_copy(model)
+        twin = float_copy(model)
         found = lq.reconstruct(
             model,
             data,
