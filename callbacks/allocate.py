@@ -16,20 +16,21 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lq.allocation import solver as solver_of
-from lq.attach import set_bits
-from lq.bit_allocation import Allocation, Granularity, Joint, allocate
-from lq.budget import Latency, parse_budget
-from lq.calibration import Forward, needs_calibration
-from lq.callbacks.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
-from lq.callbacks.per_module import ModuleCallback
-from lq.callbacks.reports import report_path, write_text
-from lq.callbacks.steps import call_step, quiet
+from lq.allocation.allocate import Allocation, Granularity, Joint, allocate
+from lq.allocation.budget import Latency, parse_budget
+from lq.allocation.solvers import solver as solver_of
+from lq.attachment.attach import set_bits
+from lq.attachment.sites import activation_quantizers, require_attached
+from lq.attachment.summary import summary
+from lq.calibration.calibration import needs_calibration
+from lq.callbacks.trainer.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
+from lq.callbacks.trainer.per_module import ModuleCallback
+from lq.callbacks.trainer.reports import report_path, write_text
+from lq.callbacks.trainer.steps import call_step, quiet
 from lq.errors import SpecError, StateError
-from lq.report import summary
 from lq.sensitivity import Fisher, HawqV2, Sensitivity, measure_sensitivity, metric_of
 from lq.sensitivity.measure import Metric
-from lq.sites import activation_quantizers, require_attached
+from lq.structure.forward import Forward
 
 Budget = float | str | Latency | Mapping[str, Any]
 

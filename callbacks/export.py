@@ -9,13 +9,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lq.calibration import eval_mode
-from lq.callbacks.data import forward_of, run_example, training_batches
-from lq.callbacks.per_module import ModuleCallback
+from lq.attachment.sites import require_attached
+from lq.callbacks.trainer.data import forward_of, run_example, training_batches
+from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import DataError, SpecError
 from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
 from lq.export.program import Call, first_samples
-from lq.sites import require_attached
+from lq.structure.forward import eval_mode
 
 
 class ExportModel(ModuleCallback):

@@ -1,11 +1,11 @@
 """Fine-tune a quantized module: the user's training goes on, quantizer parameters get an optimizer of their own.
 
-What an estimator learns of the quantizers (`lq.estimators`) are ordinary parameters of the module, but an optimizer
-that trains weights must not move them (its decay and learning rate are meant for weights). They are taken out of the
-user's optimizers, then and whenever groups are added or optimizers replaced, and stepped by an Adam of their own
-whenever the user's optimizer of their layer steps: what is learned of a layer that is unfrozen later is trained from
-then on. Its learning rate follows the user's schedule in proportion; its state is in the callback's, so that a resumed
-run continues it.
+What an estimator learns of the quantizers (`lq.quantizer.estimators`) are ordinary parameters of the module, but an
+optimizer that trains weights must not move them (its decay and learning rate are meant for weights). They are taken
+out of the user's optimizers, then and whenever groups are added or optimizers replaced, and stepped by an Adam of
+their own whenever the user's optimizer of their layer steps: what is learned of a layer that is unfrozen later is
+trained from then on. Its learning rate follows the user's schedule in proportion; its state is in the callback's, so
+that a resumed run continues it.
 """
 
 import warnings
@@ -19,11 +19,14 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lq.attach import set_estimator
-from lq.batchnorm import batchnorms, reestimate_batchnorm
-from lq.callbacks.data import forward_of, reduce_over, training_batches
-from lq.callbacks.divergence import DivergenceWatch
-from lq.callbacks.optimizers import (
+from lq.attachment.attach import set_estimator
+from lq.attachment.float_models import float_copy
+from lq.attachment.sites import common_module, is_attached, quantizers, require_attached
+from lq.calibration.batchnorm import batchnorms, reestimate_batchnorm
+from lq.callbacks.quantize import Quantize
+from lq.callbacks.trainer.data import forward_of, reduce_over, training_batches
+from lq.callbacks.trainer.divergence import DivergenceWatch
+from lq.callbacks.trainer.optimizers import (
     QuantizerOptimizer,
     UserOptimizers,
     adam,
@@ -36,16 +39,14 @@ from lq.callbacks.optimizers import (
     steps_of,
     unfreeze_with_weights,
 )
-from lq.callbacks.per_module import ModuleCallback
-from lq.callbacks.pruning import check_parametrizations, prune_float_weights
-from lq.callbacks.quantize import Quantize
-from lq.callbacks.schedules import Schedule, cosine, noise_scale, scheduler
-from lq.callbacks.untrained import build_as_float, warn_of_untrained
-from lq.distillation import Distiller, Loss, float_copy
+from lq.callbacks.trainer.per_module import ModuleCallback
+from lq.callbacks.trainer.pruning import check_parametrizations, prune_float_weights
+from lq.callbacks.trainer.schedules import Schedule, cosine, noise_scale, scheduler
+from lq.callbacks.trainer.untrained import build_as_float, warn_of_untrained
 from lq.errors import NoEffectWarning, PatternError, SpecError, StateError
-from lq.estimators import Estimator
-from lq.estimators import estimator as estimator_of
-from lq.sites import common_module, is_attached, quantizers, require_attached
+from lq.quantizer.estimators import Estimator
+from lq.quantizer.estimators import estimator as estimator_of
+from lq.training.distillation import Distiller, Loss
 
 
 class FineTune(ModuleCallback):
@@ -57,12 +58,13 @@ class FineTune(ModuleCallback):
     Args:
         estimator: what is learned of the quantizers and how, by name: "lsq" learns the steps, "lsq_plus" the zero
             points of activations too, "ewgs" and "adaptive_ewgs" weigh gradients by rounding errors, "noise_scale" adds
-            noise to the steps' gradients, "ste" leaves quantizers as calibrated; or an `lq.estimators.Estimator`.
+            noise to the steps' gradients, "ste" leaves quantizers as calibrated; or an
+            `lq.quantizer.estimators.Estimator`.
         lr: learning rate of an optimizer that replaces the user's; None keeps the user's.
         momentum: of that optimizer, an SGD.
         weight_decay: of that SGD.
-        schedule: "cosine" to zero or "noise_scale" (see `lq.callbacks.schedules`) replaces the user's schedulers, step
-            by step; None keeps them.
+        schedule: "cosine" to zero or "noise_scale" (see `lq.callbacks.trainer.schedules`) replaces the user's
+            schedulers, step by step; None keeps them.
         warmup: first steps of that schedule, over which the learning rate rises to it.
         quantizer_lr: learning rate of the quantizers' own Adam, in octaves of a step (for zero points: in ranges) per
             update; follows the schedule.
@@ -70,7 +72,7 @@ class FineTune(ModuleCallback):
         reestimate_bn: training samples to measure BatchNorm statistics on anew when training ends; 0: keep the running
             ones.
         distill: weight of the distillation loss from the float copy; 0: none.
-        distill_loss: "kl", "symmetric_kl", or "features" (see `lq.distillation`).
+        distill_loss: "kl", "symmetric_kl", or "features" (see `lq.training.distillation`).
         task: factor on the gradient of your own loss while distilling; 0: the float copy is the only teacher.
         temperature: of the distillation.
         distill_from: name of the module whose output are the logits; by default the innermost one with all quantized

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lq.checkpoint import rebuild
-from lq.final_widths import warn_if_unfinished
+from lq.attachment.checkpoint import rebuild
+from lq.quantizer.final_widths import warn_if_unfinished
 
 L = TypeVar("L", bound=pl.LightningModule)
 

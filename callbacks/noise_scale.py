@@ -1,9 +1,9 @@
 """Learn the noise scale of every tensor or channel along with the network, and with it the widths.
 
 The callback is `FineTune` with one thing more: beside steps, ranges are learned, so that widths are real numbers
-(`lq.noise_scale`). A penalty and a falling ceiling bring them to their targets, or their total to a budget; then they
-become integers, for good, and training goes on with the steps alone. Checkpoints and validations after that are of the
-model that will be exported; those before it have widths between integers.
+(`lq.training.noise_scale`). A penalty and a falling ceiling bring them to their targets, or their total to a budget;
+then they become integers, for good, and training goes on with the steps alone. Checkpoints and validations after that
+are of the model that will be exported; those before it have widths between integers.
 """
 
 import math
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lq.budget import Costs, parse_budget
-from lq.callbacks.averages import give_to_averages
-from lq.callbacks.final_widths import ChangesWidths
+from lq.allocation.budget import Costs, parse_budget
+from lq.attachment.sites import quantizers
+from lq.attachment.summary import WIDTH_BITS, summary
+from lq.calibration.refitting import fit_ranges
 from lq.callbacks.finetune import FineTune
-from lq.callbacks.optimizers import QuantizerOptimizer, adam, loss_scale, owned, steps_of
-from lq.callbacks.schedules import Schedule
-from lq.distillation import Loss
+from lq.callbacks.trainer.averages import give_to_averages
+from lq.callbacks.trainer.final_widths import ChangesWidths
+from lq.callbacks.trainer.optimizers import QuantizerOptimizer, adam, loss_scale, owned, steps_of
+from lq.callbacks.trainer.schedules import Schedule
 from lq.errors import BudgetError, SpecError
-from lq.estimators import NoiseScale
-from lq.final_widths import set_final_widths
-from lq.noise_scale import HEAD, Penalty, SizeBudget, Targets, WidthLearner, prune_silent, target_widths
-from lq.refitting import fit_ranges
-from lq.report import WIDTH_BITS, summary
-from lq.sites import quantizers
+from lq.quantizer.estimators import NoiseScale
+from lq.quantizer.final_widths import set_final_widths
+from lq.training.distillation import Loss
+from lq.training.noise_scale import HEAD, Penalty, SizeBudget, Targets, WidthLearner, prune_silent, target_widths
 
 # Learning rate of steps and ranges, in octaves per update: GDNSQ's, or what takes them so many octaves in the run.
 _RATE, _TRAVEL, _FASTEST = 2e-3, 6.0, 3e-2

@@ -1,4 +1,6 @@
-"""Choose ranges by the loss of the whole network before training: LAPQ (`lq.loss_aware`) on training batches.
+"""Choose ranges by the loss of the whole network before training: LAPQ on training batches.
+
+The method is `lq.calibration.loss_aware`.
 
 It runs in ``on_fit_start``, after `Quantize` has calibrated and `AllocateBits`, if there is one, has chosen widths;
 with ``Trainer(max_epochs=0)`` it is all that happens. What it found is in the callback's state, so that a resumed run,
@@ -13,13 +15,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lq.calibration import Forward, needs_calibration
-from lq.callbacks.averages import give_to_averages
-from lq.callbacks.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
-from lq.callbacks.per_module import ModuleCallback
+from lq.attachment.sites import activation_quantizers, require_attached
+from lq.calibration.calibration import needs_calibration
+from lq.calibration.loss_aware import NamedLoss, OptimizedRanges, OutputLoss, check_arguments, optimize_ranges
+from lq.callbacks.trainer.averages import give_to_averages
+from lq.callbacks.trainer.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
+from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import SpecError, StateError
-from lq.loss_aware import NamedLoss, OptimizedRanges, OutputLoss, check_arguments, optimize_ranges
-from lq.sites import activation_quantizers, require_attached
+from lq.structure.forward import Forward
 
 
 class OptimizeRanges(ModuleCallback):

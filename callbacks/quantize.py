@@ -20,29 +20,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lq.attach import attach, attached_plan, detach
-from lq.calibration import Forward, needs_calibration
-from lq.callbacks.averages import keep_averages_exact
-from lq.callbacks.checkpoints import class_names, save_result
-from lq.callbacks.data import calibrate_on_training_data, first_batch, forward_of, run_example
-from lq.callbacks.per_module import ModuleCallback
-from lq.callbacks.preparing import (
-    initialise_lazy_layers,
-    is_uninitialised,
-    leave_checkpoints_alone,
-    rebuild_from_checkpoint,
-    require_values,
-)
-from lq.callbacks.pruning import check_parametrizations, check_zeros, prune_float_weights, warn_of_lost_zeros
-from lq.callbacks.steps import teachers_of
-from lq.callbacks.untrained import build_as_float, warn_of_untrained
-from lq.errors import DataError, NoEffectWarning, SpecError, StateError
-from lq.final_widths import warn_if_unfinished
-from lq.folding import fold, folded_norms
-from lq.inspection import inspect
-from lq.report import summary
-from lq.scheme import KINDS, Override, Skip, plan_sites
-from lq.sites import (
+from lq.attachment.attach import attach, attached_plan, detach
+from lq.attachment.folding import fold, folded_norms
+from lq.attachment.scheme import KINDS, Override, Skip, plan_sites
+from lq.attachment.sites import (
     activation_quantizers,
     common_module,
     input_quantizer,
@@ -51,9 +32,29 @@ from lq.sites import (
     quantizers,
     weight_quantizer,
 )
-from lq.spec import QuantSpec
-from lq.structure import Structure
-from lq.unseen import unseen_layers
+from lq.attachment.summary import summary
+from lq.attachment.unseen import unseen_layers
+from lq.calibration.calibration import needs_calibration
+from lq.callbacks.trainer.averages import keep_averages_exact
+from lq.callbacks.trainer.checkpoints import class_names, save_result
+from lq.callbacks.trainer.data import calibrate_on_training_data, first_batch, forward_of, run_example
+from lq.callbacks.trainer.per_module import ModuleCallback
+from lq.callbacks.trainer.preparing import (
+    initialise_lazy_layers,
+    is_uninitialised,
+    leave_checkpoints_alone,
+    rebuild_from_checkpoint,
+    require_values,
+)
+from lq.callbacks.trainer.pruning import check_parametrizations, check_zeros, prune_float_weights, warn_of_lost_zeros
+from lq.callbacks.trainer.steps import teachers_of
+from lq.callbacks.trainer.untrained import build_as_float, warn_of_untrained
+from lq.errors import DataError, NoEffectWarning, SpecError, StateError
+from lq.quantizer.final_widths import warn_if_unfinished
+from lq.quantizer.spec import QuantSpec
+from lq.structure.forward import Forward
+from lq.structure.inspection import inspect
+from lq.structure.structure import Structure
 
 _COPYING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
 _RUNNING = {"LearningRateFinder", "BatchSizeFinder", "ModelSummary"}

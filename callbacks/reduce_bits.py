@@ -1,8 +1,8 @@
 """Reduce widths one bit at a time while training, instead of all at once before it.
 
 The network has adapted to each width before the next one comes. A learned step is scaled as the steps that fit the two
-widths are (`lq.refitting`). Source: Zhuang et al., Towards Effective Low-bitwidth Convolutional Neural Networks, CVPR
-2018 (progressive quantization from higher to lower widths).
+widths are (`lq.calibration.refitting`). Source: Zhuang et al., Towards Effective Low-bitwidth Convolutional Neural
+Networks, CVPR 2018 (progressive quantization from higher to lower widths).
 """
 
 import math
@@ -13,14 +13,14 @@ import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
-from lq.callbacks.averages import give_to_averages
-from lq.callbacks.final_widths import ChangesWidths
-from lq.callbacks.optimizers import steps_of
+from lq.attachment.sites import quantizers, require_attached
+from lq.calibration.refitting import change_widths, fitted_steps
+from lq.callbacks.trainer.averages import give_to_averages
+from lq.callbacks.trainer.final_widths import ChangesWidths
+from lq.callbacks.trainer.optimizers import steps_of
 from lq.errors import SpecError
-from lq.final_widths import set_final_widths, unfinished_widths
-from lq.refitting import change_widths, fitted_steps
-from lq.sites import quantizers, require_attached
-from lq.spec import check_bits
+from lq.quantizer.final_widths import set_final_widths, unfinished_widths
+from lq.quantizer.spec import check_bits
 
 
 class ReduceBits(ChangesWidths):

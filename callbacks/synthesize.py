@@ -17,14 +17,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lq.batchnorm import batchnorms
-from lq.callbacks.data import progress_bar
-from lq.callbacks.per_module import ModuleCallback
+from lq.attachment.float_models import float_copy
+from lq.attachment.sites import common_module, is_attached, layers
+from lq.calibration.batchnorm import batchnorms
+from lq.calibration.synthesis import check_sizes, require_statistics, synthesize
 from lq.callbacks.quantize import Quantize
-from lq.distillation import float_copy
+from lq.callbacks.trainer.data import progress_bar
+from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import SpecError, StateError
-from lq.sites import common_module, is_attached, layers
-from lq.synthesis import check_sizes, require_statistics, synthesize
 
 
 class SynthesizeData(ModuleCallback):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import lq
-from lq.bit_allocation import Granularity
+from lq.allocation.allocate import Granularity
 
 Batches = list[tuple[Tensor, Tensor]]
 BUDGETS = (2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0)

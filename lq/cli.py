@@ -19,9 +19,10 @@ import torch
 import yaml
 from torch import nn
 
-from lq.checkpoint import load, part_of, read_state_dict
+from lq.attachment.checkpoint import part_of, read_state_dict
 from lq.errors import DataError, LqError
 from lq.export import FORMATS, export_onnx, export_program, save
+from lq.export.loading import load
 from lq.export.packed import SUFFIX, read_index
 from lq.files import named, require_file
 

@@ -1,186 +1,30 @@
-"""Where quantizers sit on a model, and how to find them: always on the modules, never in a table beside them."""
+"""Reading a quantized model: its quantizers, by layer, call and site.
 
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+>>> import lq
+>>> from torch import nn
+>>> model = lq.attach(nn.Sequential(nn.Linear(4, 4)), weights=4, first_last=None)
+>>> [quantizer.spec.bits for quantizer in quantizers(model)]
+[4]
+"""
 
-from torch import nn
-from torch.nn.utils import parametrize
+from lq.attachment.sites import (
+    activation_quantizers,
+    calls,
+    float_weight,
+    input_quantizer,
+    is_attached,
+    quantized_layers,
+    quantizers,
+    weight_quantizer,
+)
 
-from lq.errors import StateError
-from lq.interception import SharedQuantizer, call_quantizers
-from lq.places import call_of
-from lq.quantizer import ActivationQuantizer, Quantizer
-from lq.sources import Source
-from lq.weight_quantizer import WeightQuantizer
-
-#: Attributes of a module that hold the quantizers of its input and of its output.
-INPUT = "input_quantizer"
-OUTPUT = "output_quantizer"
-
-#: What a site holds: a weight, an activation that is multiplied, a tensor on a skip path, or a result that integer
-#: kernels need the step of: the last tensor of a branch, which only a residual sum reads, or what a convolution gives
-#: to others than products.
-Role = Literal["weight", "activation", "skip", "result"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place for a quantizer.
-
-    Args:
-        module: name of the module it belongs to.
-        place: "weight", "input" or "output" of that module, or an operand or result of one of its calls, such as
-            "matmul_0_left".
-        role: "weight", "activation", "skip" or "result".
-        shape: shape of the tensor, for one example batch.
-        shares: name of an earlier site that reads the same tensor; None: there is none.
-        concat: number of the concatenation it belongs to; None: none.
-        covered_by: names of skip and result sites that, together, quantize all that it reads.
-        network_input: it reads the network's own input.
-        channels: number of output channels of a weight at a call; 0: not one.
-        normalized: a layer norm, or another over channels, is among those who read it, as in pre-norm transformers.
-        source: the parameter that a weight at a call is, or a part of; None: it is computed first.
-    """
-
-    module: str
-    place: str
-    role: Role
-    shape: tuple[int, ...] = ()
-    shares: str | None = None
-    concat: int | None = None
-    covered_by: tuple[str, ...] = ()
-    network_input: bool = False
-    channels: int = 0
-    normalized: bool = False
-    source: Source | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.source, Mapping):  # from JSON
-            object.__setattr__(self, "source", Source.from_dict(self.source))
-
-    @property
-    def name(self) -> str:
-        """Name of the site in the model."""
-        return f"{self.module}.{self.place}".lstrip(".")
-
-    @property
-    def at_call(self) -> bool:
-        """Whether it belongs to a call inside the module's forward."""
-        return self.place not in ("weight", "input", "output")
-
-    @property
-    def layer(self) -> str:
-        """Name of the layer or call it belongs to, the one that name patterns match.
-
-        >>> Site("attn", "matmul_0_left", "activation").layer
-        'attn.matmul_0'
-        """
-        return f"{self.module}.{call_of(self.place)}".lstrip(".") if self.at_call else self.module
-
-
-#: Prefix, within a layer's state dict, of the state of its weight's quantizer.
-WEIGHT_STATE = "parametrizations.weight.0."
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with a weight matrix or kernel of their own, once each, by name; quantizers are not looked into."""
-    for name, module in model.named_modules():
-        if isinstance(module, (Quantizer, parametrize.ParametrizationList, SharedQuantizer)):
-            continue
-        weight = float_weight(module)
-        if weight is not None and weight.ndim >= 2 and weight.is_floating_point():
-            yield name, module
-
-
-def float_weight(module: nn.Module) -> nn.Parameter | None:
-    """The float weight of a layer, quantized or not (reading ``module.weight`` would compute the quantized one).
-
-    None if it has none, or if a parametrization that is not lq's (weight norm, say) makes it.
-    """
-    quantizer = weight_quantizer(module)
-    if quantizer is None:
-        return module._parameters.get("weight")
-    quantizer.take_over_writes()
-    return module.parametrizations["weight"].original  # type: ignore[index, union-attr, no-any-return]
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Whether any part of the model has quantizers."""
-    return any(isinstance(module, Quantizer) for module in model.modules())
-
-
-def require_attached(model: nn.Module, caller: str) -> None:
-    """Raise an error that names the fix if the model has no quantizers."""
-    if not is_attached(model):
-        raise StateError(
-            f"{caller} needs a model with quantizers, {type(model).__name__} has none; "
-            "call lq.attach(model, ...) first, or put the Quantize callback before this one"
-        )
-
-
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers with a quantizer on their weight or input, by name."""
-    for name, module in model.named_modules():
-        if weight_quantizer(module) is not None or input_quantizer(module) is not None:
-            yield name, module
-
-
-def weight_quantizer(module: nn.Module) -> WeightQuantizer | None:
-    """The quantizer of a layer's weight, if it has one."""
-    if parametrize.is_parametrized(module, "weight"):
-        for parametrization in module.parametrizations["weight"]:  # type: ignore[index]
-            if isinstance(parametrization, WeightQuantizer):
-                return parametrization
-    return None
-
-
-def input_quantizer(module: nn.Module) -> ActivationQuantizer | None:
-    """The quantizer of a layer's input, if it has one; its own or one that it shares."""
-    found = module._modules.get(INPUT)
-    if isinstance(found, SharedQuantizer):
-        return found.owner
-    return found if isinstance(found, ActivationQuantizer) else None
-
-
-def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """All quantizers of activations, once each, by the name of their site."""
-    return {q.name: q for q in quantizers(model) if isinstance(q, ActivationQuantizer)}
-
-
-def calls(model: nn.Module) -> dict[str, dict[str, Quantizer]]:
-    """Calls with quantizers by name of module and call, and their quantizers by operand."""
-    found: dict[str, dict[str, Quantizer]] = {}
-    for name, module in model.named_modules():
-        for place, quantizer in call_quantizers(module).items():
-            site = Site(name, place, "activation")
-            operand = site.name[len(site.layer) + 1 :]
-            one = quantizer.owner if isinstance(quantizer, SharedQuantizer) else quantizer
-            if isinstance(one, Quantizer):
-                found.setdefault(site.layer, {})[operand] = one
-    return found
-
-
-def weights_at_calls(model: nn.Module) -> Iterator[WeightQuantizer]:
-    """Quantizers of weights that are quantized where a function uses them."""
-    for module in model.modules():
-        yield from (q for q in call_quantizers(module).values() if isinstance(q, WeightQuantizer))
-
-
-def quantizers(model: nn.Module) -> Iterator[Quantizer]:
-    """All quantizers of a model."""
-    return (module for module in model.modules() if isinstance(module, Quantizer))
-
-
-def common_module(model: nn.Module) -> tuple[str, nn.Module]:
-    """The innermost module that holds all quantized layers (all layers if none is), and its name: the network."""
-    names = [name for name, _ in quantized_layers(model)] or [name for name, _ in layers(model)]
-    name = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in names]))
-    return name, model.get_submodule(name)
-
-
-def copy_quantizers(source: nn.Module, target: nn.Module) -> None:
-    """Give the quantizers of a copy of a model the state of those of the model."""
-    for mine, theirs in zip(quantizers(source), quantizers(target), strict=True):
-        theirs.load_state_dict(mine.state_dict())
+__all__ = [
+    "activation_quantizers",
+    "calls",
+    "float_weight",
+    "input_quantizer",
+    "is_attached",
+    "quantized_layers",
+    "quantizers",
+    "weight_quantizer",
+]

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lq.quantizer import Quantizer
-from lq.sites import quantized_layers, quantizers, weight_quantizer
+from lq.attachment.sites import quantized_layers, quantizers, weight_quantizer
+from lq.quantizer.quantizer import Quantizer
 
 #: Warnings of Lightning and torch that are not about lq, to be ignored by ``pytestmark = quiet``.
 QUIET = (

@@ -6,7 +6,7 @@ import torchvision
 from torchvision.models import detection, segmentation
 
 import lq
-from lq.sites import quantizers
+from lq.attachment.sites import quantizers
 
 
 def all_the_way(model, batches, forward, loss):

@@ -15,8 +15,8 @@ from torch import nn
 import lq
 import lq.cli
 from lq.cli import main
+from tests.attachment.test_folding import randomize
 from tests.export.exported import assert_close, run
-from tests.test_folding import randomize
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lq
-from lq.bit_allocation import Granularity
+from lq.allocation.allocate import Granularity
 
 DATA = os.environ.get("LQ_DATA")
 pytestmark = [

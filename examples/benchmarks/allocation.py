@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lq
-from lq.bit_allocation import Granularity
+from lq.allocation.allocate import Granularity
 from lq.sensitivity import BruteForce, Fisher, HawqV2, OutputDistortion, measure_sensitivity
+from lq.sites import quantizers
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -135,7 +136,7 @@ def cost(names: Sequence[str], rounds: int, images: int = 64, batch: int = 16) -
             found += [per_image / base, (seconds[f"{what}, once"] - batch * per_image) / base]
         with torch.no_grad():
             forward = _interleaved({"": partial(model, batches[0][0])}, rounds)[""] / batch
-        items = sum(q.bits.numel() for q in lq.sites.quantizers(model))
+        items = sum(q.bits.numel() for q in quantizers(model))
         print(
             f"{name:24} {found[0]:5.2f}x  {found[2]:10.2f}x  {found[2] + found[3] / 512:20.2f}x  "
             f"{8 * items * forward / base:9.0f}x ({items} channels and activations)",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import lq
-from lq.sites import activation_quantizers, quantizers
+from lq.attachment.sites import activation_quantizers, quantizers
 
 MODELS = ("cifar10_resnet20", "tf_efficientnet_lite0", "vit_tiny_patch16_224")
 CIFAR = MODELS[0]

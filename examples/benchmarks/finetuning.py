@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize
+from lq.sites import quantizers
 
 TITLES = {
     "float": "float",
@@ -365,7 +366,7 @@ def diverge(options: argparse.Namespace) -> None:
             except (lq.errors.LqError, RuntimeError) as error:
                 happened.append(f"stopped at step {trainer.global_step}: {type(error).__name__}: {error}")
         happened += sorted({f"{each.category.__name__}: {each.message}" for each in caught})
-        steps = torch.cat([quantizer.step.detach().flatten() for quantizer in lq.sites.quantizers(module)])
+        steps = torch.cat([quantizer.step.detach().flatten() for quantizer in quantizers(module)])
         loss = float(trainer.callback_metrics.get("train_loss", torch.nan))
         figures = f"{loss:8.4f}  {top1:6.2f}  {float(steps.min()):.3g}  {float(steps.max()):.3g}"
         title = f"{TITLES[method]} W{bits}A{bits}"

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.estimators import ESTIMATORS, NoiseScale
+from lq.quantizer.estimators import ESTIMATORS, NoiseScale
 
 WIDTHS = "learned widths"
 WORK: dict[str, tuple[dict[str, Any], int]] = {

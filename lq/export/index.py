@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lq import schema
-from lq.channels import ChannelLayout
+from lq.attachment.sites import INPUT, OUTPUT
 from lq.errors import DataError
 from lq.export.integers import settled_zero_point
 from lq.export.packing import packed_size
-from lq.files import decompress, parse_json
-from lq.quantizer import Quantizer, middle
-from lq.sites import INPUT, OUTPUT
-from lq.spec import WIDTHS, QuantSpec
+from lq.files import decompress, parse_json, schema
+from lq.quantizer.quantizer import Quantizer, middle
+from lq.quantizer.spec import WIDTHS, QuantSpec
+from lq.structure.channels import ChannelLayout
 
 #: Where a state dict has the float weight of a layer, and the quantizer of it.
 ORIGINAL, WEIGHT = "parametrizations.weight.original", "parametrizations.weight.0"

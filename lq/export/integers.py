@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lq.channels import ChannelLayout
+from lq.attachment.sites import float_weight, require_attached, weight_quantizer
+from lq.attachment.stored import call_weights
 from lq.errors import StateError
-from lq.quantizer import Quantizer
-from lq.sites import float_weight, require_attached, weight_quantizer
-from lq.stored import call_weights
-from lq.weight_quantizer import WeightQuantizer
+from lq.quantizer.quantizer import Quantizer
+from lq.quantizer.weight_quantizer import WeightQuantizer
+from lq.structure.channels import ChannelLayout
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lq.attachment.sites import activation_quantizers, quantizers
+from lq.attachment.stored import stay_float
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights
 from lq.export.opsets import NEWEST_LOWERED, OLDEST, lowered
 from lq.export.program import Example, batch_length, exported, first_line, in_float32, one_at_a_time, pieces
-from lq.export.running import compare
+from lq.export.running import can_read, compare
 from lq.export.standard import standard_form
 from lq.files import whole_file
-from lq.sites import activation_quantizers, quantizers
-from lq.stored import stay_float
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def export_onnx(
         example: what it is called with: a batch, a tuple of arguments, or a dict of keyword arguments.
         path: the file.
         check: whether to run the file in onnxruntime on the example, or further batches to run it on.
-        opset: version of ONNX's operators; None: 21, and 25 for weights of 2 bits. Weights of more than 4 bits, and
-            activations of any width, can go down to 13.
+        opset: version of ONNX's operators; None: 21, and 25 for weights of 2 bits where onnxruntime can
+            read that. Weights of more than 4 bits, and activations of any width, can go down to 13.
 
     Raises:
         StateError: if the model has no quantizers, one of them no range, widths are still being learned, or a package
@@ -112,12 +112,15 @@ def export_onnx(
     path = Path(path)
     kinds = other_types(model)
     standard = standard_form(copy.deepcopy(model).float() if kinds else model)
-    opset = _opset(model, opset)
+    few = opset is None and not can_read(OPSET_OF_INT2)
+    opset = OPSET if few else _opset(model, opset)
     of_torch = max(opset, NEWEST_LOWERED)
     made, reason = _translated(standard, in_float32(example) if kinds else example, of_torch, type(model).__name__)
     samples = batch_length(example) if reason else None
     notes = [f"the batch size is fixed: {reason}; it is the example's, {samples} (example=)"] if reason else []
     notes += [f"the file computes in float32, where the model does in {kinds}"] if kinds else []
+    if few and _opset(model, None) > OPSET:
+        notes.append(f"weights of 2 bits are stored in 4: this onnxruntime cannot read opset {OPSET_OF_INT2}")
     notes += _notes(model)
     proto = made.model_proto
     if of_torch not in [found.version for found in proto.opset_import if found.domain == ""]:

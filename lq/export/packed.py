@@ -22,21 +22,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lq.channels import ChannelLayout
-from lq.checkpoint import rebuild, require_fit
+from lq.attachment.checkpoint import rebuild, require_fit
+from lq.attachment.interception import CALLS
+from lq.attachment.sites import float_weight, require_attached
+from lq.attachment.stored import read_from, stay_float, stored_weights
 from lq.errors import DataError
 from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other, Part
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
 from lq.files import require_file, whole_file
-from lq.final_widths import warn_if_unfinished
-from lq.functional import step_size
-from lq.interception import CALLS
-from lq.quantizer import Quantizer, middle
-from lq.sites import float_weight, require_attached
-from lq.sources import Source
-from lq.stored import read_from, stay_float, stored_weights
-from lq.weight_quantizer import WeightQuantizer
+from lq.quantizer.final_widths import warn_if_unfinished
+from lq.quantizer.functional import step_size
+from lq.quantizer.quantizer import Quantizer, middle
+from lq.quantizer.weight_quantizer import WeightQuantizer
+from lq.structure.channels import ChannelLayout
+from lq.structure.sources import Source
 
 M = TypeVar("M", bound=nn.Module)
 

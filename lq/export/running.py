@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lq.calibration import eval_mode
 from lq.errors import DataError
 from lq.export.program import Example, arguments, map_tensors
+from lq.structure.forward import eval_mode
 
 # Operators of onnxruntime's that multiply two tensors, after its own optimization.
 _IN_INTEGERS = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
@@ -78,6 +78,24 @@ def compare(model: nn.Module, path: Path, batches: list[Example]) -> Run:
     except Exception as error:
         raise DataError(f"onnxruntime cannot run the exported {type(model).__name__}: {error}") from error
     return Run(samples, difference, largest, same / places if places else None, *products)
+
+
+def can_read(opset: int) -> bool:
+    """Whether onnxruntime can read files of an opset; True if it is not installed, and nothing is known of it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return True
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    try:
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    except Exception:  # noqa: BLE001 - of several classes, none of them public
+        return False
+    return True
 
 
 def _products(optimized: str) -> tuple[int, int, tuple[str, ...]]:

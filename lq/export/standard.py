@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.channels import ChannelLayout
+from lq.attachment.interception import CALLS, SharedQuantizer, call_quantizers
+from lq.attachment.sites import float_weight, require_attached, weight_quantizer
+from lq.attachment.stored import CallWeight, call_weights
 from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
-from lq.final_widths import warn_if_unfinished
-from lq.interception import CALLS, SharedQuantizer, call_quantizers
-from lq.quantizer import ActivationQuantizer
-from lq.sites import float_weight, require_attached, weight_quantizer
-from lq.stored import CallWeight, call_weights
-from lq.weight_quantizer import WeightQuantizer
+from lq.quantizer.final_widths import warn_if_unfinished
+from lq.quantizer.quantizer import ActivationQuantizer
+from lq.quantizer.weight_quantizer import WeightQuantizer
+from lq.structure.channels import ChannelLayout
 
 # Integer types by width, of codes and of signed levels.
 _CODES = ((8, torch.uint8), (16, torch.uint16))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from lq.distillation import kl_divergence
 from lq.errors import SpecError
+from lq.structure.outputs import kl_divergence
 
 #: From output, target and (for Fisher) weights to a scalar.
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -13,13 +13,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lq.calibration import Forward, run
+from lq.attachment.float_models import float_model
 from lq.errors import SpecError
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout
-from lq.sensitivity.items import Item, float_model
-from lq.sensitivity.metrics import has_label, labels_of, log_likelihood, require_output
+from lq.sensitivity.reading import Reading, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
+from lq.sensitivity.tensors import MeasuredTensor
 
 Measured = Literal["kl", "output_distortion", "loss"]
 
@@ -43,66 +41,60 @@ class BruteForce:
     def measure(
         self,
         model: nn.Module,
-        items: Sequence[Item],
+        tensors: Sequence[MeasuredTensor],
         batches: Iterable[Any],
-        *,
-        group: int,
-        forward: Forward | None,
-        reduce: Reduce | None,
-        layout: Layout = FIRST,
+        reading: Reading,
     ) -> Found:
-        """Run the model on every batch for every item and width."""
-        sums = Accumulator(items)
+        """Run the model on every batch for every tensor and width."""
+        sums = Accumulator(tensors)
         for batch in batches:
             with float_model(model), torch.no_grad():
-                labelled = has_label(batch, layout) if self.measured == "loss" else None
-                output = _Output(model, batch, forward, self.measured, layout)
+                labelled = reading.has_label(batch) if self.measured == "loss" else None
+                output = _Output(model, batch, reading, self.measured)
                 if labelled is not None and not labelled.any():
                     sums.ignored += len(labelled)
                     continue
-                sums.add([self._values(item, output, group) for item in items], labelled)
-        return sums.found(1.0, reduce)
+                sums.add([self._values(tensor, output, reading.group) for tensor in tensors], labelled)
+        return sums.found(1.0, reading.reduce)
 
-    def _values(self, item: Item, output: "_Output", group: int) -> tuple[Tensor, Tensor]:
-        whole = torch.stack([output.change(item, width) for width in item.widths], -1)
+    def _values(self, tensor: MeasuredTensor, output: "_Output", group: int) -> tuple[Tensor, Tensor]:
+        whole = torch.stack([output.change(tensor, width) for width in tensor.widths], -1)
         if not self.groups:
-            return whole, whole.new_zeros(len(whole), 0, len(item.widths))
-        if item.channels == 1:
+            return whole, whole.new_zeros(len(whole), 0, len(tensor.widths))
+        if tensor.channels == 1:
             return whole, whole.unsqueeze(1)
-        blocks = torch.arange(item.channels).split(group)
-        parts = [[output.change(item, width, block) for width in item.widths] for block in blocks]
+        blocks = torch.arange(tensor.channels).split(group)
+        parts = [[output.change(tensor, width, block) for width in tensor.widths] for block in blocks]
         return whole, torch.stack([torch.stack(block, -1) for block in parts], 1)
 
 
 class _Output:
     """The float output of a batch, and how it changes with one tensor's width."""
 
-    def __init__(
-        self, model: nn.Module, batch: Any, forward: Forward | None, measured: Measured, layout: Layout
-    ) -> None:
-        self._run: Callable[[], Tensor] = lambda: layout.output(require_output(run(model, batch, forward)))
+    def __init__(self, model: nn.Module, batch: Any, reading: Reading, measured: Measured) -> None:
+        self._run: Callable[[], Tensor] = lambda: reading.output(model, batch)
         self._measured = measured
-        self._labels = layout.labels(labels_of(batch), batch) if measured == "loss" else None
+        self._labels = reading.labels(batch) if measured == "loss" else None
         self._float = self._run()
 
-    def change(self, item: Item, width: int, channels: Tensor | None = None) -> Tensor:
-        """What the metric says of each sample if `channels` of the item (None: all) have that width, (S,)."""
+    def change(self, tensor: MeasuredTensor, width: int, channels: Tensor | None = None) -> Tensor:
+        """What the metric says of each sample if `channels` of the tensor (None: all) have that width, (S,)."""
 
         def tap(x: Tensor) -> Tensor:
-            item.seen, item.numel = True, x.numel() // (1 if item.is_weight else len(self._float))
-            rounded = item.rounded(x.float() if x.dtype in (torch.half, torch.bfloat16) else x, width).to(x.dtype)
+            tensor.seen, tensor.numel = True, x.numel() // (1 if tensor.is_weight else len(self._float))
+            rounded = tensor.rounded(x.float() if x.dtype in (torch.half, torch.bfloat16) else x, width).to(x.dtype)
             if channels is None:
                 return rounded
-            layout = item.layout
-            chosen = torch.zeros(item.channels, dtype=torch.bool, device=x.device)
+            layout = tensor.layout
+            chosen = torch.zeros(tensor.channels, dtype=torch.bool, device=x.device)
             chosen[channels.to(x.device)] = True
             return layout.join(torch.where(layout.spread(chosen, x), layout.split(rounded), layout.split(x)))
 
-        before, item.quantizer.tap = item.quantizer.tap, tap
+        before, tensor.quantizer.tap = tensor.quantizer.tap, tap
         try:
             return self._value(self._run())
         finally:
-            item.quantizer.tap = before
+            tensor.quantizer.tap = before
 
     def _value(self, output: Tensor) -> Tensor:
         if self._labels is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lq.calls import Call
+from lq.structure.calls import Call
 
 # Elements of the intermediates that are worked on at a time: they should stay in a cache.
 _BLOCK = 1 << 21

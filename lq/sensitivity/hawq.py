@@ -16,23 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lq.calibration import Forward, run
+from lq.attachment.float_models import float_model
 from lq.errors import SpecError, StateError
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout
-from lq.recomputation import recomputed
-from lq.sensitivity.items import Item, float_model
-from lq.sensitivity.metrics import (
-    Loss,
-    grouped,
-    has_label,
-    labels_of,
-    log_likelihood,
-    require_loss,
-    require_output,
-    signs,
-)
+from lq.sensitivity.metrics import Loss, grouped, signs
+from lq.sensitivity.reading import Reading, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
+from lq.sensitivity.tensors import MeasuredTensor
+from lq.structure.outputs import require_loss
+from lq.structure.recomputation import recomputed
 
 
 @dataclass(frozen=True)
@@ -58,48 +49,42 @@ class HawqV2:
     def measure(
         self,
         model: nn.Module,
-        items: Sequence[Item],
+        tensors: Sequence[MeasuredTensor],
         batches: Iterable[Any],
-        *,
-        group: int,
-        forward: Forward | None,
-        reduce: Reduce | None,
-        layout: Layout = FIRST,
+        reading: Reading,
     ) -> Found:
         """Draw vectors for every batch; standard errors are over batches."""
-        sums, samples, drawn = Accumulator(items), 0, 0
+        sums, samples, drawn = Accumulator(tensors), 0, 0
         for batch in batches:
-            labelled = has_label(batch, layout) if self.loss is None else None
+            labelled = reading.has_label(batch) if self.loss is None else None
             if labelled is not None and not labelled.any():
                 sums.ignored += len(labelled)
                 continue
-            size = layout.size(batch) if labelled is None else int(labelled.sum())
+            size = reading.layout.size(batch) if labelled is None else int(labelled.sum())
             with float_model(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-                found, count = self._batch(model, items, batch, group, forward, layout, size)
+                found, count = self._batch(model, tensors, batch, reading, size)
             sums.add(found)
             samples, drawn = samples + size, drawn + count
         notes = (f"{drawn / max(sums.count, 1):.0f} random vectors per batch; standard errors are over batches",)
-        found_of_batches = sums.found(0.5, reduce, notes)
+        found_of_batches = sums.found(0.5, reading.reduce, notes)
         total = torch.tensor(float(samples))
-        return replace(found_of_batches, samples=int(total if reduce is None else reduce(total, "sum")))
+        return replace(found_of_batches, samples=int(total if reading.reduce is None else reading.reduce(total, "sum")))
 
     def _batch(
         self,
         model: nn.Module,
-        items: Sequence[Item],
+        tensors: Sequence[MeasuredTensor],
         batch: Any,
-        group: int,
-        forward: Forward | None,
-        layout: Layout,
+        reading: Reading,
         samples: int,
     ) -> tuple[list[tuple[Tensor, Tensor]], int]:
-        """Trace times squared change of each item, of the whole (1, W) and of groups (1, G, W); number of vectors."""
-        taps = [_Leaves(item, layout.size(batch)) for item in items]
+        """Trace times squared change of each tensor, of the whole (1, W) and of groups (1, G, W); number of vectors."""
+        taps = [_Leaves(tensor, reading.layout.size(batch)) for tensor in tensors]
         if self.loss is not None:
             value = require_loss(self.loss(model, batch)) * samples
         else:
-            output = layout.output(require_output(run(model, batch, forward)))
-            value = -log_likelihood(output, layout.labels(labels_of(batch), batch)).sum()
+            output = reading.output(model, batch)
+            value = -log_likelihood(output, reading.labels(batch)).sum()
         for tap in taps:
             tap.forward_ended = True
         owned = [(tap, leaf) for tap in taps for leaf in tap.leaves]
@@ -129,20 +114,22 @@ class HawqV2:
             mean = mean + change
             if count > 1 and change.abs().sum() <= self.tolerance * mean.abs().sum():
                 break
-        return [tap.values(float(trace), group) for tap, trace in zip(taps, mean.clamp(min=0), strict=True)], count
+        return [
+            tap.values(float(trace), reading.group) for tap, trace in zip(taps, mean.clamp(min=0), strict=True)
+        ], count
 
 
 class _Leaves:
-    """Taps an item: what the Hessian is taken with respect to, and the squared changes there."""
+    """Taps a tensor: what the Hessian is taken with respect to, and the squared changes there."""
 
-    def __init__(self, item: Item, samples: int) -> None:
-        self.item = item
+    def __init__(self, tensor: MeasuredTensor, samples: int) -> None:
+        self.tensor = tensor
         self.samples = samples
         self.leaves: list[Tensor] = []
         self.forward_ended = False
         self._squares: Tensor | None = None  # (C, W)
         self._held: list[tuple[Tensor, Tensor]] = []
-        item.quantizer.tap = self._weight if item.is_weight else self._activation
+        tensor.quantizer.tap = self._weight if tensor.is_weight else self._activation
 
     def _weight(self, weight: Tensor) -> Tensor:
         self._check_forward()
@@ -152,10 +139,10 @@ class _Leaves:
         leaf = weight.detach().requires_grad_()
         self._held.append((weight, leaf))
         self.leaves.append(leaf)
-        self.item.seen, self.item.numel = True, weight.numel()
-        layout = self.item.layout
-        squares = torch.stack([layout.rows(change.square()).sum(1) for change in self.item.changes(weight)], -1)
-        self._squares = squares if self.item.channels > 1 else squares.sum(0, keepdim=True)
+        self.tensor.seen, self.tensor.numel = True, weight.numel()
+        layout = self.tensor.layout
+        squares = torch.stack([layout.rows(change.square()).sum(1) for change in self.tensor.changes(weight)], -1)
+        self._squares = squares if self.tensor.channels > 1 else squares.sum(0, keepdim=True)
         return leaf
 
     def _activation(self, x: Tensor) -> Tensor:
@@ -167,19 +154,19 @@ class _Leaves:
         y = x + leaf
         self._held.append((x, y))
         self.leaves.append(leaf)
-        self.item.seen, self.item.numel = True, x.numel() // self.samples
+        self.tensor.seen, self.tensor.numel = True, x.numel() // self.samples
         exact = x.detach().float()
-        errors = [self.item.rounded(exact, width).sub_(exact).square().sum() for width in self.item.widths]
+        errors = [self.tensor.rounded(exact, width).sub_(exact).square().sum() for width in self.tensor.widths]
         squares = torch.stack(errors)[None] / self.samples
         self._squares = squares if self._squares is None else self._squares + squares
         return y
 
     def _check_forward(self) -> None:
         if self.forward_ended:
-            raise recomputed(self.item.name)
+            raise recomputed(self.tensor.name)
 
     def values(self, trace: float, group: int) -> tuple[Tensor, Tensor]:
         """Mean trace times squared change, of the whole and of groups of channels."""
-        squares = torch.zeros(self.item.channels, len(self.item.widths)) if self._squares is None else self._squares
-        found = squares.unsqueeze(0) * (trace / max(self.item.numel, 1))
+        squares = torch.zeros(self.tensor.channels, len(self.tensor.widths)) if self._squares is None else self._squares
+        found = squares.unsqueeze(0) * (trace / max(self.tensor.numel, 1))
         return found.sum(1), grouped(found, group)

@@ -1,6 +1,5 @@
 """`measure_sensitivity`: what each width of each tensor of a quantized model costs, by the metric of choice."""
 
-import inspect
 import itertools
 import warnings
 from collections.abc import Iterable, Sequence
@@ -10,18 +9,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from lq.calibration import Forward, run
+from lq.attachment.float_models import float_model
+from lq.attachment.sites import require_attached
 from lq.errors import DataError, NoEffectWarning, SpecError
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout, find_layout
-from lq.recomputation import without_recomputation
+from lq.quantizer.histogram import Reduce
+from lq.quantizer.spec import check_bits
 from lq.sensitivity.brute_force import BruteForce
 from lq.sensitivity.hawq import HawqV2
-from lq.sensitivity.items import Item, find_items, float_model
-from lq.sensitivity.metrics import Fisher, OutputDistortion, require_loss, require_output
+from lq.sensitivity.metrics import Fisher, OutputDistortion
+from lq.sensitivity.reading import Reading
 from lq.sensitivity.table import Found, Sensitivity
-from lq.sites import require_attached
-from lq.spec import check_bits
+from lq.sensitivity.tensors import MeasuredTensor, find_tensors
+from lq.structure.batch_layout import FIRST, Layout, find_layout
+from lq.structure.forward import Forward, run
+from lq.structure.outputs import require_loss, require_output
+from lq.structure.recomputation import without_recomputation
 
 #: Widths measured unless others are asked for.
 WIDTHS = tuple(range(9))
@@ -41,15 +43,11 @@ class Metric(Protocol):
     def measure(
         self,
         model: nn.Module,
-        items: Sequence[Item],
+        tensors: Sequence[MeasuredTensor],
         batches: Iterable[Any],
-        *,
-        group: int,
-        forward: Forward | None,
-        reduce: Reduce | None,
-        layout: Layout = FIRST,
+        reading: Reading,
     ) -> Found:
-        """Measure `items` on `batches`, whose samples lie as `layout` says."""
+        """Measure `tensors` on `batches`, read as `reading` says."""
         ...
 
 
@@ -120,24 +118,16 @@ def measure_sensitivity(
         raise SpecError(f"group={group}; a group has at least 1 channel")
     if not widths:
         raise SpecError("widths is empty; give at least one width")
-    items = find_items(model, [check_bits(width) for width in widths], weights=weights, activations=activations)
-    if not items:
+    tensors = find_tensors(model, [check_bits(width) for width in widths], weights=weights, activations=activations)
+    if not tensors:
         raise SpecError("neither weights nor activations of the model are quantized as asked; nothing can be measured")
     with torch.random.fork_rng(), without_recomputation(model):
         batches = iter(batches)
         first = list(itertools.islice(batches, 1))
         layout = _layout(model, first[0], chosen, forward, batch_dim) if first else FIRST
         torch.manual_seed(seed)
-        found = chosen.measure(
-            model,
-            items,
-            itertools.chain(first, batches),
-            group=group,
-            forward=forward,
-            reduce=reduce,
-            **({"layout": layout} if "layout" in inspect.signature(chosen.measure).parameters else {}),
-        )
-    unseen = [item.name for item in items if not item.seen]
+        found = chosen.measure(model, tensors, itertools.chain(first, batches), Reading(forward, layout, group, reduce))
+    unseen = [tensor.name for tensor in tensors if not tensor.seen]
     if unseen:
         warnings.warn(
             f"{len(unseen)} tensors were never used by the forward ({', '.join(unseen[:3])}, ...): nothing is known of "

@@ -6,7 +6,7 @@ tensor, with the terms of its channels added before the square (MPQCO), and of e
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,26 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lq.calibration import Forward, describe, run
-from lq.errors import DataError, SpecError
-from lq.forward import named_parts
-from lq.histogram import Reduce
-from lq.layout import FIRST, Layout
-from lq.sensitivity.items import Item
+from lq.errors import SpecError
 from lq.sensitivity.one_pass import OnePass
+from lq.sensitivity.reading import Reading, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
-
-#: The label of what has none, as in torch's cross-entropy.
-IGNORED = -100
+from lq.sensitivity.tensors import MeasuredTensor
+from lq.structure.outputs import require_loss
 
 #: Mean loss over the samples of a batch, of a model run on it.
 Loss = Callable[[nn.Module, Any], Tensor]
-
-# What to do where labels do not say what the loss is, for those who call functions and for those who use a Trainer.
-_OWN_LOSS = (
-    "give the metric a loss of its own, such as lq.sensitivity.Fisher(loss=f): f gets the model and the batch and "
-    "returns the mean loss (with a Trainer, a method calibration_loss(batch) of the module does as well)"
-)
 
 
 class _Squared(ABC):
@@ -42,36 +31,32 @@ class _Squared(ABC):
     scale: float
 
     @abstractmethod
-    def objective(self, model: nn.Module, batch: Any, forward: Forward | None, layout: Layout) -> Tensor:
+    def objective(self, model: nn.Module, batch: Any, reading: Reading) -> Tensor:
         """Sum over samples of what is differentiated."""
 
-    def counted(self, batch: Any, layout: Layout) -> Tensor | None:
+    def counted(self, batch: Any, reading: Reading) -> Tensor | None:
         """Which samples count, (B,); None: all of them."""
         return None
 
     def measure(
         self,
         model: nn.Module,
-        items: Sequence[Item],
+        tensors: Sequence[MeasuredTensor],
         batches: Iterable[Any],
-        *,
-        group: int,
-        forward: Forward | None,
-        reduce: Reduce | None,
-        layout: Layout = FIRST,
+        reading: Reading,
     ) -> Found:
         """One forward and one backward per batch."""
-        one_pass = OnePass(model, items, lambda model, batch: self.objective(model, batch, forward, layout), layout)
-        sums = Accumulator(items)
+        one_pass = OnePass(model, tensors, lambda model, batch: self.objective(model, batch, reading), reading.layout)
+        sums = Accumulator(tensors)
         for batch in batches:
-            counted = self.counted(batch, layout)
+            counted = self.counted(batch, reading)
             if counted is not None and not counted.any():
                 sums.ignored += len(counted)
                 continue
             terms = one_pass.measure(batch)
-            sums.add([(found.sum(1).square(), grouped(found, group).square()) for found in terms], counted)
+            sums.add([(found.sum(1).square(), grouped(found, reading.group).square()) for found in terms], counted)
         notes = (f"one sample at a time: {one_pass.single}",) if one_pass.single else ()
-        return sums.found(self.scale, reduce, notes)
+        return sums.found(self.scale, reading.reduce, notes)
 
 
 def grouped(terms: Tensor, group: int) -> Tensor:
@@ -117,21 +102,21 @@ class Fisher(_Squared):
         if self.labels == "model" and self.loss is not None:
             raise SpecError("labels='model' takes the model's own distribution; a loss has no part in it")
 
-    def counted(self, batch: Any, layout: Layout) -> Tensor | None:
+    def counted(self, batch: Any, reading: Reading) -> Tensor | None:
         """Those that have a label, where labels are used."""
-        return has_label(batch, layout) if self.labels == "data" and self.loss is None else None
+        return reading.has_label(batch) if self.labels == "data" and self.loss is None else None
 
-    def objective(self, model: nn.Module, batch: Any, forward: Forward | None, layout: Layout) -> Tensor:
+    def objective(self, model: nn.Module, batch: Any, reading: Reading) -> Tensor:
         """Sum over samples of what is differentiated."""
         if self.loss is not None:
-            return require_loss(self.loss(model, batch)) * layout.size(batch)
-        output = layout.output(require_output(run(model, batch, forward)))
+            return require_loss(self.loss(model, batch)) * reading.layout.size(batch)
+        output = reading.output(model, batch)
         if self.labels == "model":
             root = (output.detach() / self.temperature).softmax(1).sqrt()
             noise = signs(output)
             sent = root * (noise - root * (root * noise).sum(1, keepdim=True))
             return torch.sum(output * sent)
-        return torch.sum(log_likelihood(output, layout.labels(labels_of(batch), batch)))
+        return torch.sum(log_likelihood(output, reading.labels(batch)))
 
 
 @dataclass(frozen=True)
@@ -144,9 +129,9 @@ class OutputDistortion(_Squared):
 
     scale = 1.0
 
-    def objective(self, model: nn.Module, batch: Any, forward: Forward | None, layout: Layout) -> Tensor:
+    def objective(self, model: nn.Module, batch: Any, reading: Reading) -> Tensor:
         """Sum over samples of what is differentiated."""
-        output = layout.output(require_output(run(model, batch, forward))).flatten(1)
+        output = reading.output(model, batch).flatten(1)
         found: Tensor = (output * signs(output)).sum() / math.sqrt(output.shape[1])
         return found
 
@@ -155,81 +140,3 @@ def signs(like: Tensor) -> Tensor:
     """Random signs, from the CPU's generator on every device."""
     found: Tensor = torch.randint(2, like.shape).mul_(2).sub_(1).to(like)
     return found
-
-
-def log_likelihood(output: Tensor, labels: Tensor) -> Tensor:
-    """Log-likelihood of the labels of each sample, (B,).
-
-    Raises:
-        DataError: if labels and output do not go together.
-    """
-    labels = labels.to(output.device)
-    if not labels.is_floating_point() and output.ndim > 1 and labels.shape == (output.shape[0], *output.shape[2:]):
-        try:
-            losses = F.cross_entropy(output, labels.long(), reduction="none", ignore_index=IGNORED)
-        except IndexError as error:
-            raise DataError(
-                f"a label is no class of an output {describe(output)}: {error}; classes go from 0 to "
-                f"{output.shape[1] - 1}, {IGNORED} stands for none"
-            ) from error
-        return -losses.reshape(len(output), -1).sum(1)
-    if labels.is_floating_point() and labels.shape == output.shape:
-        return -0.5 * (output - labels).square().reshape(len(output), -1).sum(1)
-    raise DataError(
-        f"labels {describe(labels)} of {labels.dtype} do not go with an output {describe(output)}: expected classes "
-        f"(B, ...) for logits (B, K, ...), or floats of the output's shape; {_OWN_LOSS}"
-    )
-
-
-def has_label(batch: Any, layout: Layout) -> Tensor | None:
-    """Which samples have a label that is not ignored, (B,); None: all, or labels are no classes."""
-    labels = layout.labels(labels_of(batch), batch)
-    if labels.is_floating_point() or not labels.ndim:
-        return None
-    found = (labels != IGNORED).reshape(len(labels), -1).any(1)
-    return None if bool(found.all()) else found
-
-
-def labels_of(batch: Any) -> Tensor:
-    """The second part of a batch.
-
-    Raises:
-        DataError: if there is none.
-    """
-    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
-        return batch[1]
-    raise DataError(
-        f"a batch of {describe(batch)} has no labels in its second place; {_OWN_LOSS}; or measure without labels, by "
-        "Fisher(labels='model') or OutputDistortion()"
-    )
-
-
-def require_output(output: Any) -> Tensor:
-    """The output as a tensor; of several, the one called "logits", or else the first that is no single number.
-
-    Raises:
-        DataError: if there is none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    parts: Mapping[Any, Any] = named_parts(output) or {}
-    if not parts and isinstance(output, (tuple, list)):
-        parts = dict(enumerate(output))
-    for part in (parts.get("logits"), getattr(output, "logits", None), *parts.values()):
-        if isinstance(part, Tensor) and part.ndim:  # a number is a loss
-            return part
-    raise DataError(
-        f"the forward returned {describe(output)}; it must return the model's output (logits), as a tensor or first in "
-        "a tuple or mapping"
-    )
-
-
-def require_loss(loss: Any) -> Tensor:
-    """The loss as a scalar tensor.
-
-    Raises:
-        DataError: if it is none.
-    """
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss.reshape(())
-    raise DataError(f"loss= returned {describe(loss)}; it must return the mean loss of the batch, one value")

@@ -17,38 +17,41 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lq.calls import FUNCTIONS, MULTI_HEAD, Call, multi_head_attention
+from lq.attachment.float_models import float_model
 from lq.errors import LqError, StateError
-from lq.layout import FIRST, Layout
-from lq.recomputation import recomputed
 from lq.sensitivity.contraction import operands_of, terms
-from lq.sensitivity.items import Item, float_model
+from lq.sensitivity.tensors import MeasuredTensor
+from lq.structure.batch_layout import FIRST, Layout
+from lq.structure.calls import FUNCTIONS, MULTI_HEAD, Call, multi_head_attention
+from lq.structure.recomputation import recomputed
 
 #: The scalar whose gradient is taken: a sum over the samples of a batch, of a model run on it.
 Objective = Callable[[nn.Module, Any], Tensor]
 
 
 class OnePass:
-    """Measures items batch by batch.
+    """Measures tensors batch by batch.
 
     Args:
         model: a model with quantizers.
-        items: what to measure.
+        tensors: what to measure.
         objective: sum over samples of what is differentiated; called with the model and a batch.
         layout: where the samples of batches lie.
     """
 
-    def __init__(self, model: nn.Module, items: Sequence[Item], objective: Objective, layout: Layout = FIRST) -> None:
+    def __init__(
+        self, model: nn.Module, tensors: Sequence[MeasuredTensor], objective: Objective, layout: Layout = FIRST
+    ) -> None:
         self.layout = layout
         self.model = model
-        self.items = items
+        self.tensors = tensors
         self.objective = objective
         self.single: str = ""  # why samples go one at a time; empty: they do not
-        self._by_gradient: list[Item] = []  # items that code other than a layer's function uses
+        self._by_gradient: list[MeasuredTensor] = []  # tensors that code other than a layer's function uses
         self._checked = False
 
     def measure(self, batch: Any) -> list[Tensor]:
-        """The terms of each item for each sample of the batch, (samples, C, W)."""
+        """The terms of each tensor for each sample of the batch, (samples, C, W)."""
         samples = self.layout.size(batch)
         if not self._checked:
             self._check(batch, samples)
@@ -65,10 +68,10 @@ class OnePass:
         state = torch.random.get_rng_state()
         take = self.layout.take
         first = take(batch, 0, 1) if samples > 1 else batch
-        weights = [item for item in self.items if item.is_weight]
+        weights = [tensor for tensor in self.tensors if tensor.is_weight]
         alone = self._run(first, 1, weights, probe=True)
         if self._by_gradient:
-            names = ", ".join(item.name for item in self._by_gradient[:3])
+            names = ", ".join(tensor.name for tensor in self._by_gradient[:3])
             self.single = f"weights are used by other code than a layer's function ({names})"
         elif samples > 1:
             second = self._run(take(batch, 1, 2), 1)
@@ -76,8 +79,8 @@ class OnePass:
             torch.random.set_rng_state(state)
             differing = self._differing(apart, self._together(take(batch, 0, 2)))
             if differing:
-                for item in differing:
-                    item.samples_last = True
+                for tensor in differing:
+                    tensor.samples_last = True
                 torch.random.set_rng_state(state)
                 differing = self._differing(apart, self._together(take(batch, 0, 2)))
                 if differing:
@@ -93,39 +96,43 @@ class OnePass:
         except RuntimeError:  # shapes that do not go together; an error of the model would have come for one sample
             return None
 
-    def _differing(self, apart: list[Tensor], together: list[Tensor] | None) -> list[Item]:
+    def _differing(self, apart: list[Tensor], together: list[Tensor] | None) -> list[MeasuredTensor]:
         """Items whose terms depend on whether samples come in a batch."""
         if together is None:
-            return list(self.items)
+            return list(self.tensors)
         return [
-            item
-            for item, one, both in zip(self.items, apart, together, strict=True)
+            tensor
+            for tensor, one, both in zip(self.tensors, apart, together, strict=True)
             if (one - both).abs().max() > 0.1 * one.abs().max()  # rounding is far below, another sample far above
         ]
 
-    def _run(self, batch: Any, samples: int, by_gradient: Sequence[Item] = (), probe: bool = False) -> list[Tensor]:
-        """The terms of each item, (samples, C, W)."""
-        for item in self.items:
-            item.terms = None
+    def _run(
+        self, batch: Any, samples: int, by_gradient: Sequence[MeasuredTensor] = (), probe: bool = False
+    ) -> list[Tensor]:
+        """The terms of each tensor, (samples, C, W)."""
+        for tensor in self.tensors:
+            tensor.terms = None
         with float_model(self.model), torch.enable_grad():
-            watch = _Watch(self.items, samples, {id(item) for item in by_gradient})
+            watch = _Watch(self.tensors, samples, {id(tensor) for tensor in by_gradient})
             with watch, torch.compiler.set_stance("force_eager"):
                 value = self.objective(self.model, batch)
             watch.forward_ended = True
             if not value.requires_grad:
                 raise StateError("the output does not depend on a quantized layer; nothing can be measured")
-            leaves = [(item, alias) for item, alias in watch.aliases if alias.requires_grad]
+            leaves = [(tensor, alias) for tensor, alias in watch.aliases if alias.requires_grad]
             found = torch.autograd.grad(value, [watch.anchor, *(alias for _, alias in leaves)], allow_unused=True)[1:]
         direct = [(*leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]
         if probe:
-            self._by_gradient = list({id(item): item for item, _, _ in direct}.values())
-        for item, alias, gradient in direct:
-            layout = item.layout
-            rows = [layout.rows(change * gradient).sum(1) for change in item.changes(alias)]
-            item.add(torch.stack(rows, -1).unsqueeze(0))
+            self._by_gradient = list({id(tensor): tensor for tensor, _, _ in direct}.values())
+        for tensor, alias, gradient in direct:
+            layout = tensor.layout
+            rows = [layout.rows(change * gradient).sum(1) for change in tensor.changes(alias)]
+            tensor.add(torch.stack(rows, -1).unsqueeze(0))
         return [
-            item.terms if item.terms is not None else watch.anchor.new_zeros(samples, item.channels, len(item.widths))
-            for item in self.items
+            tensor.terms
+            if tensor.terms is not None
+            else watch.anchor.new_zeros(samples, tensor.channels, len(tensor.widths))
+            for tensor in self.tensors
         ]
 
 
@@ -133,21 +140,21 @@ class _Watch(TorchFunctionMode):
     """Taps every quantizer, and every layer's function that is called with a tapped weight.
 
     Args:
-        items: what to tap.
+        tensors: what to tap.
         samples: number of samples in the batch.
-        by_gradient: ids of items whose weight gets a gradient where no layer's function uses it.
+        by_gradient: ids of tensors whose weight gets a gradient where no layer's function uses it.
     """
 
-    def __init__(self, items: Sequence[Item], samples: int, by_gradient: set[int]) -> None:
+    def __init__(self, tensors: Sequence[MeasuredTensor], samples: int, by_gradient: set[int]) -> None:
         super().__init__()
         self.samples = samples
         self.by_gradient = by_gradient
-        self.aliases: list[tuple[Item, Tensor]] = []  # what stands for each weight
-        self._owners: dict[int, Item] = {}  # by id of that
+        self.aliases: list[tuple[MeasuredTensor, Tensor]] = []  # what stands for each weight
+        self._owners: dict[int, MeasuredTensor] = {}  # by id of that
         self.anchor = torch.zeros((), requires_grad=True)
         self.forward_ended = False
-        for item in items:
-            item.quantizer.tap = self._weight(item) if item.is_weight else self._activation(item)
+        for tensor in tensors:
+            tensor.quantizer.tap = self._weight(tensor) if tensor.is_weight else self._activation(tensor)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,8 +169,8 @@ class _Watch(TorchFunctionMode):
         if operands is None:
             return func(*args, **kwargs)
         source, weight, slot = operands
-        item = self._owners.get(id(weight))
-        if item is None or weight.ndim < 2 or (call.kind == "matmul" and weight.ndim != 2):
+        tensor = self._owners.get(id(weight))
+        if tensor is None or weight.ndim < 2 or (call.kind == "matmul" and weight.ndim != 2):
             return func(*args, **kwargs)
         plain = weight.detach()
         call.replace(slot, plain)
@@ -171,49 +178,51 @@ class _Watch(TorchFunctionMode):
         version = _version(source)
 
         def contract(delta: Tensor) -> None:
-            _check_unchanged(source, version, item)
+            _check_unchanged(source, version, tensor)
             with torch.no_grad():
-                found = terms(call, plain, delta, item.changes(plain), self.samples, item.samples_last)
-                item.add(found)
+                found = terms(call, plain, delta, tensor.changes(plain), self.samples, tensor.samples_last)
+                tensor.add(found)
 
         result.register_hook(contract)
         return result
 
-    def _weight(self, item: Item) -> Callable[[Tensor], Tensor]:
+    def _weight(self, tensor: MeasuredTensor) -> Callable[[Tensor], Tensor]:
         def tap(weight: Tensor) -> Tensor:
-            self._check_forward(item)
-            item.seen, item.numel = True, weight.numel()
-            alias = weight.detach().requires_grad_(id(item) in self.by_gradient)
-            self.aliases.append((item, alias))
-            self._owners[id(alias)] = item
+            self._check_forward(tensor)
+            tensor.seen, tensor.numel = True, weight.numel()
+            alias = weight.detach().requires_grad_(id(tensor) in self.by_gradient)
+            self.aliases.append((tensor, alias))
+            self._owners[id(alias)] = tensor
             return alias
 
         return tap
 
-    def _activation(self, item: Item) -> Callable[[Tensor], Tensor]:
-        copies = item.name.endswith("output")  # what a sum or an activation gives may be changed in place by its reader
+    def _activation(self, tensor: MeasuredTensor) -> Callable[[Tensor], Tensor]:
+        copies = tensor.name.endswith(
+            "output"
+        )  # what a sum or an activation gives may be changed in place by its reader
 
         def tap(x: Tensor) -> Tensor:
-            self._check_forward(item)
+            self._check_forward(tensor)
             if not torch.is_grad_enabled() or not x.is_floating_point():
                 return x
-            item.seen, item.numel = True, x.numel() // self.samples
+            tensor.seen, tensor.numel = True, x.numel() // self.samples
             y = self._anchored(x.clone() if copies else x.view_as(x))
             version = _version(x)
 
             def contract(delta: Tensor) -> None:
-                _check_unchanged(x, version, item)
+                _check_unchanged(x, version, tensor)
                 with torch.no_grad():
-                    item.add(item.activation_terms(x, delta, self.samples))
+                    tensor.add(tensor.activation_terms(x, delta, self.samples))
 
             y.register_hook(contract)
             return y
 
         return tap
 
-    def _check_forward(self, item: Item) -> None:
+    def _check_forward(self, tensor: MeasuredTensor) -> None:
         if self.forward_ended:
-            raise recomputed(item.name)
+            raise recomputed(tensor.name)
 
     def _anchored(self, x: Tensor) -> Tensor:
         """`x`, made to depend on something that has a gradient."""
@@ -225,8 +234,8 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _check_unchanged(x: Tensor, version: int, item: Item) -> None:
+def _check_unchanged(x: Tensor, version: int, tensor: MeasuredTensor) -> None:
     if _version(x) != version:
         raise StateError(
-            f"the tensor at {item.name} is changed in place after it was used; write the model's forward without that"
+            f"the tensor at {tensor.name} is changed in place after it was used; write the model's forward without that"
         )

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lq import schema
 from lq.errors import DataError
-from lq.files import parse_json
-from lq.histogram import Reduce
-from lq.sensitivity.items import Item
+from lq.files import parse_json, schema
+from lq.quantizer.histogram import Reduce
+from lq.quantizer.spec import width_in_file
+from lq.sensitivity.tensors import MeasuredTensor
 from lq.tables import Table
 
 Array = NDArray[np.float64]
@@ -134,7 +134,7 @@ _LOSS, _ERROR = schema.number(), schema.number(0, nan=True)
 _SENSITIVITY = schema.record(
     {
         "metric": schema.text,
-        "widths": schema.array(schema.width, least=1, into=tuple),
+        "widths": schema.array(width_in_file, least=1, into=tuple),
         "samples": schema.integer(),
         "group": schema.integer(1),
         "tensors": schema.array(
@@ -177,19 +177,19 @@ def _require_sizes(found: Sensitivity) -> None:
 
 
 class Accumulator:
-    """Sums over samples of the values of every item; memory does not grow with the samples."""
+    """Sums over samples of the values of every tensor; memory does not grow with the samples."""
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = items
+    def __init__(self, tensors: Sequence[MeasuredTensor]) -> None:
+        self.tensors = tensors
         self.count = 0
         self.ignored = 0  # samples that were left out, because they have no label
         self._sums: list[list[Tensor]] = []
 
     def add(self, values: Sequence[tuple[Tensor, Tensor]], counted: Tensor | None = None) -> None:
-        """Add a batch: for each item the values of each sample, of the whole tensor (S, W) and of groups (S, G, W).
+        """Add a batch: for each tensor the values of each sample, of the whole tensor (S, W) and of groups (S, G, W).
 
         Args:
-            values: of each item.
+            values: of each tensor.
             counted: which samples count, (S,); None: all of them.
         """
         if counted is not None:
@@ -217,8 +217,8 @@ class Accumulator:
         if reduce is not None:
             self._reduce(reduce)
         tensors = tuple(
-            tensor_of(item, *_mean_and_error(a, b, self.count, scale), *_mean_and_error(c, d, self.count, scale))
-            for item, (a, b, c, d) in zip(self.items, self._sums, strict=True)
+            tensor_of(tensor, *_mean_and_error(a, b, self.count, scale), *_mean_and_error(c, d, self.count, scale))
+            for tensor, (a, b, c, d) in zip(self.tensors, self._sums, strict=True)
         )
         if self.ignored:
             notes = (*notes, f"{self.ignored} samples without a label do not count")
@@ -243,10 +243,12 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def tensor_of(item: Item, loss: Array, error: Array, group_loss: Array, group_error: Array) -> TensorSensitivity:
-    """The entry of an item."""
-    role: Literal["weight", "activation"] = "weight" if item.is_weight else "activation"
-    return TensorSensitivity(item.name, role, item.numel, item.channels, loss, error, group_loss, group_error)
+def tensor_of(
+    tensor: MeasuredTensor, loss: Array, error: Array, group_loss: Array, group_error: Array
+) -> TensorSensitivity:
+    """The entry of a tensor."""
+    role: Literal["weight", "activation"] = "weight" if tensor.is_weight else "activation"
+    return TensorSensitivity(tensor.name, role, tensor.numel, tensor.channels, loss, error, group_loss, group_error)
 
 
 def _mean_and_error(total: Tensor, squares: Tensor, count: int, scale: float) -> tuple[Array, Array]:

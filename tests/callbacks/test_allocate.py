@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import lq
+from lq.attachment.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
 from lq.callbacks import AllocateBits, FineTune, Quantize
 from lq.errors import BudgetError, SpecError, StateError
 from lq.sensitivity import Fisher, measure_sensitivity
-from lq.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
 from tests.helpers import QUIET, Tiny, fit, loader, most_values_over_limit, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

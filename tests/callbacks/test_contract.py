@@ -15,8 +15,8 @@ import yaml
 
 import lq
 import lq.callbacks
+from lq.attachment.sites import quantizers
 from lq.callbacks import ExportModel, FineTune, OptimizeRanges, Quantize, Reconstruct, SynthesizeData
-from lq.sites import quantizers
 from tests.helpers import QUIET, assert_same, cli, fit, hooks, loader, quantizer_ids, steps, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

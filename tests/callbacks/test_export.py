@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lq
+from lq.attachment.sites import quantizers
 from lq.callbacks import ExportModel, FineTune, LearnNoiseScale, Quantize, Reconstruct
 from lq.callbacks.export import network
 from lq.errors import DataError, SpecError, StateError
-from lq.sites import quantizers
 from tests.export.exported import assert_close, dynamic, run
 from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, hooks, loader, tiny, trainer
 from tests.models import Residual

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import lq
-from lq.calibration import eval_mode
+from lq.attachment.float_models import float_copy
+from lq.attachment.sites import float_weight, quantized_layers, quantizers
 from lq.callbacks import FineTune, Quantize
-from lq.distillation import float_copy
-from lq.sites import float_weight, quantized_layers, quantizers
+from lq.structure.forward import eval_mode
 from tests.helpers import (
     QUIET,
     Tiny,

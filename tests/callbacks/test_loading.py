@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lq
+from lq.attachment.sites import is_attached
 from lq.callbacks import FineTune, Quantize, load_from_checkpoint
-from lq.sites import is_attached
 from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, loader, steps, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

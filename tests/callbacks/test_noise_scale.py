@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
+from lq.attachment.sites import float_weight, quantized_layers, quantizers, weight_quantizer
 from lq.callbacks import AllocateBits, LearnNoiseScale, Quantize, load_from_checkpoint
-from lq.estimators import NoiseScale
-from lq.noise_scale import prune_silent
-from lq.sites import float_weight, quantized_layers, quantizers, weight_quantizer
+from lq.quantizer.estimators import NoiseScale
+from lq.training.noise_scale import prune_silent
 from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, loader, most_values_over_limit, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

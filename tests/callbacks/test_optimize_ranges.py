@@ -7,11 +7,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 import lq
+from lq.attachment.sites import quantizers
+from lq.calibration.loss_aware import OptimizedRanges, optimize_ranges
 from lq.callbacks import AllocateBits, FineTune, Quantize
 from lq.callbacks.optimize_ranges import OptimizeRanges
 from lq.errors import DataError, SpecError, StateError
-from lq.loss_aware import OptimizedRanges, optimize_ranges
-from lq.sites import quantizers
 from tests.helpers import QUIET, Tiny, assert_same, fit, loader, run_on_ranks, steps, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

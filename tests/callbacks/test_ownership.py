@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint
 from torch import nn
 
+from lq.attachment.sites import float_weight, layers, quantizers
 from lq.callbacks import FineTune, LearnNoiseScale, Quantize
 from lq.errors import StateError
-from lq.sites import float_weight, layers, quantizers
 from tests.callbacks.training import Stop, updates_of
 from tests.helpers import QUIET, Tiny, assert_same, fit, quantizer_ids, run_on_ranks, tiny
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
+from lq.attachment.sites import is_attached, quantizers
 from lq.callbacks import FineTune, LearnNoiseScale, Quantize, Reconstruct, load_from_checkpoint
-from lq.sites import is_attached, quantizers
 from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, loader, steps, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lq
+from lq.attachment.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
 from lq.callbacks import AllocateBits, FineTune, Quantize, Reconstruct
 from lq.errors import SpecError, StateError
 from lq.reconstruction import Reconstruction
-from lq.rounding import AdaRound
-from lq.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
+from lq.reconstruction.rounding import AdaRound
 from tests.helpers import (
     QUIET,
     Tiny,

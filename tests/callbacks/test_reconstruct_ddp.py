@@ -73,7 +73,7 @@ METHODS = {
 
 def callbacks(name, **other):
     from lq.callbacks import Quantize, Reconstruct
-    from lq.rounding import AdaRound, AnnealingSoftmax
+    from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax
 
     rounding = AnnealingSoftmax(temperature=(1.0, 1e-6), lr=0.01) if name == "early" else AdaRound(lr=0.05)
     given = {"iterations": 20, "batch_size": 8, "samples": 32, "rounding": rounding, "step_lr": 0.01, "units": "layer"}

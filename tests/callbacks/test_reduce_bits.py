@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lq
+from lq.attachment.sites import quantizers
 from lq.callbacks import FineTune, Quantize, ReduceBits
-from lq.sites import quantizers
 from tests.helpers import QUIET, assert_same, fit, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

@@ -14,6 +14,7 @@ from torch import nn
 
 import lq
 import lq.callbacks
+from lq.attachment.sites import quantizers
 from lq.callbacks import (
     AllocateBits,
     ExportModel,
@@ -25,7 +26,6 @@ from lq.callbacks import (
     ReduceBits,
     SynthesizeData,
 )
-from lq.sites import quantizers
 from tests.helpers import QUIET, Tiny, assert_same, fit, loader, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
+from lq.attachment.sites import quantizers
 from lq.callbacks import FineTune, Quantize, load_from_checkpoint
-from lq.sites import quantizers
 from tests.helpers import assert_same, fit, steps, trainer
 from tests.models import Block
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import lq
+from lq.attachment.sites import is_attached, quantizers
+from lq.calibration.synthesis import synthesize
 from lq.callbacks import AllocateBits, Quantize
-from lq.callbacks.data import BatchSource, first_batch, training_batches
 from lq.callbacks.synthesize import SynthesizeData
-from lq.sites import is_attached, quantizers
-from lq.synthesis import synthesize
+from lq.callbacks.trainer.data import BatchSource, first_batch, training_batches
 from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, hooks, loader, run_on_ranks, steps, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

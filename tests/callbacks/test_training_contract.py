@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lq.attachment.sites import quantizers
 from lq.errors import LqError
-from lq.sites import quantizers
 from tests.callbacks.training import DISTILLED, FULL, PLAIN, STAGES, Begin, learned, over, updates_of, weights
 from tests.helpers import (
     QUIET,

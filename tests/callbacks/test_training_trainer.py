@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lq
+from lq.attachment.sites import quantizers
 from lq.callbacks import FineTune, Quantize, load_from_checkpoint
-from lq.sites import quantizers
 from tests.callbacks.training import DISTILLED, FULL, PLAIN, STAGES, Begin, check_resume, over, updates_of
 from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, loader, tiny, trainer
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lq.attachment.sites import quantizers
 from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize
-from lq.sites import quantizers
 from tests.helpers import assert_same, fit, quantizer_ids
 
 Chain = Callable[[], list[pl.Callback]]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import lq
+from lq.attachment.stored import stored_weights
 from lq.export.integers import settled_zero_point
-from lq.quantizer import Quantizer
-from lq.stored import stored_weights
+from lq.quantizer.quantizer import Quantizer
 from tests.helpers import assert_same
 
 DIGEST = 16

@@ -208,7 +208,7 @@ def test_every_order_of_dimensions_is_folded(axis):
 
 def test_a_transpose_without_an_order_reverses():
     proto = transposed(None, 0, perm=False)
-    before = run(proto, random(2, 4))[0]
+    before = run(proto, random(2, 4), plain=True)[0]  # onnxruntime 1.23 crashes when it optimizes this
     optimized(proto)
     assert kinds(proto)["Transpose"] == 0
     assert np.array_equal(run(proto, random(2, 4))[0], before)

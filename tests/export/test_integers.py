@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.channels import ChannelLayout
+from lq.attachment.sites import float_weight, weight_quantizer
 from lq.errors import StateError
-from lq.sites import float_weight, weight_quantizer
+from lq.structure.channels import ChannelLayout
+from tests.attachment.test_attach import LAYERS, channel, every_layer, layer_and_input
 from tests.models import example
-from tests.test_attach import LAYERS, channel, every_layer, layer_and_input
 
 GRIDS = {
     "per channel": {},

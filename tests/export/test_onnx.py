@@ -24,9 +24,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import lq
+from lq.attachment.sites import activation_quantizers, weight_quantizer
 from lq.errors import DataError, StateError
 from lq.export import export_onnx
-from lq.sites import activation_quantizers, weight_quantizer
+from lq.export.running import can_read
+from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.test_folding import convnet, norms, randomize
 from tests.export.exported import (
     Pairs,
     activations,
@@ -53,8 +56,6 @@ from tests.export.exported import (
 )
 from tests.helpers import assert_same, hooks
 from tests.models import EXAMPLES, Block, Residual, example, state
-from tests.test_attach import images, quantized, small
-from tests.test_folding import convnet, norms, randomize
 
 #: torch says so of every recurrent layer that it exports, and of its own code on the way.
 pytestmark = [
@@ -866,6 +867,19 @@ def test_an_opset_without_small_types(opset, tmp_path):
     with pytest.raises(DataError, match=message):
         export_onnx(quantized(), images(), tmp_path / "m.onnx", opset=opset)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_bits_where_onnxruntime_cannot_read_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("lq.export.onnx.can_read", lambda opset: opset < 25)
+    model = calibrated(convolutions(), images(8), **few(2))
+    report = export_onnx(model, images(), tmp_path / "m.onnx")
+    assert report.opset == 21 and "int4" in report.weights and "int2" not in report.weights, report.weights
+    assert "weights of 2 bits are stored in 4: this onnxruntime cannot read opset 25" in report.notes
+    assert not any("2 bits" in note for note in export_onnx(quantized(), images(), tmp_path / "m.onnx").notes)
+
+
+def test_which_opsets_onnxruntime_reads():
+    assert can_read(17) and not can_read(99)
 
 
 @pytest.mark.parametrize("opset", [0, 9, 12])

@@ -76,7 +76,7 @@ def test_older_opsets(kind, opset, tmp_path):
     (found,) = run(proto, **{proto.graph.input[0].name: x.numpy()})
     with torch.no_grad():
         expected = model(x)
-    step = max((float(q.step) for q in lq.sites.activation_quantizers(model).values()), default=0.0)
+    step = max((float(q.step) for q in lq.attachment.sites.activation_quantizers(model).values()), default=0.0)
     assert float((torch.from_numpy(found) - expected).abs().max()) < max(1e-5, 2 * step if kind == "norms" else 0)
     if opset > 13:
         return

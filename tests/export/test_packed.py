@@ -9,15 +9,15 @@ from safetensors import safe_open
 from torch import nn
 
 import lq
+from lq.attachment.sites import float_weight, input_quantizer, quantizers, weight_quantizer
 from lq.callbacks import FineTune, LearnNoiseScale, Quantize
 from lq.errors import DataError, StateError
 from lq.export.integers import settled_zero_point
-from lq.sites import float_weight, input_quantizer, quantizers, weight_quantizer
+from tests.attachment.test_attach import LAYERS, every_layer, images, layer_and_input, quantized, small
+from tests.attachment.test_folding import convnet, norms, randomize
 from tests.export.files import grids, integers, parse, quantizers_by_key, round_trip, state
 from tests.helpers import QUIET, Tiny, assert_same, fit, steps, tiny
 from tests.models import EXAMPLES, every_model, example
-from tests.test_attach import LAYERS, every_layer, images, layer_and_input, quantized, small
-from tests.test_folding import convnet, norms, randomize
 
 #: Some examples have weights that functions compute; a test below is about what is said of them.
 TOLD = "ignore:.*weights of functions are stored in float"

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lq
+from lq.attachment.sites import is_attached
 from lq.errors import DataError
-from lq.sites import is_attached
+from tests.attachment.test_attach import images, quantized, small
 from tests.export.files import build, grids, integers, parse, signed, state
 from tests.helpers import assert_same
 from tests.models import example
-from tests.test_attach import images, quantized, small
 
 SCRIPT = """
 import os, signal, sys

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 import lq
+from lq.attachment.stored import call_weights
 from lq.errors import DataError, StateError
 from lq.export import export_program
 from lq.export.standard import standard_form
-from lq.stored import call_weights
+from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.test_folding import convnet
 from tests.export.exported import Pairs, activations, calibrated, depthwise, pictures, weights
 from tests.helpers import assert_same, hooks
 from tests.models import EXAMPLES, example, state
-from tests.test_attach import images, quantized, small
-from tests.test_folding import convnet
 
 #: torch says so of every recurrent layer that it exports.
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self.*_flat_weights")

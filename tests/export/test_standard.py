@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
+from lq.attachment.interception import CALLS, SharedQuantizer
+from lq.attachment.sites import activation_quantizers, float_weight, input_quantizer, quantizers, weight_quantizer
 from lq.errors import StateError
 from lq.export.standard import StandardActivation, StandardWeight, standard_form
-from lq.interception import CALLS, SharedQuantizer
-from lq.quantizer import ActivationQuantizer, Quantizer
-from lq.sites import activation_quantizers, float_weight, input_quantizer, quantizers, weight_quantizer
-from lq.weight_quantizer import WeightQuantizer
+from lq.quantizer.quantizer import ActivationQuantizer, Quantizer
+from lq.quantizer.weight_quantizer import WeightQuantizer
+from tests.attachment.test_attach import LAYERS, channel, every_layer, images, layer_and_input, quantized, small
+from tests.attachment.test_folding import convnet
 from tests.export.exported import activations, calibrated, depthwise, pictures, weights
 from tests.helpers import assert_same, hooks
 from tests.models import EXAMPLES, every_model, example, state
-from tests.test_attach import LAYERS, channel, every_layer, images, layer_and_input, quantized, small
-from tests.test_folding import convnet
 
 ORIGINAL = "parametrizations.weight.original"
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lq.calls import Call
-from lq.channels import ChannelLayout
 from lq.sensitivity import contraction
+from lq.structure.calls import Call
+from lq.structure.channels import ChannelLayout
 
 LAYERS = {
     "linear, one row": (nn.Linear(12, 3), (4, 12)),

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
+from lq.attachment.sites import float_weight, weight_quantizer
 from lq.errors import DataError, LqError, NoEffectWarning, SpecError, StateError
 from lq.sensitivity import BruteForce, Fisher, HawqV2, OutputDistortion, Sensitivity, measure_sensitivity
-from lq.sites import float_weight, weight_quantizer
 
 WIDTHS = (0, 1, 2, 3, 4, 8)
 

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
+from lq.attachment.float_models import float_model
+from lq.attachment.sites import quantizers
 from lq.errors import StateError
-from lq.samples import take
-from lq.sensitivity.items import find_items, float_model
 from lq.sensitivity.metrics import signs
 from lq.sensitivity.one_pass import OnePass
-from lq.sites import quantizers
+from lq.sensitivity.tensors import find_tensors
+from lq.structure.samples import take
 from tests.models import Attention, every_model, example
 
 WIDTHS = (0, 1, 2, 4, 8)
@@ -59,7 +60,7 @@ def by_leaves(model, items, x):
 
 
 def check(model, x):
-    items = find_items(model, WIDTHS)
+    items = find_tensors(model, WIDTHS)
     one_pass = OnePass(model, items, objective)
     found = one_pass.measure(x)
     for n in range(len(x)):
@@ -162,7 +163,7 @@ def test_measuring_leaves_no_trace():
     model.proj.bias.requires_grad_(False)
     before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
     state = torch.random.get_rng_state()
-    OnePass(model, find_items(model, WIDTHS), objective).measure(x.double())
+    OnePass(model, find_tensors(model, WIDTHS), objective).measure(x.double())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(q.tap is None for q in quantizers(model))
     assert all(module.training for module in model.modules())
@@ -187,13 +188,13 @@ def test_tensors_that_change_after_their_use_are_an_error():
     x = torch.randn(3, 4)
     model = lq.attach(Overwrites(), 4, first_last=None)
     with pytest.raises(StateError, match=r"second.weight is changed in place after it was used"):
-        OnePass(model, find_items(model, WIDTHS), lambda model, x: model(x).sum()).measure(x)
+        OnePass(model, find_tensors(model, WIDTHS), lambda model, x: model(x).sum()).measure(x)
 
 
 def test_an_output_that_depends_on_nothing_is_an_error():
     model = lq.attach(nn.Sequential(nn.Linear(4, 4)), 4)
     with pytest.raises(StateError, match="does not depend on a quantized layer"):
-        OnePass(model, find_items(model, WIDTHS), lambda model, x: model(x).detach().sum()).measure(torch.randn(2, 4))
+        OnePass(model, find_tensors(model, WIDTHS), lambda model, x: model(x).detach().sum()).measure(torch.randn(2, 4))
 
 
 def test_random_signs_of_a_batch_are_those_of_its_samples():

@@ -1,0 +1,1 @@
+"""What the callbacks share in dealing with a Trainer: its data, steps, optimizers, checkpoints and averages."""

@@ -1,0 +1,292 @@
+"""The optimizer that quantizer parameters have of their own, beside those of the user.
+
+A user's optimizer must not move the grid of a quantizer: its decay and learning rate are meant for weights. The
+parameters are taken out of it, whenever it gets hold of them, and stepped here when it steps. With several optimizers
+(a GAN) a quantizer belongs to the one that holds the weights of its layer; its gradients are forgotten when those of
+the weights are, so that nothing of another optimizer's loss is left over. Layers that are unfrozen while training goes
+on bring their quantizers along.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lq.errors import StateError
+from lq.quantizer.quantizer import Quantizer
+
+Make = Callable[[list[dict[str, Any]]], Optimizer]
+
+
+class QuantizerOptimizer:
+    """Steps parameters of quantizers along with the user's optimizers.
+
+    Args:
+        groups: the parameters that belong to each of the user's optimizers, by name, in their order.
+        lr: learning rate where the user's schedule is at its peak.
+        make: makes the optimizer of parameter groups.
+        scales: factors on the learning rate, by name of a parameter; others have 1.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, nn.Parameter]],
+        lr: float,
+        make: Make,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        self.lr = lr
+        self._make = make
+        self._set_aside: dict[str, Any] = {}  # states of parameters that no group has now, by name
+        self._build(groups, scales or {})
+
+    def arrange(self, groups: Sequence[Mapping[str, nn.Parameter]], scales: Mapping[str, float] | None = None) -> None:
+        """Have other parameters, or the same ones belong to others of the user's optimizers; their states stay."""
+        states = self.state_dict()
+        self._build(groups, scales or {})
+        self.load_state_dict(states)
+
+    def _build(self, groups: Sequence[Mapping[str, nn.Parameter]], scales: Mapping[str, float]) -> None:
+        self.groups = [list(group.values()) for group in groups]
+        self._names = {id(parameter): name for group in groups for name, parameter in group.items()}
+        self.optimizers = [self._make(self._by_scale(group, scales)) if group else None for group in groups]
+
+    def _by_scale(self, group: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> list[dict[str, Any]]:
+        found: dict[float, list[nn.Parameter]] = {}
+        for name in sorted(group, key=lambda name: scales.get(name, 1.0) != 1.0):
+            found.setdefault(scales.get(name, 1.0), []).append(group[name])
+        return [{"params": parameters, "scale": scale} for scale, parameters in found.items()]
+
+    def step(self, index: int, factor: float, scaler: Any = None) -> None:
+        """Step the group of one of the user's optimizers, at `factor` times the learning rate.
+
+        Without a gradient scaler, whose job that is, gradients that are not finite count as zero: no parameter becomes
+        NaN, and no number has to be waited for.
+        """
+        optimizer = self.optimizers[index]
+        if optimizer is None or all(p.grad is None for p in self.groups[index]):
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * factor * group["scale"]
+        if scaler is not None:
+            scaler.step(optimizer)  # unscales, and skips the step if a gradient overflowed
+        else:
+            for parameter in self.groups[index]:
+                if parameter.grad is not None:
+                    parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+            optimizer.step()
+        optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizers know of each parameter, by its name."""
+        states = dict(self._set_aside)
+        for optimizer in filter(None, self.optimizers):
+            states.update({self._names[id(p)]: dict(state) for p, state in optimizer.state.items()})
+        return states
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; what belongs to a parameter that no group has waits until one has it.
+
+        Raises:
+            StateError: if it is a list, as earlier versions of lq wrote it.
+        """
+        if not isinstance(states, Mapping):
+            raise StateError(
+                "the checkpoint's optimizer of quantizers was written by an earlier version of lq, which did not name "
+                "what it learned; load the weights alone and train anew, without ckpt_path="
+            )
+        self._set_aside = {name: state for name, state in states.items() if name not in self._names.values()}
+        for optimizer in filter(None, self.optimizers):
+            names = [self._names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            known = {number: states[name] for number, name in enumerate(names) if name in states}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
+
+
+class UserOptimizers:
+    """The user's optimizers, which are kept free of the parameters of quantizers, and where their schedules stand.
+
+    Args:
+        ours: identities of the parameters of quantizers.
+        peaks: learning rates at the peaks of the schedules, of a run that is resumed; empty: found by `find_peaks`.
+    """
+
+    def __init__(self, ours: set[int], peaks: Sequence[float] = ()) -> None:
+        self.ours = ours
+        self.peaks = list(peaks)
+        self._known: list[Optimizer] = []
+        self._held: list[int] = []
+        self._hooks: list[Any] = []
+
+    def look(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Take our parameters out of the optimizers there are now; return whether any was replaced or holds others."""
+        if _held(optimizers) == self._held:
+            return False
+        for optimizer in optimizers:
+            remove_parameters(optimizer, self.ours)
+            if not any(known is optimizer for known in self._known):  # others may rebuild groups before it is restored
+                with suppress(AttributeError):  # wrappers around optimizers may lack what hooks need
+                    hook = optimizer.register_load_state_dict_pre_hook(lambda o, _: remove_parameters(o, self.ours))
+                    self._hooks.append(hook)
+        if self._known and self.peaks:
+            known = {id(optimizer): peak for optimizer, peak in zip(self._known, self.peaks, strict=False)}
+            self.peaks = [known.get(id(optimizer)) or peak_rate(optimizer) for optimizer in optimizers]
+        self._known, self._held = list(optimizers), _held(optimizers)
+        return True
+
+    def find_peaks(self) -> None:
+        """Note the rates to compare with, unless a resumed run has them."""
+        self.peaks = self.peaks or [peak_rate(optimizer) for optimizer in self._known]
+
+    def factor(self, index: int) -> float:
+        """Where the schedule of an optimizer stands: its learning rate over that at the peak."""
+        rate, peak = self._known[index].param_groups[0]["lr"], self.peaks[index]
+        return float(rate) / peak if peak else 1.0
+
+    def release(self) -> None:
+        """Leave no hook behind."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _held(optimizers: Iterable[Optimizer]) -> list[int]:
+    """Identities of optimizers and of what they hold: another list whenever one of them has changed."""
+    found = []
+    for optimizer in optimizers:
+        found.append(id(optimizer))
+        for group in optimizer.param_groups:
+            found.extend(map(id, group["params"]))
+    return found
+
+
+def owned(module: nn.Module, optimizers: Sequence[Optimizer], default: int | None = None) -> list[dict[str, Quantizer]]:
+    """The quantizers of `module`, by name, for each optimizer: it holds the weights of their layers.
+
+    Args:
+        module: a module with quantizers.
+        optimizers: the user's.
+        default: number of the optimizer that the quantizers of weights which no optimizer trains go with; None: they
+            are left out.
+    """
+    holder = {id(p): i for i, optimizer in enumerate(optimizers) for g in optimizer.param_groups for p in g["params"]}
+    found: list[dict[str, Quantizer]] = [{} for _ in range(max(len(optimizers), 1))]
+    for name, quantizer, weights in weights_around(module):
+        index = next((holder[id(p)] for p in weights if id(p) in holder), default)
+        if index is not None:
+            found[index][name] = quantizer
+    return found
+
+
+def weights_around(module: nn.Module) -> list[tuple[str, Quantizer, list[nn.Parameter]]]:
+    """Each quantizer of `module` with its name, and the parameters of the nearest module around it that has others."""
+    modules = dict(module.named_modules())
+    ours = quantizer_parameters(module)
+    found = []
+    for name, quantizer in modules.items():
+        if not isinstance(quantizer, Quantizer):
+            continue
+        above, weights = name, list[nn.Parameter]()
+        while above and not weights:
+            above = above.rpartition(".")[0]
+            weights = [p for p in modules[above].parameters() if id(p) not in ours]
+        found.append((name, quantizer, weights))
+    return found
+
+
+def quantizer_parameters(module: nn.Module) -> set[int]:
+    """Identities of all parameters of quantizers, whether they are learned or not."""
+    return {id(p) for part in module.modules() if isinstance(part, Quantizer) for p in part.parameters()}
+
+
+def learned(quantizer: Quantizer) -> dict[str, nn.Parameter]:
+    """What the estimator of a quantizer learns of it, by name."""
+    learns = quantizer.estimator.learns
+    return {name: part for name, part in quantizer.named_parameters(recurse=False) if name in learns}
+
+
+def freeze_with_weights(module: nn.Module) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+    """Freeze what is learned of quantizers where all weights beside them are frozen, and say what was frozen.
+
+    A module of which nothing is trained but its quantizers is left as it is.
+
+    Returns:
+        The weights, and what is learned of the quantizers beside them.
+    """
+    ours = quantizer_parameters(module)
+    if not any(p.requires_grad for p in module.parameters() if id(p) not in ours):
+        return []
+    found = []
+    for _, quantizer, weights in weights_around(module):
+        parts = [part for part in learned(quantizer).values() if part.requires_grad]
+        if parts and not any(p.requires_grad for p in weights):
+            for part in parts:
+                part.requires_grad_(False)
+            found.append((weights, parts))
+    return found
+
+
+def unfreeze_with_weights(frozen: list[tuple[list[nn.Parameter], list[nn.Parameter]]]) -> None:
+    """Unfreeze what `freeze_with_weights` froze where any of the weights is trained by now."""
+    for pair in list(frozen):
+        if any(p.requires_grad for p in pair[0]):
+            for part in pair[1]:
+                part.requires_grad_(True)
+            frozen.remove(pair)
+
+
+def forget_stale_gradients(optimizers: Sequence[Optimizer], groups: Sequence[Iterable[nn.Parameter]]) -> None:
+    """Before a backward: drop the gradients of quantizers where those of the weights beside them were dropped."""
+    for optimizer, group in zip(optimizers, groups, strict=False):
+        weights = [p for g in optimizer.param_groups for p in g["params"]]
+        if weights and all(p.grad is None for p in weights):
+            for parameter in group:
+                parameter.grad = None
+
+
+def remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
+    """Take parameters, and what is known of them, out of an optimizer.
+
+    Raises:
+        StateError: if the optimizer keeps a list of its own.
+    """
+    for group in optimizer.param_groups:
+        kept = [p for p in group["params"] if id(p) not in ids]
+        if len(kept) < len(group["params"]) and hasattr(optimizer, "_params"):
+            raise StateError(
+                f"{type(optimizer).__name__} keeps its own list of parameters, so that quantizer parameters cannot be "
+                "taken out; give it only the weights, or use FineTune(estimator='ste')"
+            )
+        group["params"] = kept
+    for parameter in [p for p in optimizer.state if id(p) in ids]:  # some have a state before their first step
+        del optimizer.state[parameter]
+
+
+def peak_rate(optimizer: Optimizer) -> float:
+    """The learning rate that a user's optimizer, not yet stepped, has where its schedule is at its peak."""
+    rates = (group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    return next((float(rate) for rate in rates if rate), 0.0)  # cyclic schedules start far below their peak
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """The factor on gradients by mixed precision."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def steps_of(trainer: pl.Trainer) -> float:
+    """How often the Trainer will step; infinite where it does not know.
+
+    To be asked when training has begun: the answer needs the data, and a resumed run must restore loaders first.
+    """
+    total = float(trainer.estimated_stepping_batches)
+    return total if total > 0 else math.inf
+
+
+def adam(lr: float) -> Make:
+    """Adam without weight decay."""
+    return lambda groups: torch.optim.Adam(groups, lr=lr)

@@ -1,0 +1,107 @@
+"""What a quantizer is: widths, granularity, grid and range rule, as one frozen value.
+
+A grid of ``b`` bits has the codes ``0 .. 2**b - 1`` and represents ``(q - z) * s``. Signed symmetric grids have the
+zero point ``z = 2**(b-1)``, unsigned ones ``z = 0``, asymmetric ones whatever their range asks for. Two widths are
+special: 0 bits is a pruned channel (exactly zero), 1 bit a two-level one (``-s/2`` and ``+s/2`` when symmetric).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lq.errors import SpecError
+from lq.files.schema import MismatchError
+from lq.quantizer.ranges import RangeRule, range_rule
+
+#: The bit-widths a grid can have.
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
+
+
+def check_bits(bits: object) -> int:
+    """Return `bits` if it is a width a grid can have.
+
+    Raises:
+        SpecError: for anything but an integer in 0..8 or 16.
+
+    >>> check_bits(4)
+    4
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in WIDTHS:
+        raise SpecError(f"bits={bits!r} is not a width; use an integer from 0 to 8, or 16")
+    return bits
+
+
+def width_in_file(value: Any) -> int:
+    """`check_bits` as a check of values from files (`lq.files.schema`)."""
+    try:
+        return check_bits(value)
+    except SpecError as error:
+        raise MismatchError("a width, an integer from 0 to 8 or 16", value) from error
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Args:
+        bits: width in bits (0..8 or 16), or one width per channel.
+        per_channel: one step per output channel instead of one per tensor.
+        symmetric: the zero of the grid is fixed; otherwise a zero point follows the data (if they have both signs).
+        signed: whether values have both signs; None looks at the data.
+        range: rule that picks the clipping range, an object or one of "auto", "minmax", "percentile", "lp", "lsq".
+            "auto" takes min-max at 8 bits and more and the L_p error with p = 2.4 below.
+        power_of_two: round each step to a power of two.
+
+    Raises:
+        SpecError: for a width that does not exist, or widths per channel without ``per_channel``.
+
+    >>> QuantSpec(4).bits
+    4
+    >>> QuantSpec(9)
+    Traceback (most recent call last):
+    ...
+    lq.errors.SpecError: bits=9 is not a width; use an integer from 0 to 8, or 16
+    """
+
+    bits: int | tuple[int, ...]
+    per_channel: bool = True
+    symmetric: bool = True
+    signed: bool | None = None
+    range: str | RangeRule = "auto"
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, Sequence) and not isinstance(self.bits, str):
+            if not self.per_channel:
+                raise SpecError(f"{len(self.bits)} widths were given for one tensor; set per_channel=True")
+            object.__setattr__(self, "bits", tuple(check_bits(b) for b in self.bits))
+        else:
+            check_bits(self.bits)
+        range_rule(self.range, bits=8)  # an unknown rule is an error here, not at calibration
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths as a tuple: one entry, or one per channel."""
+        return self.bits if isinstance(self.bits, tuple) else (self.bits,)
+
+    def at_least(self, bits: int) -> "QuantSpec":
+        """This spec with every width raised to `bits`; pruned channels stay pruned.
+
+        >>> QuantSpec(4).at_least(8).bits
+        8
+        """
+        raised = tuple(max(b, bits) if b else 0 for b in self.widths)
+        return replace(self, bits=raised if isinstance(self.bits, tuple) else raised[0])
+
+
+def weight_spec(value: int | QuantSpec, symmetric: bool = True) -> QuantSpec:
+    """A spec for weights: per output channel, signed; with a zero point for each channel unless symmetric."""
+    return value if isinstance(value, QuantSpec) else QuantSpec(value, symmetric=symmetric, signed=True)
+
+
+def activation_spec(value: int | QuantSpec) -> QuantSpec:
+    """A spec for activations: per tensor; unsigned if the data are, else with a zero point."""
+    spec = value if isinstance(value, QuantSpec) else QuantSpec(value, per_channel=False, symmetric=False)
+    if spec.per_channel:
+        raise SpecError("activations are quantized per tensor; use QuantSpec(..., per_channel=False)")
+    return spec

@@ -1,0 +1,31 @@
+"""Roundings of weights: how the level of each is chosen. Interchangeable; one short file each."""
+
+from collections.abc import Callable
+
+from lq.errors import SpecError
+from lq.reconstruction.rounding.adaround import AdaRound as AdaRound
+from lq.reconstruction.rounding.grid import WeightGrid as WeightGrid
+from lq.reconstruction.rounding.nearest import Nearest as Nearest
+from lq.reconstruction.rounding.rounding import LearnedRounding as LearnedRounding
+from lq.reconstruction.rounding.rounding import Rounding as Rounding
+from lq.reconstruction.rounding.softmax import AnnealingSoftmax as AnnealingSoftmax
+
+_NAMED: dict[str, Callable[[], Rounding]] = {
+    "nearest": Nearest,
+    "adaround": AdaRound,
+    "softmax": AnnealingSoftmax,
+    "wide_softmax": lambda: AnnealingSoftmax(offsets=(-1, 0, 1)),
+}
+
+
+def rounding_of(rounding: str | Rounding) -> Rounding:
+    """The rounding itself, or the one of that name.
+
+    >>> rounding_of("adaround").penalty
+    0.01
+    """
+    if not isinstance(rounding, str):
+        return rounding
+    if rounding not in _NAMED:
+        raise SpecError(f"rounding={rounding!r} is unknown; use {', '.join(map(repr, _NAMED))} or a rounding object")
+    return _NAMED[rounding]()

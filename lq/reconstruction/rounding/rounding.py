@@ -1,0 +1,43 @@
+"""What the roundings of weights have in common: a start from the float weights, a soft way, a hard end."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from lq.reconstruction.rounding.grid import WeightGrid
+
+
+class LearnedRounding(Protocol):
+    """The rounding of the weights of one unit, while it is learned."""
+
+    #: What an optimizer moves; empty if there is nothing to learn.
+    parameters: list[Tensor]
+
+    def advance(self, done: float) -> None:
+        """Set temperatures and the like for a share `done` of the iterations, 0 to 1."""
+        ...
+
+    def levels(self) -> Tensor:
+        """Levels as they are now, perhaps between those of the grid; shape (W,), differentiable."""
+        ...
+
+    def penalty(self) -> Tensor | None:
+        """What to add to the loss, of the levels that were asked for last; None: nothing."""
+        ...
+
+    def hard_levels(self) -> Tensor:
+        """The levels that are chosen; shape (W,)."""
+        ...
+
+
+class Rounding(Protocol):
+    """A way to choose the level of every weight."""
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate of its parameters, for Adam; None: by the number of iterations."""
+        ...
+
+    def begin(self, grid: WeightGrid) -> LearnedRounding:
+        """Start from the weights of `grid`."""
+        ...

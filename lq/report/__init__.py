@@ -1,0 +1,1 @@
+"""What came of it: tables, and what they are shown as."""
