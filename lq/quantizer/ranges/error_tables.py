@@ -1,8 +1,8 @@
 r"""What each grid of a family costs a value in each bin: the L_p errors of all grids are then one matrix product.
 
 Rows that share a width also share their grids once their values are divided by the step of the widest one: levels lie
-at ``s * (k - z)`` for ``k = 0 .. top`` with a shrink ``s`` and a zero point ``z``. A row becomes a histogram over bins of
-that axis, and its errors are ``histogram @ table``. A table holds the mean of ``|Q(x) - x| ** p`` over each bin, by the
+at ``s * (k - z)`` for ``k = 0 .. top`` with a shrink ``s`` and a zero point ``z``. A row becomes a histogram over bins
+of that axis, and its errors are ``histogram @ table``. A table holds the mean of ``|Q(x) - x| ** p`` over each bin, by the
 antiderivative, so that bins and levels cannot beat: for values that are spread evenly within bins there is no bias.
 """
 
@@ -65,7 +65,7 @@ def mean_rounding_error(p: float) -> float:
     >>> mean_rounding_error(2.0) * 12
     1.0
     """
-    return 0.5**p / (p + 1)  # type: ignore[no-any-return]
+    return float(0.5**p / (p + 1))
 
 
 def _antiderivative(code: Array, p: float, top: float) -> Array:
@@ -74,4 +74,4 @@ def _antiderivative(code: Array, p: float, top: float) -> Array:
     if np.isfinite(top):
         level = np.clip(level, 0, top)
     distance = code - level
-    return mean_rounding_error(p) * level + np.sign(distance) * np.abs(distance) ** (p + 1) / (p + 1)  # type: ignore[no-any-return]
+    return mean_rounding_error(p) * level + np.sign(distance) * np.abs(distance) ** (p + 1) / (p + 1)

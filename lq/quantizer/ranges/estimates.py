@@ -1,8 +1,8 @@
 r"""Which few grids are worth a look: errors of all of them, estimated from a histogram of each row.
 
 - `by_table`: rows whose grids have one zero point, or few. Histogram times table (`lq.quantizer.ranges.error_tables`).
-- `by_parts`: grids with a zero point of 5 bits and more are too many. The error of one is the sum of what rounding costs
-  at its step, as if it had no ends, and of what lies beyond each end, less the rounding that was counted there:
+- `by_parts`: grids with a zero point of 5 bits and more are too many. The error of one is the sum of what rounding
+  costs at its step, as if it had no ends, and of what lies beyond each end, less the rounding that was counted there:
   ``sum_i |x_i - s round(x_i / s)|^p + sum_ends (sum_{x_i > e} |x_i - e|^p - s^p / (2^p (p + 1)) * #{x_i > e})``.
 
 All estimates are of rows of one width, divided by the step of their widest grid.
@@ -65,15 +65,11 @@ def by_parts(
 ) -> tuple[Tensor, Tensor]:
     """Like `by_table`, for grids whose zero point is free; shrinks may lie between those of the table."""
     top, bins = int(levels.top[0]), bins_of(int(levels.bits[0]), 0)
-    sides = torch.cat(
-        [histogram(values, unit * sign, 0.0, bins / top, bins, weights, below=False) for sign in (1, -1)]
-    )
+    sides = torch.cat([histogram(values, unit * sign, 0.0, bins / top, bins, weights, below=False) for sign in (1, -1)])
     rounding = (sides[: len(values)] + sides[len(values) :]) @ _tensor(
         tables.rounding_table(p, n * _FINER, top, bins), values
     )
-    tails = sides.unflatten(1, (_TAIL_BINS, -1)).sum(2) @ _tensor(
-        tables.tail_table(p, top, _TAIL_BINS, _ENDS), values
-    )
+    tails = sides.unflatten(1, (_TAIL_BINS, -1)).sum(2) @ _tensor(tables.tail_table(p, top, _TAIL_BINS, _ENDS), values)
 
     def errors(zeros: Tensor, index: Tensor) -> Tensor:
         """Errors of zero points (C, Z) with the shrinks at `index` (C, I), (C, Z, I)."""

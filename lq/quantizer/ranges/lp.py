@@ -13,6 +13,7 @@ them, would otherwise set the range of all others. On the ViT-Tiny, ResNet-20 an
 on it is never clearly worse and often much better: at W8A8 the KL to the float ViT-Tiny falls from 0.14 to 0.03.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,8 +28,10 @@ from lq.quantizer.ranges.rule import Levels, Samples
 _SHORT, _SHORT_WITH_ZERO = 64, 128
 # With a free zero point, widths up to this have a table of all of them.
 _TABLE_BITS = 4
-# Candidates between which the values decide: where the estimate does not do, and with a free zero point.
-_DECIDE, _DECIDE_WITH_ZERO = 4, 8
+# Between how many candidates the values decide, for rows of fewer values than a number; the longer, the better are
+# estimates.
+_DECIDE = ((LONG // 2, 4), (LONG, 2), (math.inf, 1))
+_DECIDE_WITH_ZERO = ((4096, 8), (math.inf, 2))
 # Values and bins that are worked on at a time.
 _ROWS = 1 << 18
 # Steps between candidates that are tried at the best zero point.
@@ -81,18 +84,20 @@ class Lp:
         if self._is_direct(bits, length, levels):
             return DirectSearch(self.p, self.candidates)(values, low, high, levels, weights)
         unit, zero = levels.fit(low, high)
+        counts = _DECIDE_WITH_ZERO if levels.zero_is_free else _DECIDE
+        count = next(count for end, count in counts if length < end)
         if levels.zero_is_free and bits > _TABLE_BITS:
-            zeros, shrinks = by_parts(values, levels, unit, weights, self.p, self.candidates, _DECIDE_WITH_ZERO)
+            zeros, shrinks = by_parts(values, levels, unit, weights, self.p, self.candidates, count)
         else:
-            count = _DECIDE_WITH_ZERO if levels.zero_is_free else _DECIDE if length < LONG else 1
             zeros, shrinks = by_table(values, levels, unit, zero, weights, self.p, self.candidates, count)
         if not levels.zero_is_free:
             return self._decide(values, levels, shrinks * low[:, None], shrinks * high[:, None], weights)
-        steps, last = shrinks * unit[:, None], levels.top[:, None]
+        widest, last = ((high - low) / levels.top)[:, None], levels.top[:, None]  # 0 where all values are
+        steps = shrinks * widest
         low, high = self._decide(values, levels, -zeros * steps, (last - zeros) * steps, weights)
         step, zero = levels.fit(low, high)
         between = torch.tensor((0.0, *_BETWEEN)).to(unit) / self.candidates
-        steps = (step[:, None] + between * unit[:, None]).clamp(min=0)
+        steps = (step[:, None].where(widest > 0, 0.0) + between * widest).clamp(min=0)
         return self._decide(values, levels, -zero[:, None] * steps, last.sub(zero[:, None]) * steps, weights)
 
     def _rows_at_a_time(self, bits: float, length: int, levels: Levels) -> int:
