@@ -6,14 +6,16 @@
 `search` takes the rows of random tensors, or of the weights of a real model, at each width: the CPU time of `Lp`, that
 of `DirectSearch` (which rounds all values for about 27 candidates, several hundred with a free zero point), and the sum
 of the errors against the least that brute force over all candidates finds (with a free zero point: against
-`DirectSearch`). `sensitivity` gives the CPU time of attaching, and of a one-pass sensitivity of one and two batches of 8
-images: what does not grow with batches is the fixed part. All on one thread; ratios count, absolute times do not.
+`DirectSearch`). `sensitivity` gives the CPU time of attaching, and of a one-pass sensitivity of one and two batches of
+8 images: what does not grow with batches is the fixed part. All on one thread; ratios count, absolute times do not.
 """
 
 import argparse
+import runpy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import timm
 import torch
@@ -58,7 +60,8 @@ def direct(values: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
 def error(values: Tensor, levels: Levels, found: tuple[Tensor, Tensor]) -> Tensor:
     """The errors of ranges, in float64."""
     wide = replace(levels, bits=levels.bits.double())
-    return errors(values.double(), wide, *(end.double() for end in found), P, None)
+    low, high = (end.double() for end in found)
+    return errors(values.double(), wide, low, high, P, None)
 
 
 def brute_force(values: Tensor, levels: Levels) -> Tensor:
@@ -79,8 +82,7 @@ def random_rows(kind: str) -> Iterator[tuple[str, list[Tensor]]]:
 
 def real_rows(name: str) -> list[Tensor]:
     """The weights of a real model, by output channel."""
-    from examples.benchmarks.allocation import pack
-
+    pack = runpy.run_path(str(Path(__file__).parent / "allocation.py"), run_name="allocation")["pack"]
     model, _ = pack().load_model(name)
     kinds = (nn.Linear, nn.Conv2d)
     return [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, kinds)]

@@ -1,8 +1,8 @@
 """The L_p search that rounds all values for each candidate: for what tables do not cover, and to check them.
 
-All rows go through each candidate at once. Two-sided ranges with a zero point are searched one end at a time (high, low,
-high, low), then by their step for each zero point nearby, instead of on a plane. Rows of many values try every seventh
-candidate before the neighbours of the best.
+All rows go through each candidate at once. Two-sided ranges with a zero point are searched one end at a time (high,
+low, high, low), then by their step for each zero point nearby, instead of on a plane. Every seventh of 100 candidates
+is tried before the neighbours of the best.
 """
 
 import math

@@ -2,8 +2,8 @@ r"""What each grid of a family costs a value in each bin: the L_p errors of all 
 
 Rows that share a width also share their grids once their values are divided by the step of the widest one: levels lie
 at ``s * (k - z)`` for ``k = 0 .. top`` with a shrink ``s`` and a zero point ``z``. A row becomes a histogram over bins
-of that axis, and its errors are ``histogram @ table``. A table holds the mean of ``|Q(x) - x| ** p`` over each bin, by the
-antiderivative, so that bins and levels cannot beat: for values that are spread evenly within bins there is no bias.
+of that axis, and its errors are ``histogram @ table``. A table holds the mean of ``|Q(x) - x| ** p`` over each bin, by
+the antiderivative, so that bins and levels cannot beat: for values spread evenly within bins there is no bias.
 """
 
 from functools import lru_cache

@@ -15,8 +15,8 @@ from lq.quantizer.ranges import error_tables as tables
 from lq.quantizer.ranges.direct import BLOCK
 from lq.quantizer.ranges.rule import Levels
 
-# Bins for each level, and at least, of rows that are long enough for the estimate alone to decide, and of others.
-_BINS_PER_LEVEL, _MANY_BINS, _BINS = 16, 2048, 1024
+# Bins for each level, and at least: of rows that are long enough for the estimate alone to decide, and of others.
+_BINS_OF_LONG, _BINS_OF_SHORT = (16, 2048), (8, 512)
 #: Rows of so many values are long enough.
 LONG = 512
 # By parts: shrinks for each candidate, and neighbours of the best that are tried, to either side.
@@ -29,7 +29,8 @@ _TAIL_BINS, _ENDS = 1024, 257
 
 def bins_of(bits: int, length: int) -> int:
     """Number of bins for rows of a width and length."""
-    return max(_MANY_BINS if length >= LONG else _BINS, _BINS_PER_LEVEL << bits)
+    per_level, least = _BINS_OF_LONG if length >= LONG else _BINS_OF_SHORT
+    return max(least, per_level << bits)
 
 
 def by_table(
@@ -64,7 +65,7 @@ def by_parts(
     values: Tensor, levels: Levels, unit: Tensor, weights: Tensor | None, p: float, n: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """Like `by_table`, for grids whose zero point is free; shrinks may lie between those of the table."""
-    top, bins = int(levels.top[0]), bins_of(int(levels.bits[0]), 0)
+    top, bins = int(levels.top[0]), max(_TAIL_BINS, 16 << int(levels.bits[0]))
     sides = torch.cat([histogram(values, unit * sign, 0.0, bins / top, bins, weights, below=False) for sign in (1, -1)])
     rounding = (sides[: len(values)] + sides[len(values) :]) @ _tensor(
         tables.rounding_table(p, n * _FINER, top, bins), values
