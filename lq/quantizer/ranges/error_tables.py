@@ -31,9 +31,9 @@ def grid_table(p: float, candidates: int, top: int, zeros: tuple[float, ...], fi
         first: where bins begin, in steps of the widest grid; they are `top` long, or twice that if it is ``-top``.
         bins: number of bins.
 
-    >>> grid_table(2.0, 1, 1, (0.0,), 0.0, 2)  # levels 0 and 1; halves of a step have the mean error 1 / 12
-    array([[0.08333333],
-           [0.08333333]], dtype=float32)
+    >>> table = grid_table(2.0, 1, 1, (0.0,), 0.0, 2)  # levels 0 and 1, two bins of half a step
+    >>> (12 * table).round(5).tolist()
+    [[1.0], [1.0]]
     """
     last = top if first == -top else first + top
     edges = np.linspace(first, last, bins + 1)[:, None, None]
