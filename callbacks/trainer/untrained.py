@@ -47,6 +47,26 @@ def build_as_float(module: pl.LightningModule) -> None:
     module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
 
+class UntrainedWeights:
+    """Looks at the optimizers once, before the first step of a training, for weights that none of them holds.
+
+    By then all callbacks have had their turn in ``on_train_start``, where some give optimizers what they train.
+    """
+
+    def __init__(self) -> None:
+        self._expected = False
+
+    def expect(self) -> None:
+        """Have the next `look` do so."""
+        self._expected = True
+
+    def look(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Warn of quantized weights that no optimizer holds, if a training has begun since the last look."""
+        if self._expected:
+            self._expected = False
+            warn_of_untrained(module, optimizers)
+
+
 def warn_of_untrained(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn of quantized weights that no optimizer holds, if it looks as if one should."""
     tensors = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
