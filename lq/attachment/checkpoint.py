@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lq.attachment.attach import detach, set_estimator
 from lq.attachment.foldable import foldable_pairs, is_norm
 from lq.attachment.folding import fold_pair, folded_norms, folded_pairs, unfold_for
-from lq.attachment.interception import CALLS
 from lq.attachment.placement import attach_sites
+from lq.attachment.running import CALLS
 from lq.attachment.scheme import PlannedSite
 from lq.attachment.sites import INPUT, OUTPUT, WEIGHT_STATE, float_weight, is_attached, quantizers
 from lq.errors import DataError

@@ -16,16 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lq.attachment.interception import (
-    CALLS,
-    CallQuantizers,
-    SharedQuantizer,
-    add_call_quantizer,
-    call_quantizers,
-    rounded_in_place,
-)
+from lq.attachment.interception import add_call_quantizer, call_quantizers
 from lq.attachment.padded import keep_padded
+from lq.attachment.running import CALLS, CallQuantizers, rounded_in_place
 from lq.attachment.scheme import PlannedSite
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import INPUT, OUTPUT, WEIGHT_STATE, float_weight, weight_quantizer
 from lq.attachment.stored import find_range, find_range_in, note_known_sources, read_from
 from lq.errors import StateError

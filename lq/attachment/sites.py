@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lq.attachment.interception import SharedQuantizer, call_quantizers
+from lq.attachment.interception import call_quantizers
+from lq.attachment.shared import SharedQuantizer
 from lq.errors import StateError
 from lq.quantizer.quantizer import ActivationQuantizer, Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer

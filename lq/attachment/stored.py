@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.attachment.interception import SharedQuantizer, add_call_quantizer, call_quantizers, remove_call_quantizers
+from lq.attachment.interception import add_call_quantizer, call_quantizers, remove_call_quantizers
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, weight_quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.site import Site

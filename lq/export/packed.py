@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lq.attachment.checkpoint import rebuild, require_fit
-from lq.attachment.interception import CALLS
+from lq.attachment.running import CALLS
 from lq.attachment.sites import float_weight, require_attached
 from lq.attachment.stored import read_from, stay_float, stored_weights
 from lq.errors import DataError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.attachment.interception import SharedQuantizer
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, weight_quantizer
 from lq.quantizer.histogram import Reduce
 from lq.quantizer.quantizer import ActivationQuantizer

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lq
-from lq.attachment.interception import SharedQuantizer
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import quantizers
 from tests.models import (
     EXAMPLES,

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.attachment.interception import CALLS, SharedQuantizer
+from lq.attachment.running import CALLS
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import activation_quantizers, float_weight, input_quantizer, quantizers, weight_quantizer
 from lq.errors import StateError
 from lq.export.standard import StandardActivation, StandardWeight, standard_form

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.attachment.interception import SharedQuantizer
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import activation_quantizers, float_weight, weight_quantizer
 from lq.errors import DivergenceError
 from lq.quantizer.quantizer import ActivationQuantizer
