@@ -24,7 +24,7 @@ from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import INPUT, OUTPUT, WEIGHT_STATE, float_weight, weight_quantizer
 from lq.attachment.stored import find_range, find_range_in, note_known_sources, read_from
 from lq.errors import StateError
-from lq.quantizer.quantizer import ActivationQuantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.spec import QuantSpec
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout

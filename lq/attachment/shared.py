@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from lq.quantizer.quantizer import PARTS, ActivationQuantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
+from lq.quantizer.quantizer import PARTS
 
 
 class SharedQuantizer(nn.Module):

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 from lq.attachment.interception import call_quantizers
 from lq.attachment.shared import SharedQuantizer
 from lq.errors import StateError
-from lq.quantizer.quantizer import ActivationQuantizer, Quantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
+from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.site import Site
 

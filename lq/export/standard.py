@@ -18,8 +18,8 @@ from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, require_attached, weight_quantizer
 from lq.attachment.stored import CallWeight, call_weights
 from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.final_widths import warn_if_unfinished
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lq.errors import DivergenceError
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.functional import fake_quantize
 from lq.quantizer.histogram import Reduce
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.reconstruction.capture import call
 from lq.reconstruction.drop import random_mask
 from lq.reconstruction.method import Data, Fitted, Inside, Method

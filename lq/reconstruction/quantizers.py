@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, weight_quantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.histogram import Reduce
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.reconstruction.capture import Inputs, call
 from lq.reconstruction.rounding import WeightGrid

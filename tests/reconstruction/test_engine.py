@@ -13,7 +13,7 @@ import lq
 from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import activation_quantizers, float_weight, weight_quantizer
 from lq.errors import DivergenceError
-from lq.quantizer.quantizer import ActivationQuantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.reconstruction import Constant, FisherLoss, LpLoss
 from lq.reconstruction.engine import Data, Inside, Method, UnitQuantizers, _order, fit_unit, refit_ranges, tapped
 from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest
