@@ -3,7 +3,8 @@
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lq.attachment.folding import fold, folded_norms
+from lq.attachment.folded import folded_norms
+from lq.attachment.folding import fold
 from lq.attachment.options import QuantizeOptions
 from lq.attachment.scheme import plan_sites
 from lq.attachment.sites import quantizers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lq.attachment.foldable import CONVOLUTIONS, FoldablePair
+from lq.attachment.pairs import CONVOLUTIONS, FoldablePair
 from lq.structure.forward import Forward, eval_mode, run
 from lq.structure.tracing import Trace, Value, trace
 
