@@ -56,10 +56,10 @@ class QuantizerOptimizer:
         self.optimizers = [self._make(self._by_scale(group, scales)) if group else None for group in groups]
 
     def _by_scale(self, group: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> list[dict[str, Any]]:
-        found: dict[float, list[nn.Parameter]] = {}
+        by_scale: dict[float, list[nn.Parameter]] = {}
         for name in sorted(group, key=lambda name: scales.get(name, 1.0) != 1.0):
-            found.setdefault(scales.get(name, 1.0), []).append(group[name])
-        return [{"params": parameters, "scale": scale} for scale, parameters in found.items()]
+            by_scale.setdefault(scales.get(name, 1.0), []).append(group[name])
+        return [{"params": parameters, "scale": scale} for scale, parameters in by_scale.items()]
 
     def step(self, index: int, factor: float, scaler: Any = None) -> None:
         """Step the group of one of the user's optimizers, at `factor` times the learning rate.
@@ -155,12 +155,12 @@ class UserOptimizers:
 
 def _held(optimizers: Iterable[Optimizer]) -> list[int]:
     """Identities of optimizers and of what they hold: another list whenever one of them has changed."""
-    found = []
+    identities = []
     for optimizer in optimizers:
-        found.append(id(optimizer))
+        identities.append(id(optimizer))
         for group in optimizer.param_groups:
-            found.extend(map(id, group["params"]))
-    return found
+            identities.extend(map(id, group["params"]))
+    return identities
 
 
 def remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
@@ -170,13 +170,13 @@ def remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
         StateError: if the optimizer keeps a list of its own.
     """
     for group in optimizer.param_groups:
-        kept = [p for p in group["params"] if id(p) not in ids]
-        if len(kept) < len(group["params"]) and hasattr(optimizer, "_params"):
+        others = [p for p in group["params"] if id(p) not in ids]
+        if len(others) < len(group["params"]) and hasattr(optimizer, "_params"):
             raise StateError(
                 f"{type(optimizer).__name__} keeps its own list of parameters, so that quantizer parameters cannot be "
                 "taken out; give it only the weights, or use FineTune(estimator='ste')"
             )
-        group["params"] = kept
+        group["params"] = others
     for parameter in [p for p in optimizer.state if id(p) in ids]:  # some have a state before their first step
         del optimizer.state[parameter]
 

@@ -21,19 +21,19 @@ def owned(module: nn.Module, optimizers: Sequence[Optimizer], default: int | Non
             are left out.
     """
     holder = {id(p): i for i, optimizer in enumerate(optimizers) for g in optimizer.param_groups for p in g["params"]}
-    found: list[dict[str, Quantizer]] = [{} for _ in range(max(len(optimizers), 1))]
+    by_optimizer: list[dict[str, Quantizer]] = [{} for _ in range(max(len(optimizers), 1))]
     for name, quantizer, weights in weights_around(module):
         index = next((holder[id(p)] for p in weights if id(p) in holder), default)
         if index is not None:
-            found[index][name] = quantizer
-    return found
+            by_optimizer[index][name] = quantizer
+    return by_optimizer
 
 
 def weights_around(module: nn.Module) -> list[tuple[str, Quantizer, list[nn.Parameter]]]:
     """Each quantizer of `module` with its name, and the parameters of the nearest module around it that has others."""
     modules = dict(module.named_modules())
     ours = quantizer_parameters(module)
-    found = []
+    surrounded = []
     for name, quantizer in modules.items():
         if not isinstance(quantizer, Quantizer):
             continue
@@ -41,8 +41,8 @@ def weights_around(module: nn.Module) -> list[tuple[str, Quantizer, list[nn.Para
         while above and not weights:
             above = above.rpartition(".")[0]
             weights = [p for p in modules[above].parameters() if id(p) not in ours]
-        found.append((name, quantizer, weights))
-    return found
+        surrounded.append((name, quantizer, weights))
+    return surrounded
 
 
 def quantizer_parameters(module: nn.Module) -> set[int]:
@@ -79,14 +79,14 @@ def freeze_with_weights(module: nn.Module) -> list[tuple[list[nn.Parameter], lis
     ours = quantizer_parameters(module)
     if not any(p.requires_grad for p in module.parameters() if id(p) not in ours):
         return []
-    found = []
+    frozen = []
     for _, quantizer, weights in weights_around(module):
         parts = [part for part in learned(quantizer).values() if part.requires_grad]
         if parts and not any(p.requires_grad for p in weights):
             for part in parts:
                 part.requires_grad_(False)
-            found.append((weights, parts))
-    return found
+            frozen.append((weights, parts))
+    return frozen
 
 
 def unfreeze_with_weights(frozen: list[tuple[list[nn.Parameter], list[nn.Parameter]]]) -> None:

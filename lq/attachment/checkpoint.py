@@ -58,13 +58,13 @@ def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     is_file = isinstance(source, (str, Path))
     content = read_checkpoint(source) if isinstance(source, (str, Path)) else source
     with named(str(source)) if is_file else nullcontext():
-        found = content.get("state_dict", content) if isinstance(content, Mapping) else content
-        if not isinstance(found, Mapping):
-            raise DataError(f"expected a state dict or a checkpoint with one, got a {type(found).__name__}")
-        strange = next((key for key in found if not isinstance(key, str)), None)
+        state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else content
+        if not isinstance(state_dict, Mapping):
+            raise DataError(f"expected a state dict or a checkpoint with one, got a {type(state_dict).__name__}")
+        strange = next((key for key in state_dict if not isinstance(key, str)), None)
         if strange is not None:
             raise DataError(f"expected a state dict with names of tensors, got one with the key {strange!r:.80}")
-    return dict(found)
+    return dict(state_dict)
 
 
 def part_of(state_dict: Mapping[str, Any], model: nn.Module) -> str:
@@ -87,11 +87,11 @@ def part_of(state_dict: Mapping[str, Any], model: nn.Module) -> str:
 def _below(name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a part, without its name."""
     prefix = f"{name}." if name else ""
-    found = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    if not found and state_dict:
+    entries = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    if not entries and state_dict:
         parts = sorted({key.partition(".")[0] for key in state_dict})
         raise DataError(f"the checkpoint has no part {name!r}; it has {', '.join(parts[:8])}")
-    return found
+    return entries
 
 
 def require_fit(model: nn.Module, state_dict: Mapping[str, Any], source: str = "the checkpoint") -> None:
@@ -168,15 +168,15 @@ def _lacking(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
 
 def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Entries by the names that a float model has for them, without those of quantizers."""
-    found = {}
+    entries = {}
     for key, value in state_dict.items():
         name, _, last = key.rpartition(".")
         if last in (*_STATE, FINAL, "_extra_state") and site_of(name) is not None:
             continue
         if f".{key}".endswith(f".{_ORIGINAL}") and f"{key.removesuffix('original')}0.bits" in state_dict:
             key = f"{key.removesuffix(_ORIGINAL)}weight"  # noqa: PLW2901
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:
@@ -233,14 +233,14 @@ def _has_statistics(state_dict: Mapping[str, Any], norm: str) -> bool:
 def _once(plan: dict[str, PlannedSite], modules: Mapping[str, nn.Module]) -> dict[str, PlannedSite]:
     """The plan without the other names that a module with several is saved under."""
     owners = {planned.owner for planned in plan.values()}
-    seen: set[tuple[int, str]] = set()
-    kept = {}
+    places: set[tuple[int, str]] = set()
+    sites = {}
     for name, planned in plan.items():
         place = (id(modules[planned.site.module]), planned.site.place)
-        if place not in seen or name in owners:
-            kept[name] = planned
-        seen.add(place)
-    return kept
+        if place not in places or name in owners:
+            sites[name] = planned
+        places.add(place)
+    return sites
 
 
 def _require_layers(sites: Collection[Site], model: nn.Module, source: str) -> None:

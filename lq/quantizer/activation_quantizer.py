@@ -68,8 +68,8 @@ class ActivationQuantizer(Quantizer):
             raise StateError(
                 f"{self.name} has no record of its values (a checkpoint has none); run lq.calibrate(model, batches)"
             )
-        asked = self.spec.signed if self.spec else None
-        return self.seen, bool(self.seen.low < 0) if asked is None else asked
+        signed = self.spec.signed if self.spec else None
+        return self.seen, bool(self.seen.low < 0) if signed is None else signed
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` rounded to the grid; same shape and dtype; without a range, see `lq.quantizer.unreached`.

@@ -13,8 +13,8 @@ def without_rounding_error(values: Tensor, unit: float) -> Tensor:
     >>> without_rounding_error(torch.tensor([2.9999998, 2.9]), 1.0)
     tensor([3.0000, 2.9000])
     """
-    whole = (values / unit).round() * unit
-    return torch.where((values - whole).abs() < _ROUNDING * values.abs(), whole, values)
+    multiples = (values / unit).round() * unit
+    return torch.where((values - multiples).abs() < _ROUNDING * values.abs(), multiples, values)
 
 
 def middle(bits: Tensor) -> Tensor:
