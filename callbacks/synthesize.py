@@ -104,12 +104,12 @@ class SynthesizeData(ModuleCallback):
         """At least `samples` images (over all ranks) in batches, on the device; fewer if there are fewer."""
         if self.images is None:
             self.images = self._synthesize(trainer)
-        seen = 0
+        count = 0
         for images in self.images.split(self.batch_size):
             batch = trainer.precision_plugin.convert_input([images])
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            seen += len(images)
-            if seen * trainer.world_size >= samples:
+            count += len(images)
+            if count * trainer.world_size >= samples:
                 break
 
     def example_batch(self, module: pl.LightningModule) -> Any:

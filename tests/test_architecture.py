@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "configuration": "errors files",
     "structure": "errors files tables",
     "quantizer": "errors files structure",
-    "attachment": "errors files tables structure quantizer",
+    "attachment": "errors files options tables structure quantizer",
     "calibration": "errors structure quantizer attachment",
     "sensitivity": "errors files tables structure quantizer attachment",
     "allocation": "errors files tables structure quantizer attachment sensitivity",

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lq.attachment.checkpoint import folds_otherwise, planned_by, rebuild
+from lq.attachment.checkpoint import folds_otherwise, rebuild
+from lq.attachment.saved_plan import planned_by
 from lq.attachment.sites import is_attached
 from lq.errors import DataError, StateError
 from lq.structure.forward import Forward, eval_mode, run

@@ -45,7 +45,8 @@ from lq.attachment.sites import activation_quantizers, quantizers, require_attac
 from lq.calibration.refitting import samples_of
 from lq.errors import DataError, NoEffectWarning, SpecError, StateError
 from lq.quantizer.histogram import Reduce
-from lq.quantizer.quantizer import Quantizer, middle
+from lq.quantizer.levels import middle
+from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.ranges import Levels, Lp, Samples
 from lq.structure.forward import Forward, describe, eval_mode, run
 from lq.structure.outputs import kl_divergence, require_loss, require_output

@@ -76,8 +76,8 @@ class WeightQuantizer(Quantizer):
         """The values that share a step, by row, and whether they have both signs."""
         weight = weight.detach().float()
         values = self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
-        asked = self.spec.signed if self.spec else True
-        return Samples(values), bool(values.min() < 0) if asked is None else asked
+        signed = self.spec.signed if self.spec else True
+        return Samples(values), bool(values.min() < 0) if signed is None else signed
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` rounded to the grid; same shape and dtype."""
@@ -87,12 +87,12 @@ class WeightQuantizer(Quantizer):
             return self._quantize(weight)
         self.take_over_writes()
         keeps = can_be_kept(weight) and not (self.training or torch.is_grad_enabled() or transforms_active())
-        kept = self._kept if keeps else None
-        if kept is None or not kept.is_of(weight, self):
+        kept_weight = self._kept if keeps else None
+        if kept_weight is None or not kept_weight.is_of(weight, self):
             rounded = self._quantize(weight)
             self._kept = KeptWeight(weight, self, rounded) if keeps else None
         else:
-            rounded = kept.rounded
+            rounded = kept_weight.rounded
         if not transforms_active() and read_outside_of_forwards():
             rounded = rounded.clone() if keeps else rounded  # what is kept must not be written to
             self._written = WrittenWeight(weight, rounded)

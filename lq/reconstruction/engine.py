@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lq.errors import DivergenceError
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.functional import fake_quantize
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.reconstruction.capture import call
 from lq.reconstruction.drop import random_mask
 from lq.reconstruction.feedback import feedback_levels

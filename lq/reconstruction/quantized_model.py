@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lq.attachment.sites import common_module, float_weight, quantizers, weight_quantizer
-from lq.quantizer.quantizer import ActivationQuantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 
 

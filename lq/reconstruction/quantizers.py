@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lq.attachment.interception import SharedQuantizer
-from lq.quantizer.quantizer import ActivationQuantizer
+from lq.attachment.shared import SharedQuantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.reconstruction.quantized_model import QuantizedModel
 from lq.reconstruction.units import Unit

@@ -73,6 +73,18 @@ def test_arguments_are_documented(cls):
 
 
 @every
+def test_lightning_cli_shows_each_argument_with_its_text(cls, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        cli(options=[f"--trainer.callbacks.help=lq.callbacks.{cls.__name__}"])
+    shown = " ".join(capsys.readouterr().out.split())
+    section = inspect.cleandoc(cls.__doc__).split("Args:\n")[1]
+    for name, text in re.findall(r"^    (\w+): (.+)", section, re.MULTILINE):
+        assert f"--trainer.callbacks.{name}" in shown, name
+        assert text in shown, name
+
+
+@every
 def test_lightning_cli_builds_it_from_yaml(cls, tmp_path):
     defaults = {name: p.default for name, p in arguments(cls).items()}
     entry = {"class_path": f"lq.callbacks.{cls.__name__}", "init_args": defaults}

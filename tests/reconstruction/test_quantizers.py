@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 import lq
-from lq.attachment.interception import SharedQuantizer
-from lq.quantizer.quantizer import ActivationQuantizer
+from lq.attachment.shared import SharedQuantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.reconstruction.quantizers import tapped
 from tests.models import Block
 from tests.reconstruction.networks import samples
