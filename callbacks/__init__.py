@@ -10,6 +10,7 @@ from lq.callbacks.loading import load_from_checkpoint as load_from_checkpoint
 from lq.callbacks.noise_scale import LearnNoiseScale as LearnNoiseScale
 from lq.callbacks.optimize_ranges import OptimizeRanges as OptimizeRanges
 from lq.callbacks.quantize import Quantize as Quantize
+from lq.callbacks.recipe import Recipe as Recipe
 from lq.callbacks.reconstruct import Reconstruct as Reconstruct
 from lq.callbacks.reduce_bits import ReduceBits as ReduceBits
 from lq.callbacks.synthesize import SynthesizeData as SynthesizeData

@@ -94,6 +94,7 @@ def state(callback: pl.Callback) -> dict:
 
 def test_every_callback_is_in_a_chain(tmp_path):
     ours = {value for value in vars(lq.callbacks).values() if inspect.isclass(value) and issubclass(value, pl.Callback)}
+    ours.remove(lq.callbacks.Recipe)  # keeps nothing; it is gone once there is a module
     assert ours == {type(callback) for _, chain in CHAINS.values() for callback in chain(tmp_path)}
 
 
