@@ -15,8 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lq.attachment.running import CALLS, RUNNING, CallQuantizers, enter, leave, quantized_forward
+from lq.attachment.running import CALLS, RUNNING, CallQuantizers, Watch, enter, leave, quantized_forward
 from lq.quantizer.quantizer import Quantizer
+
+
+@contextmanager
+def watched_calls(watch: Watch) -> Iterator[None]:
+    """Have `watch` run the products that have quantizers, in this thread.
+
+    It is given the module, the names of the calls (two for fused attention, whose result is that of the second), and
+    what computes the result, as often as it is called; it returns what flows on.
+    """
+    before, RUNNING.watch = RUNNING.watch, watch
+    try:
+        yield
+    finally:
+        RUNNING.watch = before
 
 
 @contextmanager

@@ -34,6 +34,9 @@ from lq.structure.site import activation_key, weight_key
 #: Attribute of a module that holds the quantizers of its calls.
 CALLS = "call_quantizers"
 
+#: Runs a call of a module: given the module, the names of its calls, and what computes the result.
+Watch = Callable[[nn.Module, tuple[str, ...], Callable[[], Any]], Any]
+
 _ATTENTION_SLOTS = {"query": (0, "left"), "key": (0, "right"), "probabilities": (1, "left"), "value": (1, "right")}
 
 
@@ -114,7 +117,7 @@ class RunningForward:
             return self._attention(function, args, kwargs)
         if name in RESULTS:
             return self._result(function, RESULTS[name], args, kwargs)
-        return self._product(function, Call.of(name, args, kwargs))
+        return self._product(function, name, args, kwargs)
 
     def _result(self, function: Any, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = args[0] if args else kwargs.get("input")
@@ -129,21 +132,37 @@ class RunningForward:
             return quantizer(function(*args, **kwargs))
         return rounded_in_place(quantizer, first, lambda copied: function(copied, *args[1:], **kwargs))
 
-    def _product(self, function: Any, call: Call) -> Any:
-        prefix = f"{call.kind}_{self.next(call.kind)}_"
+    def _product(self, function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = Call.of(name, args, kwargs)
+        key = f"{call.kind}_{self.next(call.kind)}"
+
+        def compute() -> Any:
+            return self._multiplied(function, Call.of(name, args, kwargs), key)
+
+        result = self._multiplied(function, call, key) if RUNNING.watch is None else self._watched((key,), compute)
+        self._note_work(key, lambda: call.macs(result))
+        return result
+
+    def _watched(self, keys: tuple[str, ...], compute: Callable[[], Any]) -> Any:
+        """The result of a call, or of the calls that a function is made of, in the hands of who watches them."""
+        watch = RUNNING.watch
+        known = any(call_of(name) in keys for name in self.quantizers)
+        return watch(self.module, keys, compute) if watch is not None and known else compute()
+
+    def _multiplied(self, function: Any, call: Call, key: str) -> Any:
+        """The result of a product, its operands quantized."""
+        prefix = f"{key}_"
         for slot in call.places:
-            for key in (weight_key(prefix, slot), activation_key(prefix, slot)):
-                quantizer = self.quantizers.get(key)
+            for place in (weight_key(prefix, slot), activation_key(prefix, slot)):
+                quantizer = self.quantizers.get(place)
                 if quantizer is None:
                     continue
-                operand = require_tensor(call.operand(slot), key)
+                operand = require_tensor(call.operand(slot), place)
                 if isinstance(quantizer, WeightQuantizer):
                     call.replace(slot, quantizer.at_call(operand, call.layout(slot), self.module))
                 else:
                     call.replace(slot, quantizer(operand))
-        result = function(*call.args, **call.kwargs)
-        self._note_work(prefix[:-1], lambda: call.macs(result))
-        return result
+        return function(*call.args, **call.kwargs)
 
     def _note_work(self, call: str, macs: Callable[[], float]) -> None:
         if RUNNING.work:
@@ -167,12 +186,18 @@ class RunningForward:
             scores = float(query.numel() // query.shape[-1] * key.shape[-2])
             self._note_work(f"matmul_{first}", lambda: scores * query.shape[-1])
             self._note_work(f"matmul_{first + 1}", lambda: scores * value.shape[-1])
-        return attention(
-            lambda slot, x: quantizers[slot](x) if slot in quantizers else x,
-            "probabilities" not in quantizers,
-            *args,
-            **kwargs,
-        )
+
+        def compute() -> Tensor:
+            return attention(
+                lambda slot, x: quantizers[slot](x) if slot in quantizers else x,
+                "probabilities" not in quantizers,
+                *args,
+                **kwargs,
+            )
+
+        if RUNNING.watch is None:
+            return compute()
+        return self._watched((f"matmul_{first}", f"matmul_{first + 1}"), compute)  # type: ignore[no-any-return]
 
 
 def _is_torchs(kind: type[nn.Module]) -> bool:
@@ -213,10 +238,11 @@ class _Interception(TorchFunctionMode):
 
 
 class _Running(threading.local):
-    """What runs in this thread: forwards, innermost last, and who counts their work."""
+    """What runs in this thread: forwards, innermost last, who counts their work, and who watches their calls."""
 
     def __init__(self) -> None:
         self.forwards: list[RunningForward] = []
+        self.watch: Watch | None = None
         self.work: list[dict[tuple[int, str], float]] = []
 
 
