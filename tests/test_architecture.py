@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "training": "errors structure quantizer attachment",
     "reconstruction": "errors files options tables structure quantizer attachment calibration allocation",
     "export": "errors files structure quantizer attachment",
-    "report": "errors files tables structure quantizer attachment calibration sensitivity allocation reconstruction",
+    "report": "errors files tables structure quantizer attachment calibration reconstruction",
     "sites": "attachment",
     "cli": "errors files tables configuration structure attachment calibration sensitivity allocation export",
 }
