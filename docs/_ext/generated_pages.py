@@ -72,7 +72,7 @@ METHODS = {
 #: Public names under headings; names that are new come under "More" by themselves.
 GROUPS = {
     "Quantize": ("attach", "detach", "calibrate", "set_bits", "set_estimator", "fold_batchnorm", "load", "recipe"),
-    "Look": ("inspect", "Structure", "summary", "recipe_names"),
+    "Look": ("inspect", "Structure", "summary", "compare", "Comparison", "recipe_names"),
     "Choose widths": ("measure_sensitivity", "Sensitivity", "allocate", "Allocation", "Latency", "QuantSpec"),
     "Fit without training": ("reconstruct", "Reconstruction", "optimize_ranges", "synthesize"),
     "Export": ("save", "export_onnx", "OnnxReport", "export_program", "integer_weights", "IntegerWeight"),

@@ -28,6 +28,13 @@ _LIBRARIES = {"lq", "torch", "torchvision", "timm", "numpy", "scipy", "lightning
 # The folders in a dotted name of lq's: of `lq.<folders>.<file>.<name>`.
 _FOLDERS = re.compile(r"\blq\.(?:[a-z]\w*\.)+(?=[a-z]\w*\.[A-Za-z_])")
 
+# What files call lq's modules whose own file has been split since version 0.1.0.
+_NAMES_IN_FILES = {
+    "lq.activation_quantizer.ActivationQuantizer": "lq.quantizer.ActivationQuantizer",
+    "lq.shared.SharedQuantizer": "lq.interception.SharedQuantizer",
+    "lq.running.CallQuantizers": "lq.interception.CallQuantizers",
+}
+
 
 class Digest:
     """A hash that tensors and texts are added to."""
@@ -270,4 +277,5 @@ def without_folders(text: str) -> str:
 
 
 def _name(thing: Any) -> str:
-    return without_folders(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}")
+    name = without_folders(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}")
+    return _NAMES_IN_FILES.get(name, name)
