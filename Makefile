@@ -10,8 +10,8 @@ demo: .venv/demo.stamp
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# The fast tests with the oldest versions that pyproject.toml declares, in an environment of its own. Not in .ci/run: it has not
-# passed yet. onnxruntime 1.23 lacks kernels for files of 6 bits and of activations of 4 bits; the rest has not been run whole.
+# The fast tests with the oldest versions that pyproject.toml declares, in an environment of its own. Not in .ci/run: with torch
+# 2.10.0 on Python 3.11, 7 088 passed and 18 failed, 13 of them of torch.compile, whose tracing of autograd functions fails there.
 test-oldest: .venv-oldest/stamp
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile -p no:anyio
 

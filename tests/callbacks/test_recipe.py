@@ -125,8 +125,9 @@ def test_a_callback_before_it_sees_the_whole_list():
     seen = []
 
     class Looking(Quantize):
-        def _check_order(self, trainer):
+        def _attach(self, trainer, module, stage):
             seen.extend(type(callback).__name__ for callback in trainer.callbacks)
+            super()._attach(trainer, module, stage)
 
     with pytest.raises(lq.StateError, match="already, and not as this Quantize callback says"):
         fit(tiny(), [Looking(8, 8), Recipe("ptq_w8a8", weights=3)])
