@@ -1,5 +1,6 @@
 """The base of the data modules: loaders, transforms, and the check that data and model have the same classes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ _IMAGENET = {
 }
 
 
-class ImageData(pl.LightningDataModule):
+class ImageData(pl.LightningDataModule, ABC):
     """Base of the data modules: loaders, transforms, and the check that data and model have the same classes.
 
     Subclasses set ``classes`` (names or a number) and ``parts`` in `_read`.
@@ -111,13 +112,13 @@ class ImageData(pl.LightningDataModule):
                 f"model: give it num_classes={count} ({option.format(count=count)}){self._advice(count, expected)}"
             )
 
+    @abstractmethod
     def _read(self, config: dict[str, Any], augment: bool) -> None:
         """Set ``classes`` and ``parts``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _described(self) -> str:
         """What the data are, for messages."""
-        raise NotImplementedError
 
     def _advice(self, count: int, expected: int) -> str:
         return ""
