@@ -1,7 +1,10 @@
-"""Post-training reconstruction: AdaRound, BRECQ, QDrop, MRECG and NWQ as choices of one engine."""
+"""Post-training reconstruction: AdaRound, BRECQ, QDrop, MRECG, NWQ, APHQ, FIMA-Q and GLF-Q as choices of one engine."""
 
+from lq.reconstruction.aph import APHLoss as APHLoss
+from lq.reconstruction.dplr import DPLRLoss as DPLRLoss
 from lq.reconstruction.drop import Annealed as Annealed
 from lq.reconstruction.drop import Constant as Constant
+from lq.reconstruction.global_loss import GlobalLoss as GlobalLoss
 from lq.reconstruction.granularity import Merges as Merges
 from lq.reconstruction.losses import FisherLoss as FisherLoss
 from lq.reconstruction.losses import KLLoss as KLLoss

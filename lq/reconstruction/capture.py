@@ -5,14 +5,14 @@ its own code runs for that: units that are done return what was kept of them, an
 begins. No unit is computed twice, and only outputs that a later unit needs are kept.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from lq.attachment.sites import INPUT, OUTPUT
 from lq.errors import DataError, StateError
@@ -83,6 +83,25 @@ class Batches:
                 joined = join(joined, self[position], size, self.sizes[position], self.layout.dim)
                 size += self.sizes[position]
         return take(joined, 0, count, size, self.layout.dim, self.layout.lists)
+
+    def select(self, index: Tensor | slice) -> Any:
+        """The samples of these numbers as one batch, in memory of its own; batches are read one at a time."""
+        numbers = list(range(*index.indices(self.samples))) if isinstance(index, slice) else index.tolist()
+        parts: dict[int, Any] = {}
+        start = 0
+        for position, size in enumerate(self.sizes):
+            inside = [(i, number - start) for i, number in enumerate(numbers) if start <= number < start + size]
+            batch = self[position] if inside else None
+            for i, row in inside:
+                taken = take(batch, row, row + 1, size, self.layout.dim, self.layout.lists)
+                parts[i] = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, taken)
+            start += size
+        joined = [(parts[i], 1) for i in range(len(numbers))]
+        while len(joined) > 1:  # two by two, so that each sample is copied seldom
+            pairs = zip(joined[::2], joined[1::2], strict=False)
+            odd = joined[-1:] if len(joined) % 2 else []
+            joined = [(join(a, b, m, n, self.layout.dim), m + n) for (a, m), (b, n) in pairs] + odd
+        return joined[0][0]
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Number of the first sample, number of samples, and the batch."""
@@ -237,10 +256,7 @@ class Capture:
     def _arguments(self, k: int, batch: Any, start: int, size: int) -> Any:
         """The arguments of unit `k` for a batch."""
         done = self.units[:k]
-        outputs = {}
-        for j in range(k):
-            needed = self._outputs.get(j) if j in self.flow.needs[k] else None
-            outputs[j] = self._unused(j, size) if needed is None else needed.batch(slice(start, start + size))
+        outputs = self.finished(k, slice(start, start + size), size, self.flow.needs[k])
         taken: list[Any] = []
         with ExitStack() as stack:
             for unit in done:
@@ -251,6 +267,23 @@ class Capture:
         if not taken:
             raise StateError(f"unit {self.units[k].name} was not reached in a run of {type(self.model).__name__}")
         return taken[0]
+
+    def finished(
+        self, k: int, index: Tensor | slice, size: int, needed: Collection[int] | None = None
+    ) -> dict[int, Tensor]:
+        """Outputs of the units before unit `k` for some samples, as far as they are kept; else zeros.
+
+        Args:
+            k: number of the unit.
+            index: which samples.
+            size: how many they are.
+            needed: units whose outputs matter; None: those of all.
+        """
+        outputs = {}
+        for j in range(k):
+            kept = self._outputs.get(j) if needed is None or j in needed else None
+            outputs[j] = self._unused(j, size) if kept is None else kept.batch(index)
+        return outputs
 
     def _unused(self, j: int, size: int) -> Tensor:
         """Something of the shape of an output whose values do not matter; one tensor for all of that shape."""

@@ -21,6 +21,7 @@ from lq.quantizer.functional import fake_quantize
 from lq.reconstruction.capture import call
 from lq.reconstruction.drop import random_mask
 from lq.reconstruction.feedback import feedback_levels
+from lq.reconstruction.objective import over
 from lq.reconstruction.options import RunOptions
 from lq.reconstruction.problem import Problem, Solution, mean_loss
 from lq.reconstruction.quantizers import tapped
@@ -49,6 +50,7 @@ def fit_unit(problem: Problem, options: RunOptions, *, seed: int, before: float 
     if before is None:
         before = mean_loss(problem, options)
     fit = _Fit(problem, grid, options, torch.Generator(device).manual_seed(seed))
+    fit.first = before if options.over_first and before > 0 else 1.0
     order = _order(problem.samples, options.iterations, max(1, options.batch_size // options.ranks), seed)
     if device.type == "cuda":
         order = order.pin_memory()  # so that nobody waits for its way to the device
@@ -57,7 +59,7 @@ def fit_unit(problem: Problem, options: RunOptions, *, seed: int, before: float 
     with fit.taps():
         for step in options.watch(range(options.iterations if fit.parameters else 0), problem.name):
             loss = fit.step(step, order[step])
-            curve[step * len(curve) // options.iterations] = loss
+            curve[step * len(curve) // options.iterations] = loss * fit.first
             taken = step + 1
             if options.early_stop and fit.is_settled(step, curve):
                 break
@@ -89,6 +91,7 @@ class _Fit:
             torch.compiler.reset()  # else units count as recompilations of one function, of which there may be few
             self.run = torch.compile(call)
         self.inner = problem.inner if options.regularization else None
+        self.objective = problem.objective_of(options)
         self.differ = self._differing_inputs()
         self.rounding = options.rounding_method.begin(grid)
         learned = problem.quantizers.learned if options.activation_mode == "learned" else []
@@ -106,6 +109,8 @@ class _Fit:
         self._weights: list[Tensor] = []
         self._steps: Sequence[Tensor] = ()
         self._drop = 0.0
+        self.first = 1.0  # what the loss is divided by
+        self._first_inside: Tensor | None = None
         self._outputs: tuple[list[Tensor], list[Tensor]] = ([], [])  # inside, of the quantized and of the float unit
 
     def _differing_inputs(self) -> list[bool]:
@@ -121,11 +126,12 @@ class _Fit:
         lr, step_lr = self.options.rates
         groups: list[dict[str, Any]] = []
         if self.rounding.parameters and self.grid.values.numel():  # no values if all weights are another unit's
-            groups.append({"params": self.rounding.parameters, "lr": lr})
+            falls = getattr(self.options.rounding_method, "falls", False)
+            groups.append({"params": self.rounding.parameters, "lr": lr, "falls": falls})
         if self.log2_steps is not None:
-            groups.append({"params": [self.log2_steps], "lr": step_lr})
+            groups.append({"params": [self.log2_steps], "lr": step_lr, "falls": True})
         if self.biases:
-            groups.append({"params": self.masters, "lr": self.options.bias_lr})
+            groups.append({"params": self.masters, "lr": self.options.bias_lr, "falls": True})
         return groups
 
     @contextmanager
@@ -151,6 +157,7 @@ class _Fit:
     def step(self, step: int, index: Tensor) -> Tensor:
         """One step of the optimizer; returns the loss, without the penalty, on the device."""
         done = step / self.options.iterations
+        self.objective.advance(step, self.options.iterations, self._passes)
         self._drop = self.options.drop_schedule(done)
         self.rounding.advance(done)
         leaves = self._arguments(index)
@@ -163,9 +170,9 @@ class _Fit:
             grads = torch.autograd.grad(total, self.parameters, allow_unused=True)
         for moved, grad in zip(self.moved, self._over_ranks(grads), strict=True):
             moved.grad = grad.to(moved.dtype)
-        first = 1 if self.grid.values.numel() and self.rounding.parameters else 0  # the rounding's rate is constant
-        for group, peak in zip(self.optimizer.param_groups[first:], self._peaks[first:], strict=True):
-            group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            if group["falls"]:
+                group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
         self.optimizer.step()
         with torch.no_grad():
             for bias, master in zip(self.biases, self.masters, strict=True):
@@ -194,13 +201,31 @@ class _Fit:
         self._steps = () if self.log2_steps is None else self.log2_steps.unbind()
         with torch.compiler.set_stance("default" if options.compile else "force_eager"):
             output = self.run(problem.modules, leaves, problem.inputs.spec)
-        weights = None if problem.loss_weights is None else problem.loss_weights.batch(index)
-        loss = options.loss_function(output, problem.targets.batch(index), weights)
+        loss = self.objective(output, problem.targets.batch(index), index) / self.first
         if self.inner is not None:
             inner = [(a, b) for a, b in zip(*self._outputs, strict=True) if a is not output]  # that has its loss
             if inner:
-                loss = loss + options.regularization * self.inner.difference(inner)
+                loss = loss + options.regularization * self._over_first(self.inner.difference(inner))
         return loss
+
+    def _over_first(self, difference: Tensor) -> Tensor:
+        """The difference inside of the unit, over its first value if the loss is."""
+        if not self.options.over_first:
+            return difference
+        if self._first_inside is None:
+            self._first_inside = self.options.mean_over_ranks(difference.detach()).clone()
+        return over(difference, self._first_inside)
+
+    def _passes(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which samples, outputs of the unit as it is now, nothing dropped, and targets."""
+        problem, self._drop = self.problem, 0.0
+        with torch.no_grad():
+            self._weights = self.grid.tensors(self.rounding.levels())
+        self._steps = () if self.log2_steps is None else self.log2_steps.detach().unbind()
+        for passed in problem.passes(self.options):
+            for outputs in self._outputs:
+                outputs.clear()
+            yield passed
 
     def _over_ranks(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """Gradients of `parameters`, the mean over all ranks, float32."""

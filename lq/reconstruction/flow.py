@@ -103,8 +103,8 @@ def find_flow(
                 f"unit {unit.name} is called with values that depend on the number of samples, which cannot be "
                 "captured; choose other units, by name"
             )
-        inputs.append(tuple(_layout(a, b, samples) for a, b in zip(one.leaves, other.leaves, strict=True)))
-        output = _layout(one.output, other.output, samples)
+        inputs.append(tuple(layout_of(a, b, samples) for a, b in zip(one.leaves, other.leaves, strict=True)))
+        output = layout_of(one.output, other.output, samples)
         if output is None or not any(inputs[-1]):
             raise DataError(
                 f"unit {unit.name}: its tensors, such as {tuple(one.output.shape)}, do not grow with the number of "
@@ -148,7 +148,7 @@ def _record(model: nn.Module, units: Sequence[Unit], run: Run, batch: Any) -> li
     return [calls[k] for k in range(len(units))]
 
 
-def _layout(more: Any, fewer: Any, samples: int) -> SampleLayout | None:
+def layout_of(more: Any, fewer: Any, samples: int) -> SampleLayout | None:
     """How samples lie in a tensor, of which `fewer` is the same for one sample instead of `samples`."""
     if not isinstance(more, Tensor) or more.shape == fewer.shape:
         return None

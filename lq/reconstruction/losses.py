@@ -2,7 +2,8 @@ r"""Losses of reconstruction: how far the output of a quantized unit is from tha
 
 All but `KLLoss` are sums over channels and means over the rest, as the published codes of AdaRound, BRECQ and QDrop
 have them, so that lambda of the rounding penalty means the same for all. Channels are dimension 1 of images (N, C, H,
-W), the last dimension elsewhere.
+W), the last dimension elsewhere. Losses that look at the network behind the unit have files of their own:
+`lq.reconstruction.aph`, `dplr`, `global_loss`.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lq.errors import SpecError
+from lq.reconstruction.aph import APHLoss
+from lq.reconstruction.dplr import DPLRLoss
+from lq.reconstruction.global_loss import GlobalLoss
+from lq.reconstruction.objective import NetworkLoss, channels_of, weighted_error
 from lq.structure.outputs import kl_divergence
 
-#: From output, target and (for Fisher) weights to a scalar.
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+#: From output, target and (for Fisher) weights to a scalar; or one that looks at the network behind the unit.
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor] | NetworkLoss
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class LpLoss:
         """The loss."""
         if self.p == 2:
             return _squared(output, target)
-        return (output.float() - target.float()).abs().pow(self.p).mean() * _channels(output)
+        return (output.float() - target.float()).abs().pow(self.p).mean() * channels_of(output)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class RelativeLoss:
         variance = target.float().var(-1, correction=0, keepdim=True)
         weight = 1 / (variance + 0.1 * variance.median()).clamp(min=1e-12)
         error = (output.float() - target.float()).square() * (weight / weight.mean())
-        return error.mean() * _channels(output)
+        return error.mean() * channels_of(output)
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,7 @@ class FisherLoss:
 
     def __call__(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss."""
-        error = (output.float() - target.float()).square()
-        return (error if weights is None else error * weights).mean() * _channels(output)
+        return weighted_error(output, target, weights)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,15 @@ class KLLoss:
         return kl_divergence(output, target, self.temperature)
 
 
-_NAMED: dict[str, Callable[[], Loss]] = {"relative": RelativeLoss, "mse": LpLoss, "fisher": FisherLoss, "kl": KLLoss}
+_NAMED: dict[str, Callable[[], Loss]] = {
+    "relative": RelativeLoss,
+    "mse": LpLoss,
+    "fisher": FisherLoss,
+    "kl": KLLoss,
+    "aph": APHLoss,
+    "dplr": DPLRLoss,
+    "global": GlobalLoss,
+}
 
 
 def loss_of(loss: "str | Loss") -> Loss:
@@ -107,8 +119,4 @@ def loss_of(loss: "str | Loss") -> Loss:
 
 def _squared(output: Tensor, target: Tensor) -> Tensor:
     """The squared error; one pass over memory each way, where three operations would take four."""
-    return F.mse_loss(output.float(), target.float()) * _channels(output)
-
-
-def _channels(output: Tensor) -> int:
-    return output.shape[1 if output.ndim == 4 else -1]
+    return F.mse_loss(output.float(), target.float()) * channels_of(output)

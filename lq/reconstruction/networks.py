@@ -66,7 +66,8 @@ class Networks:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Eval mode, no gradients for the model's own parameters, activations quantized or not."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        both = itertools.chain(self.model.parameters(), self.float_model.parameters())
+        trained = [parameter for parameter in both if parameter.requires_grad]
         with (
             eval_mode(self.model),
             eval_mode(self.float_model),

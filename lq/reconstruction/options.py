@@ -20,7 +20,7 @@ from lq.quantizer.histogram import Reduce
 from lq.reconstruction.drop import Drop, drop_of
 from lq.reconstruction.granularity import Metric
 from lq.reconstruction.losses import Loss, loss_of
-from lq.reconstruction.rounding import Rounding, rounding_of
+from lq.reconstruction.rounding import PUBLISHED, Rates, Rounding, rounding_of
 from lq.reconstruction.storage import dtype_of, memory_in_bytes
 from lq.reconstruction.units import Granularity
 from lq.structure.forward import Forward
@@ -54,12 +54,15 @@ class Options:
     Args:
         units: "layer", "block", "mixed" (MRECG: merged blocks), "network", or names of modules, chains as lists.
         rounding: "nearest", "adaround", "softmax" (NWQ), "wide_softmax" (also one level down: where weights are
-            levels already), or a rounding object of `lq.reconstruction.rounding`.
+            levels already), "ste" (GLF-Q: the weights themselves, straight through the rounding), or a rounding object
+            of `lq.reconstruction.rounding`.
         start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses;
             with rounding "nearest", that is what they get.
         loss: "relative" (the squared error, of tokens relative to the variance of each), "mse" (the squared error as it
             is), "fisher" (BRECQ), "kl" (of logits: the network as one unit), or a function of output, target and
-            weights, such as ``LpLoss(2.4)``.
+            weights, such as ``LpLoss(2.4)``. Of the network behind the unit: "aph" (APHQ-ViT: errors weighed by the
+            curvature of its divergence), "dplr" (FIMA-Q: by its gradients), "global" (GLF-Q: error of its last features
+            too, for which it runs in each step).
         drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of
             progress.
         iterations: optimizer steps for a unit.
@@ -69,6 +72,8 @@ class Options:
             the steps they have; or left "float", and quantized with ranges that fit those of the float network after.
         step_lr: learning rate of the logarithm of activation steps; falls to 0 as a cosine; None: by the number of
             iterations.
+        over_first: divide the loss of a unit by its value before, and the differences inside by theirs, so that the
+            penalty of the rounding and `regularization` weigh the same in all units.
         regularization: weight of the squared differences of block outputs inside of a unit (NWQ).
         bias_lr: learning rate of the layers' biases; falls to 0 as a cosine; 0: they stay.
         metric: what mixed units are chosen by: "modcap" (without data) or "loss" (a short reconstruction).
@@ -93,6 +98,7 @@ class Options:
     batch_size: int = field(default=32, metadata=AT_LEAST_1)
     activation_mode: Activations = "learned"
     step_lr: float | None = None
+    over_first: bool = False
     regularization: float = 0.0
     bias_lr: float = 0.0
     metric: Metric = field(default="modcap", metadata=NOT_COMPARED)
@@ -156,12 +162,17 @@ class Options:
         """Learning rates of the rounding and of the logarithms of steps, for Adam.
 
         What is learned has to go a certain way in however many steps there are. Published is 1e-3 for the rounding (and
-        4e-5 for steps themselves, QDrop), for 20 000 iterations. Deviates: for fewer, both are larger, up to ten times
-        for 2 000; on ResNet-20 at W2A2, 400 iterations with 1e-2 do what 2 000 with 1e-3 do.
+        4e-5 for steps themselves, QDrop), for 20 000 iterations (2e-5, 2e-4 and 3 000 for weights themselves, "ste").
+        Deviates: for fewer, both are larger, up to ten times for a tenth; on ResNet-20 at W2A2, 400 iterations with
+        1e-2 do what 2 000 with 1e-3 do.
         """
-        share = min(max(20_000 / self.iterations, 1.0), 10.0)
+        published: Rates = getattr(self.rounding_method, "rates", PUBLISHED)
+        share = min(max(published.iterations / self.iterations, 1.0), 10.0)
         lr, step_lr = self.rounding_method.lr, self.step_lr
-        return 1e-3 * share if lr is None else lr, 1e-4 * share if step_lr is None else step_lr
+        return (
+            published.rounding * share if lr is None else lr,
+            published.steps * share if step_lr is None else step_lr,
+        )
 
 
 @dataclass(frozen=True)

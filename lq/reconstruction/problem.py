@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lq.errors import StateError
 from lq.reconstruction.capture import Inputs, Outputs, call
 from lq.reconstruction.losses import RelativeLoss
+from lq.reconstruction.objective import NetworkLoss, Objective, OfOutput
 from lq.reconstruction.options import RunOptions
 from lq.reconstruction.quantizers import UnitQuantizers
 
@@ -45,6 +47,7 @@ class Problem:
         targets: what the float unit makes of them.
         loss_weights: squared gradients at the output, for losses that weigh by them.
         inner: what else is compared, given a regularization.
+        objective: what it is fitted by, if the loss looks at the network behind the unit.
     """
 
     name: str
@@ -55,6 +58,22 @@ class Problem:
     targets: Outputs
     loss_weights: Outputs | None = None
     inner: InnerOutputs | None = None
+    objective: Objective | None = None
+
+    def objective_of(self, options: RunOptions) -> Objective:
+        """What it is fitted by."""
+        if self.objective is not None:
+            return self.objective
+        if isinstance(options.loss_function, NetworkLoss):
+            raise StateError(f"the problem of unit {self.name} has no objective, and {options.loss!r} begins one")
+        return OfOutput(options.loss_function, self.loss_weights)
+
+    def passes(self, options: RunOptions) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which samples, outputs of the unit as it is in the model, and targets."""
+        for rows in self.chunks(options.batch_size):
+            with torch.no_grad():
+                output = call(self.modules, self.inputs.batch(rows), self.inputs.spec)
+            yield rows, output, self.targets.batch(rows)
 
     @property
     def samples(self) -> int:
@@ -93,9 +112,8 @@ class Solution:
 def mean_loss(problem: Problem, options: RunOptions) -> float:
     """The loss over all samples on all ranks, of the unit as it is in the model."""
     total = torch.zeros((), device=problem.inputs.device)
-    chunks = problem.chunks(options.batch_size)
-    for rows, output in zip(chunks, problem.run_on(problem.inputs, options.batch_size), strict=True):
-        weights = None if problem.loss_weights is None else problem.loss_weights.batch(rows)
-        total += options.loss_function(output, problem.targets.batch(rows), weights) * (rows.stop - rows.start)
+    objective = problem.objective_of(options)
+    for rows, output, target in problem.passes(options):
+        total += objective.measure(output, target, rows) * (rows.stop - rows.start)
     total /= problem.samples
     return float(options.mean_over_ranks(total))

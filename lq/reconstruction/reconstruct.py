@@ -18,19 +18,23 @@ NWQ         "network"  "softmax"     "annealed"  "learned"        "mse", regular
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from lq.attachment.sites import require_attached
 from lq.calibration.calibration import needs_calibration
-from lq.errors import StateError
+from lq.errors import SpecError, StateError
 from lq.options import takes
+from lq.reconstruction.behind import Behind, NetworkEnds, is_inside, network_ends
+from lq.reconstruction.capture import Capture
 from lq.reconstruction.engine import fit_unit
 from lq.reconstruction.fingerprint import fingerprint_of
 from lq.reconstruction.fisher import squared_gradients
 from lq.reconstruction.granularity import Merges, merge_units, module_capacity
 from lq.reconstruction.networks import Networks
+from lq.reconstruction.objective import NetworkLoss, Objective
 from lq.reconstruction.options import RunOptions
 from lq.reconstruction.problem import InnerOutputs, Problem
 from lq.reconstruction.progress import Progress
@@ -122,6 +126,7 @@ def _fit_units(
     quantized, floats = networks.captures(units)
     weighted = getattr(options.loss_function, "weighted", False)
     weights = squared_gradients(floats, options) if weighted else [None] * len(units)
+    ends = _network_ends(networks, floats, options)
     blocks = networks.units("block") if options.regularization else []
     for k, unit in enumerate(units):
         begin = time.perf_counter()
@@ -133,6 +138,8 @@ def _fit_units(
             problem = Problem(
                 unit.name, unit.bind(networks.model), quantizers[k], inputs, float_inputs, targets, weights[k], inner
             )
+            if ends is not None:
+                problem.objective = _begin(Behind(floats, k, targets, ends, options), problem)
             before = None if options.activation_mode == "quantized" else refit_ranges_if_better(problem, options)
             solution = fit_unit(problem, options, seed=options.seed * 100_003 + k, before=before)
             report = UnitReport(unit.name, **vars(solution), seconds=time.perf_counter() - begin)
@@ -141,13 +148,36 @@ def _fit_units(
         yield report
 
 
+def _network_ends(networks: Networks, floats: Capture, options: RunOptions) -> NetworkEnds | None:
+    """What the float network ends with, for losses that look at it; None: the loss looks at units alone."""
+    loss = options.loss_function
+    if not isinstance(loss, NetworkLoss):
+        return None
+    ends = network_ends(floats, networks.example, features=loss.of_features)
+    for unit in floats.units if loss.of_features else ():
+        layers = networks.quantized.layers_in(unit.bind(networks.model))
+        if len(layers) > 1 and any(is_inside(ends.head, module) for module in unit.modules):
+            raise SpecError(
+                f"loss={options.loss!r} compares what the last layer, {ends.head!r}, reads, which lies inside of unit "
+                f"{unit.name}; use units='block' or 'layer', or name units so that the last layer is one of its own "
+                "(or, for the network as one unit, loss='kl')"
+            )
+    return ends
+
+
+def _begin(behind: Behind, problem: Problem) -> Objective:
+    """The objective of a unit, which has looked at it."""
+    loss = behind.options.loss_function
+    if not isinstance(loss, NetworkLoss):
+        raise StateError(f"{loss!r} does not look at the network")
+    objective = loss.begin(behind)
+    objective.begin(partial(problem.passes, behind.options))
+    return objective
+
+
 def _inner_outputs(networks: Networks, unit: Unit, blocks: Sequence[Unit]) -> InnerOutputs | None:
     """The outputs of those of the `blocks` of the network that lie inside of a unit; None if there are none."""
     parts = [block for block in blocks if block.modules != unit.modules]
-    inside = [p.modules[-1] for p in parts if any(_is_inside(p.modules[0], module) for module in unit.modules)]
+    inside = [p.modules[-1] for p in parts if any(is_inside(p.modules[0], module) for module in unit.modules)]
     pairs = [(networks.model.get_submodule(name), networks.float_model.get_submodule(name)) for name in inside]
     return InnerOutputs(unit.bind(networks.float_model), pairs) if pairs else None
-
-
-def _is_inside(name: str, module: str) -> bool:
-    return name == module or not module or name.startswith(f"{module}.")

@@ -6,15 +6,19 @@ from lq.errors import SpecError
 from lq.reconstruction.rounding.adaround import AdaRound as AdaRound
 from lq.reconstruction.rounding.grid import WeightGrid as WeightGrid
 from lq.reconstruction.rounding.nearest import Nearest as Nearest
+from lq.reconstruction.rounding.rounding import PUBLISHED as PUBLISHED
 from lq.reconstruction.rounding.rounding import LearnedRounding as LearnedRounding
+from lq.reconstruction.rounding.rounding import Rates as Rates
 from lq.reconstruction.rounding.rounding import Rounding as Rounding
 from lq.reconstruction.rounding.softmax import AnnealingSoftmax as AnnealingSoftmax
+from lq.reconstruction.rounding.ste import StraightThrough as StraightThrough
 
 _NAMED: dict[str, Callable[[], Rounding]] = {
     "nearest": Nearest,
     "adaround": AdaRound,
     "softmax": AnnealingSoftmax,
     "wide_softmax": lambda: AnnealingSoftmax(offsets=(-1, 0, 1)),
+    "ste": StraightThrough,
 }
 
 

@@ -1,10 +1,25 @@
 """What the roundings of weights have in common: a start from the float weights, a soft way, a hard end."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from lq.reconstruction.rounding.grid import WeightGrid
+
+
+class Rates(NamedTuple):
+    """Published learning rates for Adam, and for how many iterations of a unit.
+
+    A rounding that has other ones than AdaRound's tells them as its ``rates``.
+    """
+
+    rounding: float
+    steps: float
+    iterations: int
+
+
+#: Those of AdaRound and QDrop; the rate of logarithms of steps is this project's, for QDrop's 4e-5 of steps.
+PUBLISHED = Rates(1e-3, 1e-4, 20_000)
 
 
 class LearnedRounding(Protocol):
