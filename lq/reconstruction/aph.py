@@ -8,7 +8,7 @@ for each element of a sample, the same for all samples, scaled to a mean of 1.
 Source: Wu et al., APHQ-ViT, CVPR 2025: the mean over samples, temperature 20. Deviates: there, 1e-6 is added to all
 elements at once. A layer norm takes away what all channels of a token have in common, so that in a transformer what is
 left of that is the rounding error of float32. Here each element is moved up or down (r: a sign, drawn by seed and the
-same for all samples), by a thousandth of the root mean square of the sample's z, and H does not depend on that size.
+same for all samples), by a hundredth of the root mean square of the sample's z, and H does not depend on that size.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class APHLoss(NetworkLoss):
     """
 
     temperature: float = 20.0
-    epsilon: float = 1e-3
+    epsilon: float = 1e-2
     samples: int | None = None
 
     def __post_init__(self) -> None:

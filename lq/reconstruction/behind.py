@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lq.attachment.sites import layers
@@ -181,13 +182,15 @@ class Behind:
             return total / count
         flat = torch.cat([total.reshape(-1), total.new_tensor([float(count)])])
         sums, counts = self.options.reduce(flat, "sum").split([total.numel(), 1])
-        return sums.view_as(total) / counts
+        mean: Tensor = sums.view_as(total) / counts
+        return mean
 
 
 def divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """``KL(softmax(target / T) || softmax(logits / T))``, the sum over samples and places; logits as `classes` says."""
     p, q = ((classes(t).float() / temperature).log_softmax(-1) for t in (target, logits))
-    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    total: Tensor = F.kl_div(q, p, log_target=True, reduction="sum")
+    return total
 
 
 def classes(logits: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from lq.reconstruction.objective import over
 from lq.reconstruction.options import RunOptions
 from lq.reconstruction.problem import Problem, Solution, mean_loss
 from lq.reconstruction.quantizers import tapped
+from lq.reconstruction.ridge import ridge_changes
 from lq.reconstruction.rounding import WeightGrid
 
 # Points of a loss curve.
@@ -46,6 +47,8 @@ def fit_unit(problem: Problem, options: RunOptions, *, seed: int, before: float 
     grid = WeightGrid(problem.quantizers.weights)
     if options.start == "feedback":
         grid.prefer(feedback_levels(problem, grid, options))
+    elif options.start == "ridge":
+        grid.values = grid.values + ridge_changes(problem, grid, options)
     device = problem.inputs.device
     if before is None:
         before = mean_loss(problem, options)
@@ -276,7 +279,7 @@ class _Fit:
 
         def undo() -> None:
             with torch.no_grad():
-                for weight, old in zip(self.grid.weights + self.biases, weights + self._old_biases, strict=True):
+                for weight, old in zip([*self.grid.weights, *self.biases], weights + self._old_biases, strict=True):
                     weight.copy_(old)
                 grid = WeightGrid(self.problem.quantizers.weights)
                 grid.write(grid.nearest())

@@ -63,8 +63,9 @@ class _Global:
 
     def __call__(self, output: Tensor, target: Tensor, index: Tensor | slice) -> Tensor:
         features, local = over(self._terms(output, target, index), self._first)
-        scale = self._first[1].where(self._first[1] > 0, self._first.new_ones(()))
-        return scale * (features + self.loss.local * local) / (1 + self.loss.local)
+        scale: Tensor = self._first[1].where(self._first[1] > 0, self._first.new_ones(()))
+        loss: Tensor = scale * (features + self.loss.local * local) / (1 + self.loss.local)
+        return loss
 
     def measure(self, output: Tensor, target: Tensor, index: Tensor | slice) -> Tensor:
         return self(output, target, index)

@@ -48,6 +48,7 @@ class Problem:
         loss_weights: squared gradients at the output, for losses that weigh by them.
         inner: what else is compared, given a regularization.
         objective: what it is fitted by, if the loss looks at the network behind the unit.
+        float_modules: the modules of the unit in the float network.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Problem:
     loss_weights: Outputs | None = None
     inner: InnerOutputs | None = None
     objective: Objective | None = None
+    float_modules: Sequence[nn.Module] = ()
 
     def objective_of(self, options: RunOptions) -> Objective:
         """What it is fitted by."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lq.attachment.sites import common_module, float_weight, quantizers, weight_quantizer
+from lq.attachment.stored import CallWeight, call_weights
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 
@@ -46,6 +47,12 @@ class QuantizedModel:
             if (weight := float_weight(module)) is not None
         }
 
+        calls = call_weights(model)
+        several = {id(call.parameter) for call in calls if call.again}
+        self._calls = {
+            id(call.quantizer): call for call in calls if not call.reason and id(call.parameter) not in several
+        }
+
     @property
     def activations(self) -> list[ActivationQuantizer]:
         """The quantizers of activations."""
@@ -65,3 +72,14 @@ class QuantizedModel:
         """The layers among `modules` and in them."""
         parts = (part for module in modules for part in module.modules())
         return [self._layers[id(part)] for part in parts if id(part) in self._layers]
+
+    def calls_in(self, modules: Sequence[nn.Module]) -> list[CallWeight]:
+        """The weights of functions that `modules` and modules in them call, each the only reader of its numbers."""
+        parts = (part for module in modules for part in module.modules())
+        calls = (self._calls[id(part)] for part in parts if id(part) in self._calls)
+        # what is written into a part of a parameter has to arrive there
+        return [
+            c
+            for c in calls
+            if c.parameter is not None and c.source and (c.parameter.is_contiguous() or not c.source.stride)
+        ]

@@ -22,7 +22,8 @@ class UnitQuantizers:
 
     Attributes:
         layers: layers in the unit.
-        weights: quantizers, and the float weights they round; those that this unit decides.
+        weights: quantizers, and the float weights they round; those that this unit decides. Weights of functions, which
+            may be parts of parameters, come last.
         activations: quantizers of activations in the unit.
         learned: those of them that this unit decides.
         biases: biases of the layers of `weights`, those that this unit decides.
@@ -30,11 +31,17 @@ class UnitQuantizers:
 
     def __init__(self, model: QuantizedModel, modules: Sequence[nn.Module], settled: set[int]) -> None:
         self.layers = model.layers_in(modules)
-        weights: dict[int, tuple[WeightQuantizer, nn.Parameter]] = {}
+        weights: dict[int, tuple[WeightQuantizer, Tensor]] = {}
         for layer in self.layers:
             if layer.quantizer is not None and id(layer.weight) not in settled:
                 weights.setdefault(id(layer.weight), (layer.quantizer, layer.weight))
-        self.weights = list(weights.values())
+        self._of_layers = [layer.weight for layer in self.layers if id(layer.weight) in weights]
+        self._calls = [call for call in model.calls_in(modules) if id(call.quantizer) not in settled]
+        of_calls = [(call.quantizer, call.weight) for call in self._calls]
+        self.weights = [
+            *weights.values(),
+            *((quantizer, weight) for quantizer, weight in of_calls if weight is not None),
+        ]
         parts = [part for module in modules for part in module.modules()]
         shared = [part.owner for part in parts if isinstance(part, SharedQuantizer)]
         activations = [*(part for part in parts if isinstance(part, ActivationQuantizer)), *shared]
@@ -46,11 +53,17 @@ class UnitQuantizers:
     def state(self) -> list[Tensor]:
         """The tensors that this unit decides."""
         steps = [state for quantizer in self.learned for state in (quantizer.log2_step, quantizer.zero_point)]
-        return [*(weight for _, weight in self.weights), *self.biases, *steps]
+        return [*self._parameters(), *self.biases, *steps]
+
+    def _parameters(self) -> list[Tensor]:
+        """The parameters that have the weights."""
+        of_calls = [call.parameter for call in self._calls if call.parameter is not None]
+        return list({id(weight): weight for weight in (*self._of_layers, *of_calls)}.values())
 
     def settled(self) -> set[int]:
         """Identities of what this unit decides."""
-        return {id(part) for part in (*(weight for _, weight in self.weights), *self.learned, *self.biases)}
+        calls = [call.quantizer for call in self._calls]
+        return {id(part) for part in (*self._of_layers, *calls, *self.learned, *self.biases)}
 
 
 def quantizers_of(model: QuantizedModel, units: Sequence[Unit]) -> list[UnitQuantizers]:

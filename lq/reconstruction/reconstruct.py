@@ -49,7 +49,8 @@ def reconstruct(model: nn.Module, batches: Iterable[Any], options: RunOptions) -
     """Learn the rounding of the weights of `model`, and the steps of its activations, in place.
 
     Its float weights are overwritten by those of their levels. A unit whose loss, over all samples and with everything
-    quantized, did not fall keeps nearest rounding. Weights that functions use, instead of layers, keep it too.
+    quantized, did not fall keeps nearest rounding. So do weights that functions use, instead of layers, outside of all
+    units, or in several calls.
 
     Args:
         model: a model with quantizers, calibrated; runs in eval mode.
@@ -138,6 +139,7 @@ def _fit_units(
             problem = Problem(
                 unit.name, unit.bind(networks.model), quantizers[k], inputs, float_inputs, targets, weights[k], inner
             )
+            problem.float_modules = unit.bind(networks.float_model)
             if ends is not None:
                 problem.objective = _begin(Behind(floats, k, targets, ends, options), problem)
             before = None if options.activation_mode == "quantized" else refit_ranges_if_better(problem, options)

@@ -10,6 +10,7 @@ from torch import nn
 import lq
 from lq.attachment.float_models import float_copy
 from lq.attachment.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
+from lq.attachment.stored import stored_weights
 from lq.errors import DataError, PatternError, SpecError, StateError
 from lq.reconstruction import Annealed, LpLoss
 from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax
@@ -27,6 +28,11 @@ METHODS = {
         "units": "network", "rounding": AnnealingSoftmax(lr=0.03), "drop": "annealed", "regularization": 1.0,
     },
     "kl": {"units": "network", "loss": "kl"},
+    "aph": {"loss": "aph", "drop": "annealed", "regularization": 0.5, "units": "mixed", "merges": 1},
+    "dplr": {"loss": "dplr", "start": "ridge", "over_first": True},
+    "dplr, network": {"loss": "dplr", "units": "network", "activation_mode": "quantized"},
+    "global": {"loss": "global", "units": "layer", "activation_mode": "float", "drop": 0.0},
+    "ste": {"rounding": "ste", "loss": "global", "drop": 0.0, "step_lr": None, "bias_lr": 1e-3},
 }  # fmt: skip
 
 
@@ -160,24 +166,59 @@ def test_float_activations_are_float_in_every_loss():
     assert losses["float"] < 0.01 * losses["quantized"]
 
 
-@pytest.mark.parametrize("units", ["layer", "network"])
-def test_weights_of_functions_keep_nearest_rounding(units):
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(8, 8)
-            self.w = nn.Parameter(torch.randn(8, 3))
+class Functional(nn.Module):
+    """A matrix that a function multiplies by, as it is or transposed, or in several parts."""
 
-        def forward(self, x):
-            return self.a(x).relu() @ self.w
+    def __init__(self, kind="whole"):
+        super().__init__()
+        self.kind, self.a = kind, nn.Linear(8, 8)
+        self.w = nn.Parameter(torch.randn(*{"transposed": (3, 8), "parts": (6, 8)}.get(kind, (8, 3))))
 
+    def forward(self, x):
+        x = self.a(x).relu()
+        if self.kind == "parts":
+            return F.linear(x, self.w[:3]) + F.linear(x, self.w[3:]).tanh()
+        if self.kind == "twice":
+            return x @ self.w + x.tanh() @ self.w
+        return x @ (self.w.t() if self.kind == "transposed" else self.w)
+
+
+def functional(kind, **options):
     torch.manual_seed(0)
-    model, data = Functional().eval(), [samples((8,), 16)]
-    lq.calibrate(lq.attach(model, 3, 4, structure=lq.inspect(model, data[0]), first_last=None), data)
+    model, data = Functional(kind).eval(), [samples((8,), 16)]
+    options = {"symmetric": False, "first_last": None, **options}
+    return lq.calibrate(lq.attach(model, 2, 4, structure=lq.inspect(model, data[0]), **options), data), data
+
+
+@pytest.mark.parametrize(("kind", "units"), [("whole", "layer"), ("twice", "network")])
+def test_weights_of_functions_outside_of_units_or_in_several_calls_keep_nearest_rounding(kind, units):
+    model, data = functional(kind)
     before = model.w.detach().clone()
     run(model, data, units=units)
     assert torch.equal(model.w, before)
     check_levels(model)
+
+
+@pytest.mark.parametrize("rounding", [FAST, "ste"], ids=["adaround", "ste"])
+@pytest.mark.parametrize("kind", ["whole", "transposed", "parts"])
+def test_weights_of_functions_are_learned_with_their_unit(kind, rounding, tmp_path):
+    model, data = functional(kind)
+    twin, before = float_copy(model), model.w.detach().clone()
+    first = distance(model, twin, data)
+    options = {"rounding": rounding, "units": "network", "drop": 0.0, "iterations": 100, "loss": "mse"}
+    found = run(model, data, resume=tmp_path / "units.pt", **options)
+    assert found.units[0].after < found.units[0].before
+    assert distance(model, twin, data) == pytest.approx(found.units[0].after, rel=1e-3)
+    assert found.units[0].before == pytest.approx(first, rel=0.2)  # but for ranges of activations
+    assert not torch.equal(model.w, before)
+    (weights,) = {id(w.parameter): w.parameter for w in stored_weights(model)}.values()
+    for call in stored_weights(model):
+        with torch.no_grad():
+            assert torch.equal(call.quantizer.at_call(call.weight, call.source.layout, model), call.weight)
+    assert weights is model.w
+    again, _ = functional(kind)
+    run(again, data, resume=tmp_path / "units.pt", **options)
+    assert_same(dict(again.state_dict()), dict(model.state_dict()))
 
 
 # --- what a run leaves behind -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ What is learned of the rounding is one tensor then, however many layers the unit
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lq.quantizer.functional import Bound, round_to_grid
 from lq.quantizer.weight_quantizer import WeightQuantizer
@@ -26,7 +26,7 @@ class WeightGrid:
         offset: 0 where levels are multiples of the step, 0.5 where they lie halfway between; likewise.
     """
 
-    def __init__(self, pairs: Sequence[tuple[WeightQuantizer, nn.Parameter]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[WeightQuantizer, Tensor]]) -> None:
         self.quantizers = [quantizer for quantizer, _ in pairs]
         self.weights = [weight for _, weight in pairs]
         self._sizes = [weight.numel() for weight in self.weights]

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lq.errors import SpecError
-from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest, rounding_of
+from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest, StraightThrough, rounding_of
 from tests.reconstruction.rounding.grids import CASES, grid_of, quantized
 
-ROUNDINGS = {"nearest": Nearest, "adaround": AdaRound, "softmax": AnnealingSoftmax}
+ROUNDINGS = {"nearest": Nearest, "adaround": AdaRound, "softmax": AnnealingSoftmax, "ste": StraightThrough}
 every_rounding = pytest.mark.parametrize("name", ROUNDINGS)
 
 
