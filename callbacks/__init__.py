@@ -13,6 +13,7 @@ from lq.callbacks.optimize_ranges import OptimizeRanges as OptimizeRanges
 from lq.callbacks.quantize import Quantize as Quantize
 from lq.callbacks.recipe import Recipe as Recipe
 from lq.callbacks.reconstruct import Reconstruct as Reconstruct
+from lq.callbacks.reconstruct_mlp import ReconstructMLP as ReconstructMLP
 from lq.callbacks.reduce_bits import ReduceBits as ReduceBits
 from lq.callbacks.report_quantization import ReportQuantization as ReportQuantization
 from lq.callbacks.synthesize import SynthesizeData as SynthesizeData

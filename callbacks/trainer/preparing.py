@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lq.attachment.checkpoint import folds_otherwise, rebuild
+from lq.attachment.relu import put_relus_of
 from lq.attachment.saved_plan import planned_by
 from lq.attachment.sites import is_attached
 from lq.errors import DataError, StateError
@@ -80,6 +81,7 @@ def rebuild_from_checkpoint(module: pl.LightningModule, check: Callable[[pl.Ligh
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         state_dict = checkpoint.get("state_dict", {})
         if planned_by(state_dict):
+            put_relus_of(module, state_dict)
             otherwise = folds_otherwise(module, state_dict)
             guessed = check(module, otherwise)
             if otherwise or guessed or not is_attached(module):

@@ -17,6 +17,7 @@ from lq.attachment.folded import folded_norms, folded_pairs
 from lq.attachment.folding import fold_pair, unfold_for
 from lq.attachment.pairs import is_norm
 from lq.attachment.placement import attach_sites
+from lq.attachment.relu import MARK, put_relus_of
 from lq.attachment.saved_plan import kind_of, planned_by, site_of
 from lq.attachment.scheme import PlannedSite
 from lq.attachment.sites import float_weight, is_attached, quantizers
@@ -171,7 +172,7 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     entries = {}
     for key, value in state_dict.items():
         name, _, last = key.rpartition(".")
-        if last in (*_STATE, FINAL, "_extra_state") and site_of(name) is not None:
+        if (last in (*_STATE, FINAL, "_extra_state") and site_of(name) is not None) or last == MARK:
             continue
         if f".{key}".endswith(f".{_ORIGINAL}") and f"{key.removesuffix('original')}0.bits" in state_dict:
             key = f"{key.removesuffix(_ORIGINAL)}weight"  # noqa: PLW2901
@@ -194,6 +195,7 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """
     plan = planned_by(state_dict)
     _require_layers([planned.site for planned in plan.values()], model, "the checkpoint")
+    put_relus_of(model, state_dict)
     old = {quantizer.name: quantizer for quantizer in quantizers(model)}
     if folds_otherwise(model, state_dict):
         if is_attached(model):

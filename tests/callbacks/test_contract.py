@@ -16,10 +16,11 @@ import yaml
 import lq
 import lq.callbacks
 from lq.attachment.sites import quantizers
-from lq.callbacks import ExportModel, FineTune, OptimizeRanges, Quantize, Reconstruct, SynthesizeData
+from lq.callbacks import ExportModel, FineTune, OptimizeRanges, Quantize, Reconstruct, ReconstructMLP, SynthesizeData
 from tests.helpers import QUIET, assert_same, cli, fit, hooks, loader, quantizer_ids, steps, tiny, trainer
 
-pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+NOTHING_TO_DO = "ignore:ReconstructMLP found no GELU"  # in the network of these tests
+pytestmark = [pytest.mark.filterwarnings(text) for text in (*QUIET, NOTHING_TO_DO)]
 
 CALLBACKS = [
     value
@@ -35,6 +36,7 @@ SMALL: dict[type[pl.Callback], dict[str, Any]] = {
     ExportModel: {"path": str(Path(tempfile.mkdtemp(), "model.safetensors"))},
     OptimizeRanges: {"evaluations": 3},
     Reconstruct: {"iterations": 2},
+    ReconstructMLP: {"iterations": 2},
     SynthesizeData: {"shape": (1, 6, 6), "samples": 16, "iterations": 2},
 }
 
@@ -45,7 +47,7 @@ def chain(cls: type[pl.Callback], first: Quantize | None = None, **kwargs: Any) 
     if cls is Quantize:
         return [cls(**kwargs) if kwargs else quantize]
     made = cls(**{**SMALL.get(cls, {}), **kwargs})
-    return [made, quantize] if cls is SynthesizeData else [quantize, made]
+    return [made, quantize] if cls in (ReconstructMLP, SynthesizeData) else [quantize, made]
 
 
 def arguments(cls: type[pl.Callback]) -> dict[str, inspect.Parameter]:

@@ -67,6 +67,9 @@ METHODS = {
     "fisher": {"loss": "fisher", "drop": 0.0, "activation_mode": "float"},
     "mixed": {"units": "mixed", "metric": "loss", "merges": 1, "search_iterations": 3},
     "network": {"units": "network", "regularization": 1.0, "drop": "annealed"},
+    "aph": {"loss": "aph", "drop": 0.0, "over_first": True},
+    "dplr": {"loss": "dplr", "drop": 0.0, "start": "ridge"},
+    "global": {"loss": "global", "drop": 0.0, "rounding": "ste", "step_lr": None},
     "early": {"early_stop": True, "iterations": 60, "drop": 0.0, "activation_mode": "quantized"},
 }
 

@@ -19,7 +19,7 @@ from lq.reconstruction.options import RunOptions
 from lq.reconstruction.problem import InnerOutputs, Problem
 from lq.reconstruction.quantized_model import QuantizedModel
 from lq.reconstruction.quantizers import UnitQuantizers, tapped
-from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest
+from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest, StraightThrough
 from tests.helpers import assert_same
 from tests.reconstruction.networks import Basic, ResNet, Work, quantized, samples
 
@@ -85,6 +85,7 @@ def check_written(model):
 
 
 ROUNDINGS = {"nearest": Nearest(), "adaround": FAST, "softmax": AnnealingSoftmax((-1, 0, 1, 2), lr=0.05)}
+ROUNDINGS["ste"] = StraightThrough(lr=0.02)
 
 
 @pytest.mark.parametrize("activations", ["learned", "quantized", "float"])
@@ -100,6 +101,24 @@ def test_losses_are_those_of_the_model_as_it_is(rounding, activations):
     nothing = rounding == "nearest" and activations != "learned"  # is learned
     assert found.iterations == 40 * (not nothing) and len(found.curve) == (0 if nothing else 40)
     check_written(unit.model)
+
+
+def test_a_loss_over_its_first_value_weighs_the_penalty_otherwise():
+    """With the penalty as much larger as the loss is smaller, the same comes out; the curve tells the loss itself."""
+    found = {}
+    unit = Unit()
+    before = unit.loss()
+    for over_first, penalty in ((False, 0.01), (True, 0.01 / before), (True, 0.01)):
+        unit = Unit()
+        rule = AdaRound(lr=0.05, penalty=penalty)
+        options = method(rounding=rule, iterations=30, over_first=over_first, activation_mode="quantized")
+        solution = unit.fit(options)
+        found[over_first, penalty] = (solution.curve, unit.weights(), solution.before, solution.after)
+    plain, same, other = found.values()
+    assert same[0] == pytest.approx(plain[0], rel=1e-3)
+    assert_same(same[1], plain[1])
+    assert same[2:] == pytest.approx(plain[2:], rel=1e-5)
+    assert other[0] != pytest.approx(plain[0], rel=1e-3)
 
 
 def test_what_each_kind_of_activations_moves():

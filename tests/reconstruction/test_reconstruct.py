@@ -92,6 +92,42 @@ def test_every_network(kind):
     check_levels(model)
 
 
+@pytest.mark.parametrize("units", ["network", ["blocks", "head"]], ids=str)
+def test_features_inside_of_a_unit(units):
+    model, data = prepared()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    if units == "network":
+        with pytest.raises(SpecError, match=r"loss='global' compares what the last layer, 'head', reads, .* loss='kl'"):
+            run(model, data, units=units, loss="global")
+        assert_same(dict(model.state_dict()), state)
+    else:
+        assert len(run(model, data, units=units, loss="global", iterations=2).units) == 2
+
+
+@pytest.mark.parametrize("loss", ["aph", "dplr", "global"])
+def test_losses_of_the_network_go_on_from_a_file(loss, tmp_path):
+    """The second half alone does what both halves do at once; another loss is another run."""
+    whole, data = prepared()
+    found = run(whole, data, loss=loss, iterations=6)
+    ended, _ = prepared()
+
+    def watch(steps, name):
+        if name == "blocks.1":
+            raise InterruptedError
+        return steps
+
+    path = tmp_path / "units.pt"
+    with pytest.raises(InterruptedError):
+        run(ended, data, loss=loss, iterations=6, resume=path, watch=watch)
+    again, _ = prepared()
+    rest = run(again, data, loss=loss, iterations=6, resume=path)
+    assert [unit.after for unit in rest.units] == [unit.after for unit in found.units]
+    assert_same(dict(again.state_dict()), dict(whole.state_dict()))
+    for other in ({"loss": "mse"}, {"over_first": True}, {"rounding": "ste"}, {"start": "ridge"}):
+        with pytest.raises(StateError, match="belongs to another reconstruction: its method is"):
+            run(prepared()[0], data, **{"loss": loss, "iterations": 6, "resume": path, **other})
+
+
 def test_units_in_order_with_their_names():
     model, data = prepared()
     watched = []
@@ -237,7 +273,7 @@ def traces(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("name", ["adaround", "brecq", "qdrop", "mrecg, loss", "nwq"])
+@pytest.mark.parametrize("name", ["adaround", "brecq", "qdrop", "mrecg, loss", "nwq", "dplr", "global"])
 def test_the_model_is_as_it_was_but_for_its_weights_and_steps(name, fails):
     model, data = prepared(weights=3, estimator="lsq")
     model.train()
@@ -277,7 +313,7 @@ def test_a_teacher_that_was_given_is_left_alone(training):
     assert [u.after for u in found.units] == [u.after for u in reference.units]
 
 
-@pytest.mark.parametrize("name", ["qdrop", "brecq", "nwq"])
+@pytest.mark.parametrize("name", ["qdrop", "brecq", "nwq", "aph", "dplr", "ste"])
 def test_the_seed_decides_everything(name):
     found = []
     for seed, around in ((0, 1), (0, 2), (5, 1)):
