@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lq.attachment.relu import marked, put_relus_of, relus_in
@@ -95,16 +94,15 @@ class ReconstructMLP(ModuleCallback):
         options: MLPOptions = self.options
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             options = replace(options, iterations=1)
-        with isolate_rng():
-            self.reconstruction = reconstruct_mlps(
-                pl_module,
-                training_batches(trainer, self.options.samples, "Reading samples"),
-                options,
-                forward=forward_of(trainer, pl_module, self.options.forward, autocast=False),
-                reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
-                ranks=trainer.world_size,
-                watch=lambda steps, name: _shown(trainer, steps, name),
-            )
+        self.reconstruction = reconstruct_mlps(
+            pl_module,
+            training_batches(trainer, self.options.samples, "Reading samples"),
+            options,
+            forward=forward_of(trainer, pl_module, self.options.forward, autocast=False),
+            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+            ranks=trainer.world_size,
+            watch=lambda steps, name: _shown(trainer, steps, name),
+        )
         give_to_averages(trainer, pl_module, weights=True)
         _tell(pl_module, self.reconstruction)
 
