@@ -24,13 +24,15 @@ from lq.callbacks import (
     OptimizeRanges,
     Quantize,
     Reconstruct,
+    ReconstructMLP,
     ReduceBits,
     ReportQuantization,
     SynthesizeData,
 )
 from tests.helpers import QUIET, Tiny, assert_same, fit, loader, tiny, trainer
 
-pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+NOTHING_TO_DO = "ignore:ReconstructMLP found no GELU"  # in the network of these tests
+pytestmark = [pytest.mark.filterwarnings(text) for text in (*QUIET, NOTHING_TO_DO)]
 
 Chain = Callable[[Path], list[pl.Callback]]
 
@@ -47,6 +49,7 @@ CHAINS: dict[str, tuple[int, Chain]] = {
     "optimize_ranges": (0, lambda _: [Quantize(4, 4), OptimizeRanges(16, evaluations=5)]),
     "reconstruct": (0, lambda _: [Quantize(3, 3), Reconstruct(iterations=4, samples=16)]),
     "reconstruct_at_the_end": (1, lambda _: [Quantize(3, 3), Reconstruct(iterations=4, samples=16, when="end")]),
+    "reconstruct_mlp": (0, lambda _: [ReconstructMLP(iterations=2, samples=16), Quantize(4, 4)]),
     "synthesize": (0, lambda _: [SynthesizeData((1, 6, 6), 16, 3, batch_size=8), Quantize(4, 4)]),
     "compare": (0, lambda path: [Quantize(4, 4), CompareToFloat(16, save_to=path / "compare.json")]),
     "report": (1, lambda path: [Quantize(4, 4), FineTune(), ReportQuantization(16, save_to=path / "page.html")]),
