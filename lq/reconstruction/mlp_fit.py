@@ -107,7 +107,7 @@ class MLPFit:
         self.model, self.mlp, self.inputs, self.options, self.mean = model, mlp, inputs, options, mean
         self.share = max(1, options.batch_size // ranks)
         self.layers = [model.get_submodule(name) for name in (mlp.first, mlp.second)]
-        self.activation = model.get_submodule(mlp.activation)
+        self.activation: nn.Module = model.get_submodule(mlp.activation)
         tensors = [tensor for layer in self.layers for tensor in (float_weight(layer), layer._parameters.get("bias"))]
         self._device = next(model.parameters()).device
         self.originals = [None if tensor is None else tensor.detach().float() for tensor in tensors]
@@ -143,7 +143,7 @@ class MLPFit:
             if own is not None and weight is not None:
                 own.copy_(weight)
             if bias is not None:
-                layer.bias.copy_(bias)
+                layer._parameters["bias"].copy_(bias)  # type: ignore[union-attr]
             if quantizer is not None and own is not None:
                 quantizer.calibrate(own)
 

@@ -1,8 +1,8 @@
 """`reconstruct`: fit the quantized network to the float one, unit by unit.
 
 For each unit in the order they run: capture its inputs in the network quantized so far and its float targets, learn the
-rounding of its weights and the steps of its activations, write them into the model. AdaRound, BRECQ, QDrop, MRECG and
-NWQ are choices of its arguments:
+rounding of its weights and the steps of its activations, write them into the model. AdaRound, BRECQ, QDrop, MRECG,
+NWQ and others are choices of its arguments:
 
 ==========  =========  ============  ==========  ===============  ==========================================
 method      units      rounding      drop        activation_mode  loss
@@ -12,6 +12,9 @@ BRECQ       "block"    "adaround"    0           "float"          "mse" (its cod
 QDrop       "block"    "adaround"    0.5         "learned"        "mse"
 MRECG       "mixed"    "adaround"    0.5         "learned"        "mse"
 NWQ         "network"  "softmax"     "annealed"  "learned"        "mse", regularization=1
+APHQ-ViT    "block"    "adaround"    0.5         "learned"        "aph" (after MLP reconstruction)
+FIMA-Q      "block"    "adaround"    0.5         "learned"        "dplr"
+GLF-Q       "block"    "ste"         0           "learned"        "global"
 ==========  =========  ============  ==========  ===============  ==========================================
 """
 
