@@ -69,7 +69,7 @@ def find(model: nn.Module, seen: Trace, *, frozen: bool, kinds: tuple[str, ...] 
     search, found = _Search(model, seen, frozen), Found()
     sources: dict[str, list[_Source]] = {}
     for source in _sources(seen):
-        if source.kind in kinds:
+        if source.kind in kinds and source.value.varies:
             sources.setdefault(source.weight or f"{source.module}.{source.number}", []).append(source)
     for same in sources.values():
         try:
@@ -209,7 +209,8 @@ class _Search:
                 raise _Refused(f"{part} is read elsewhere too")
         readers = tuple(self._reader(step, channels, ends) for step in ends.first_of_each())
         self._require_own([maker.weight, maker.bias, *(n for r in readers for n in (r.weight, r.bias))])
-        shifts = ends.shifts and maker.bias is not None and all(reader.bias is not None for reader in readers)
+        # Layers get no shift: a bias that is made for one would have to be there for the next.
+        shifts = first.kind == "norm" and ends.shifts and maker.bias is not None and all(reader.bias is not None for reader in readers)
         return Pair(first.module, first.kind, maker, readers, channels, shifts, ends.positive)
 
     def _follow(self, value: Value, ends: "_Ends", positive: bool) -> None:
@@ -239,6 +240,8 @@ class _Search:
             ends.others += others
         elif function in _QUOTIENTS and _is(step.argument(0, "input"), value) and len(others) == len(step.given) - 1:
             ends.others += others
+        elif function == "batch_norm":
+            raise _Refused(f"{_in(step)} reads it", "fold it first: lq.fold_batchnorm(model)")
         elif function in _CLIPPING:
             self.activated = True
             raise _Refused(f"{_in(step)} clips it at a value that is the same for all channels")

@@ -18,7 +18,7 @@ in addition.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,7 +30,7 @@ from lq.attachment.preparation.checking import Check, named_weights
 from lq.attachment.preparation.following import find
 from lq.attachment.preparation.observing import observed
 from lq.attachment.preparation.parts import Left, Pair, Rescaling
-from lq.attachment.preparation.stored import remember, rescalings
+from lq.attachment.preparation.stored import parameter, remember, rescalings
 from lq.attachment.preparation.strength import Widths, by_ranges, by_weights
 from lq.attachment.sites import is_attached
 from lq.errors import DataError, SpecError, StateError
@@ -222,17 +222,28 @@ def apply(
     seen = observed(model, ranged, batches, forward, reduce) if ranged else {}
     done: list[tuple[Rescaling, float | None]] = []
     left = list(plan.left)
-    for some in (ranged, [pair for pair in plan.pairs if pair not in ranged]):
-        wanted = _by_ranges(model, some, seen, widths, power) if some is ranged else _by_weights(model, some)
-        kept = check.kept([one for one, _ in wanted])
-        again = [one.without_shift() for one, _ in wanted if one not in kept and bool((one.shift != 0).any())]
-        kept += check.kept(again)
+    for kind in ("norm", "layer"):
+        pairs = [_with_its_bias(model, pair) for pair in plan.pairs if pair.kind == kind]
+        by_range = kind == "norm" or equalize == "activations"
+        wanted = _by_ranges(model, pairs, seen, widths, power) if by_range else _by_weights(model, pairs)
         powers = {one.pair: used for one, used in wanted}
-        done += [(one, powers[one.pair]) for one in kept]
+        kept = check.kept([one for one, _ in wanted])
         exact = {one.pair for one in kept}
-        left += [_inexact(one.pair) for one, _ in wanted if one.pair not in exact]
+        kept += check.kept([one.without_shift() for one, _ in wanted if one.pair not in exact and bool(one.shift.any())])
+        exact |= {one.pair for one in kept}
+        done += [(one, powers[one.pair]) for one in kept]
+        left += [_inexact(pair) for pair in pairs if pair not in exact]
     remember(model, [one for one, _ in done])
     return Preparation(tuple(_described(one, used) for one, used in done), tuple(left))
+
+
+def _with_its_bias(model: nn.Module, pair: Pair) -> Pair:
+    """The pair of a layer that has got a bias as the reader of a norm."""
+    parent, _, _ = pair.maker.weight.rpartition(".")
+    bias = f"{parent}.bias".lstrip(".")
+    if pair.kind == "norm" or pair.maker.bias is not None or parameter(model, bias) is None:
+        return pair
+    return replace(pair, maker=replace(pair.maker, bias=bias))
 
 
 def _by_ranges(
@@ -252,7 +263,8 @@ def _by_ranges(
 
 def _by_weights(model: nn.Module, pairs: Sequence[Pair]) -> list[tuple[Rescaling, float | None]]:
     """Equalize all pairs by their weights, in rounds, on copies of the weights."""
-    names = {name for pair in pairs for name in (pair.maker.weight, *(reader.weight for reader in pair.readers))}
+    makers, readers = [pair.maker for pair in pairs], [reader for pair in pairs for reader in pair.readers]
+    names = {name for part in (*makers, *readers) for name in (part.weight, part.bias) if name is not None}
     weights = dict(named_weights(model, sorted(names)))
     total = {pair: Rescaling(pair, torch.ones(pair.channels), torch.zeros(pair.channels)) for pair in pairs}
     for _ in range(_ROUNDS):
@@ -260,7 +272,7 @@ def _by_weights(model: nn.Module, pairs: Sequence[Pair]) -> list[tuple[Rescaling
         for pair in pairs:
             scale = by_weights(pair, weights)
             one = Rescaling(pair, scale, torch.zeros_like(scale))
-            weights |= {name: value for name, value in one.parameters(weights.get).items() if name in names}
+            weights |= one.parameters(weights.get)
             total[pair] = total[pair].then(one.scale, one.shift)
             largest = max(largest, float(scale.max()), float(1 / scale.min()))
         if largest < 1.001:

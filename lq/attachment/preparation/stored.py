@@ -1,7 +1,7 @@
 """What a prepared model remembers of its rescalings, so that checkpoints of the float model before still load.
 
-The innermost module around all rescaled pairs has them, and adds two entries to its state dict: ``lq_preparation``, the
-pairs as JSON, and ``lq_preparation_values``, their r and t. A state dict that has them is of a prepared model; one that
+The innermost module around all rescaled pairs has them, and adds two entries to its state dict: ``lq_preparation_extra_state``,
+the pairs as JSON, and ``lq_preparation_values``, their r and t (not in packed files). A state dict that has them is of a prepared model; one that
 has not is of the model as it was, and is rescaled on the way in (BatchNorms that the model has folded are folded
 first), or refused where that cannot be.
 """
@@ -20,7 +20,7 @@ from lq.attachment.sites import INPUT, WEIGHT_STATE, float_weight
 from lq.errors import DataError
 
 #: Entries of a prepared model's state dict.
-PLAN, VALUES = "lq_preparation", "lq_preparation_values"
+PLAN, VALUES = "lq_preparation_extra_state", "lq_preparation_values"
 
 _KEPT = "_lq_rescalings"
 
@@ -36,6 +36,11 @@ class _Kept:
     def __init__(self) -> None:
         self.rescalings: dict[str, Rescaling] = {}
         self.known = True
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The pairs, in order."""
+        return [one.pair for one in self.rescalings.values()]
 
 
 def is_marker(key: str) -> bool:
@@ -101,16 +106,19 @@ def match(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     Raises:
         DataError: if the entries of the state dict are damaged, or name parameters that the model does not have.
     """
+    theirs = {key: _read(key, value) for key, value in state_dict.items() if key.rpartition(".")[2] == PLAN}
+    mine = {_join(name, PLAN): m.__dict__[_KEPT].pairs for name, m in model.named_modules() if _KEPT in m.__dict__}
+    if mine == theirs:
+        return
     for module in list(model.modules()):
         if _KEPT in module.__dict__:
             _forget(module)
-    for key, value in state_dict.items():
-        if key.rpartition(".")[2] == PLAN:
-            prefix = key.rpartition(".")[0]
-            try:
-                _adopt(model.get_submodule(prefix), _read(key, value))
-            except AttributeError as error:
-                raise DataError(f"{key} in the checkpoint is of a module that {type(model).__name__} has not") from error
+    for key, pairs in theirs.items():
+        prefix = key.rpartition(".")[0]
+        try:
+            _adopt(model.get_submodule(prefix), pairs)
+        except AttributeError as error:
+            raise DataError(f"{key} in the checkpoint is of a module that {type(model).__name__} has not") from error
 
 
 def made_biases(state_dict: Mapping[str, Any]) -> set[str]:
@@ -163,7 +171,7 @@ def _adopt(module: nn.Module, pairs: Sequence[Pair]) -> None:
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """State-dict hook: add what the module was rescaled with."""
     kept: _Kept = module.__dict__[_KEPT]
-    pairs = [one.pair.to_dict() for one in kept.rescalings.values()]
+    pairs = [pair.to_dict() for pair in kept.pairs]
     text = json.dumps(pairs, separators=(",", ":")).encode()
     state_dict[f"{prefix}{PLAN}"] = torch.tensor(list(text), dtype=torch.uint8)
     if kept.known and pairs:
@@ -185,7 +193,7 @@ def _rescale_checkpoint(
     kept: _Kept = module.__dict__[_KEPT]
     plan, values = state_dict.pop(f"{prefix}{PLAN}", None), state_dict.pop(f"{prefix}{VALUES}", None)
     if plan is not None:
-        if [one.pair for one in kept.rescalings.values()] != _read(f"{prefix}{PLAN}", plan):
+        if kept.pairs != _read(f"{prefix}{PLAN}", plan):
             errors.append("the checkpoint is of a model that was prepared at other layers; load it with lq.load")
         else:
             _take_values(kept, values)
@@ -227,10 +235,10 @@ def _rescale(kept: _Kept, state_dict: dict[str, Any], prefix: str, errors: list[
 
 
 def _take_values(kept: _Kept, values: Any) -> None:
-    total = sum(one.pair.channels for one in kept.rescalings.values())
-    kept.known = isinstance(values, Tensor) and tuple(values.shape) == (2, total)
+    channels = [pair.channels for pair in kept.pairs]
+    kept.known = isinstance(values, Tensor) and tuple(values.shape) == (2, sum(channels))
     if kept.known:
-        parts = values.detach().cpu().float().split([one.pair.channels for one in kept.rescalings.values()], 1)
+        parts = values.detach().cpu().float().split(channels, 1)
         for one, part in zip(kept.rescalings.values(), parts, strict=True):
             one.scale, one.shift = part[0].clone(), part[1].clone()
 
