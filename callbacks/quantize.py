@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lq.attachment.attach import attach, attached_plan, detach
 from lq.attachment.folding import fold, folded_norms
-from lq.attachment.scheme import KINDS, Override, Skip, plan_sites
+from lq.attachment.scheme import KINDS, Override, PlannedSite, Skip, plan_sites
 from lq.attachment.sites import (
     activation_quantizers,
     common_module,
@@ -40,8 +40,10 @@ from lq.callbacks.trainer.checkpoints import class_names, save_result
 from lq.callbacks.trainer.data import calibrate_on_training_data, first_batch, forward_of, run_example
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.callbacks.trainer.preparing import (
+    Preparation,
     initialise_lazy_layers,
     is_uninitialised,
+    known_choice,
     leave_checkpoints_alone,
     rebuild_from_checkpoint,
     require_values,
@@ -80,6 +82,8 @@ class Quantize(ModuleCallback):
         fold_bn: fold BatchNorms into the convolutions that are quantized. "auto" folds them if the Trainer fits without
             training (``max_epochs=0``), as post-training work wants it, and keeps them otherwise: training at few bits
             loses points without them, and exports fold those that are left. A checkpoint decides for itself.
+        prepare: rescale, exactly, what norms give and the layers behind them read, so that few bits fit it (see
+            `lq.prepare`): "auto" where it gets fewer than 8 bits, True everywhere. Done on the calibration samples.
         first_last: least width of the first and last layers; None: no exception.
         include: name patterns of the only layers to quantize.
         exclude: name patterns of layers to leave in float.
@@ -106,6 +110,7 @@ class Quantize(ModuleCallback):
         integer: bool = False,
         symmetric: bool = True,
         fold_bn: bool | Literal["auto"] = "auto",
+        prepare: bool | Literal["auto"] = False,
         first_last: int | None = 8,
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
@@ -118,6 +123,7 @@ class Quantize(ModuleCallback):
             raise SpecError(f"calibration_samples={calibration_samples}; calibration needs at least 1")
         if fold_bn not in (True, False, "auto"):
             raise SpecError(f"fold_bn={fold_bn!r} is unknown; use True, False or 'auto'")
+        self.prepare = known_choice(prepare)
         self.weights = weights
         self.activations = activations
         self.fold_bn = fold_bn
@@ -143,6 +149,7 @@ class Quantize(ModuleCallback):
         self._example: tuple[Any, Forward] | None = None  # what the module was looked at with, and how it is run
         self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
         self._looked = True
+        self._preparation: Preparation | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -172,6 +179,8 @@ class Quantize(ModuleCallback):
         check_parametrizations(pl_module)
         if not needs_calibration(pl_module):
             return
+        if self._preparation is not None:
+            self._preparation.apply(trainer, pl_module, self.calibration_samples, self.forward)
         calibrate_on_training_data(trainer, pl_module, self.calibration_samples, self.forward)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
 
@@ -248,6 +257,9 @@ class Quantize(ModuleCallback):
         self._found = self._structure(trainer, module)
         if self._folds(trainer, stage) and self._fold(module) and self._example is not None and self.structure is None:
             self._found = self._structure(trainer, module)  # tensors flow from other modules now
+        if self.prepare and stage == "fit":
+            example = self._example or self._look(trainer, module)
+            self._preparation = Preparation(module, example, self._plan(module), self.prepare)
         attach(module, self.weights, self.activations, structure=self._found, **self._flow_of_tensors, **self._choice)
         self._tell_unseen(module)
         self._example = None
@@ -276,14 +288,7 @@ class Quantize(ModuleCallback):
 
     def _fold(self, module: pl.LightningModule) -> bool:
         """Fold the BatchNorms of layers that get quantizers; whether there were any."""
-        plan = plan_sites(
-            module,
-            self.weights,
-            self.activations,
-            structure=self._found,
-            **self._flow_of_tensors,
-            **self._choice,
-        )
+        plan = self._plan(module)
         convs = {planned.site.module for planned in plan.values()}
         if self._found is not None:
             convs &= {
@@ -296,6 +301,11 @@ class Quantize(ModuleCallback):
         elif folding.left:
             rank_zero_info(f"Quantize left BatchNorms unfolded: {'; '.join(map(str, folding.left))}")
         return bool(folding.pairs)
+
+    def _plan(self, module: pl.LightningModule) -> dict[str, PlannedSite]:
+        """The sites that get quantizers."""
+        flow, found = self._flow_of_tensors, self._found
+        return plan_sites(module, self.weights, self.activations, structure=found, **flow, **self._choice)
 
     def _before_restoring(self, module: pl.LightningModule, otherwise: bool) -> bool:
         """Raise if another callback has copied the module, and a checkpoint has its BatchNorms folded otherwise.
@@ -368,14 +378,7 @@ class Quantize(ModuleCallback):
         present = attached_plan(module)
         if present is None:
             return  # quantizers built from a checkpoint
-        planned = plan_sites(
-            module,
-            self.weights,
-            self.activations,
-            structure=self._found,
-            **self._flow_of_tensors,
-            **self._choice,
-        )
+        planned = self._plan(module)
         wanted = {name: found.spec for name, found in planned.items() if found.owner is None}
         if self._found is None:  # attached by another: what is not told by the layers' classes cannot be compared
             layered = {name: spec for name, spec in present.items() if name.endswith((".weight", ".input"))}

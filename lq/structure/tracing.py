@@ -125,7 +125,6 @@ class Step:
         args: its positional arguments; of tensors, an `Argument`.
         kwargs: the same for those by keyword.
         results: the values it made or changed.
-        ndim: dimensions of the first tensor it made.
     """
 
     module: str | None
@@ -133,7 +132,6 @@ class Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: tuple[Value, ...]
-    ndim: int
 
     @property
     def given(self) -> list[Argument]:
@@ -239,7 +237,7 @@ class _Recorder(TorchFunctionMode):
         changed = [v is not None and t._version != v for t, v in zip(given, versions, strict=True)]
         self._note_reads(given, result)
         self._note_uses(name, args, kwargs, given, values)
-        held = tree_map_only(Tensor, self._argument, (args, kwargs))
+        held: tuple[Any, Any] = tree_map_only(Tensor, self._argument, (args, kwargs))
         made = self._results(name, args, kwargs, given, values, result, changed)
         if name not in _QUERIES and not (name in _SAME and made in values):
             self._note_step(name, held, [t for t, c in zip(given, changed, strict=True) if c], result)
@@ -254,11 +252,11 @@ class _Recorder(TorchFunctionMode):
     def _argument(self, tensor: Tensor) -> Argument:
         return Argument(self.value(tensor), tensor.ndim, isinstance(tensor, nn.Parameter))
 
-    def _note_step(self, name: str, held: Any, changed: list[Tensor], result: Any) -> None:
+    def _note_step(self, name: str, held: tuple[Any, Any], changed: list[Tensor], result: Any) -> None:
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         results = tuple({id(v): v for v in map(self.value, [*made, *changed])}.values())
         module = self.running[-1][0] if self.running else None
-        self.trace.steps.append(Step(module, name, *held, results, made[0].ndim if made else 0))
+        self.trace.steps.append(Step(module, name, held[0], held[1], results))
 
     def _note_uses(self, name: str, args: Any, kwargs: Any, given: list[Tensor], values: list[Value]) -> None:
         same = name in _SAME

@@ -49,7 +49,7 @@ class Found:
     left: list[Left] = field(default_factory=list)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """Why a tensor is left, and what the caller can do about it."""
 
     def __init__(self, reason: str, advice: str = "") -> None:
@@ -74,7 +74,7 @@ def find(model: nn.Module, seen: Trace, *, frozen: bool, kinds: tuple[str, ...] 
     for same in sources.values():
         try:
             found.pairs.append(search.pair(same))
-        except _Refused as refused:
+        except _RefusedError as refused:
             if same[0].kind == "norm" or refused.advice or search.activated:
                 found.left.append(Left(same[0].module, refused.reason, refused.advice))
     return found
@@ -185,32 +185,37 @@ class _Search:
         """The pair of what one set of parameters makes, in one run or in several.
 
         Raises:
-            _Refused: if it cannot be rescaled.
+            _RefusedError: if it cannot be rescaled.
         """
         self.activated = False
         first = sources[0]
         if first.problem or first.weight is None:
-            raise _Refused(first.problem)
+            raise _RefusedError(first.problem)
         names = {source.module for source in sources}
         if len(names) > 1:
-            raise _Refused(f"its weight is used by {' and '.join(sorted(names))}")
+            raise _RefusedError(f"its weight is used by {' and '.join(sorted(names))}")
         maker = Maker(first.weight, first.bias, first.dim)
         ends = _Ends()
         for source in sources:
             self._follow(source.value, ends, positive=False)
         if any(id(other) in ends.values for other in ends.others):
-            raise _Refused("two tensors that depend on it are multiplied")
+            raise _RefusedError("two tensors that depend on it are multiplied")
         if not ends.readers:
-            raise _Refused("nothing reads it")
+            raise _RefusedError("nothing reads it")
         weight = self.parameters[maker.weight]
         channels = weight.shape[maker.dim]
         for part in (maker.weight, maker.bias):
             if part is not None and self.seen.reads[part] != len(sources):
-                raise _Refused(f"{part} is read elsewhere too")
+                raise _RefusedError(f"{part} is read elsewhere too")
         readers = tuple(self._reader(step, channels, ends) for step in ends.first_of_each())
         self._require_own([maker.weight, maker.bias, *(n for r in readers for n in (r.weight, r.bias))])
         # Layers get no shift: a bias that is made for one would have to be there for the next.
-        shifts = first.kind == "norm" and ends.shifts and maker.bias is not None and all(reader.bias is not None for reader in readers)
+        shifts = (
+            first.kind == "norm"
+            and ends.shifts
+            and maker.bias is not None
+            and all(reader.bias is not None for reader in readers)
+        )
         return Pair(first.module, first.kind, maker, readers, channels, shifts, ends.positive)
 
     def _follow(self, value: Value, ends: "_Ends", positive: bool) -> None:
@@ -219,7 +224,7 @@ class _Search:
         ends.values[id(value)] = value
         self._require_unwatched(value)
         if id(value) in self.results:
-            raise _Refused("it is an output of the model")
+            raise _RefusedError("it is an output of the model")
         for step in self.readers.get(id(value), ()):
             if step.function in LAYERS and _is(step.argument(0, "input"), value):
                 ends.readers.append(step)
@@ -232,42 +237,42 @@ class _Search:
     def _pass(self, step: Step, value: Value, ends: "_Ends") -> None:
         """Go through a function that keeps a scale of channels, or raise."""
         function, others = step.function, [part.value for part in step.given if part.value is not value]
+        once = len(step.given) == 1 + len(others)  # it is not multiplied by itself
+        numerator = function in _QUOTIENTS and _is(step.argument(0, "input"), value)
         if function in _KEEPING and not others:
             return
         if function in _HOMOGENEOUS and len(others) <= (function == "prelu"):
             self.activated = self.activated or function.rstrip("_") in ("relu", "leaky_relu", "prelu")
-        elif function in PRODUCTS and len(others) <= 1 and len(step.given) == 1 + len(others):
-            ends.others += others
-        elif function in _QUOTIENTS and _is(step.argument(0, "input"), value) and len(others) == len(step.given) - 1:
+        elif once and len(others) <= 1 and (function in PRODUCTS or numerator):
             ends.others += others
         elif function == "batch_norm":
-            raise _Refused(f"{_in(step)} reads it", "fold it first: lq.fold_batchnorm(model)")
+            raise _RefusedError(f"{_in(step)} reads it", "fold it first: lq.fold_batchnorm(model)")
         elif function in _CLIPPING:
             self.activated = True
-            raise _Refused(f"{_in(step)} clips it at a value that is the same for all channels")
+            raise _RefusedError(f"{_in(step)} clips it at a value that is the same for all channels")
         else:
-            raise _Refused(f"{_in(step)} reads it, which cannot take a scale of channels")
+            raise _RefusedError(f"{_in(step)} reads it, which cannot take a scale of channels")
         ends.shifts = False
 
     def _reader(self, step: Step, channels: int, ends: "_Ends") -> Reader:
         """The parameters of a layer that reads the tensor.
 
         Raises:
-            _Refused: if it cannot take the scale.
+            _RefusedError: if it cannot take the scale.
         """
         weight, bias = step.argument(1, "weight"), step.argument(2, "bias")
         name, layer = _name(weight), step.module or "the model"
         if name is None:
-            raise _Refused(f"{layer} reads it, whose weight is computed, not a parameter")
+            raise _RefusedError(f"{layer} reads it, whose weight is computed, not a parameter")
         uses = sum(_name(other.argument(1, "weight")) == name for other in ends.readers)
         if self.seen.reads[name] != uses:
-            raise _Refused(f"{name}, which reads it, is read elsewhere too, or reads other tensors")
+            raise _RefusedError(f"{name}, which reads it, is read elsewhere too, or reads other tensors")
         transposed = step.function.startswith("conv_transpose")
         groups = 1 if step.function == "linear" else int(step.argument(6, "groups", 1))
         reader = Reader(name, None, groups, transposed)
         if reader.channels(self.parameters[name]) != channels:
             of = reader.channels(self.parameters[name])
-            raise _Refused(f"{layer} reads it as {of} channels, not as its {channels}")
+            raise _RefusedError(f"{layer} reads it as {of} channels, not as its {channels}")
         if transposed or _pads(step):
             return reader
         if bias is None:
@@ -290,13 +295,13 @@ class _Search:
             if parameter is None:
                 continue
             if self.owners[id(parameter)] > 1:
-                raise _Refused(f"{name} is shared with another module")
+                raise _RefusedError(f"{name} is shared with another module")
             if parameter.is_meta:
-                raise _Refused(f"{name} is on the meta device", "give the model its values first")
+                raise _RefusedError(f"{name} is on the meta device", "give the model its values first")
             if not parameter.requires_grad and not self.frozen:
-                raise _Refused(f"{name} is frozen (requires_grad=False)", "pass frozen=True to change it too")
+                raise _RefusedError(f"{name} is frozen (requires_grad=False)", "pass frozen=True to change it too")
             if not bool(parameter.isfinite().all()):
-                raise _Refused(f"{name} has values that are not finite", "load other weights")
+                raise _RefusedError(f"{name} has values that are not finite", "load other weights")
 
     def _require_unwatched(self, value: Value) -> None:
         """Raise if a module that gives or takes the tensor has a hook or a forward of its own, which may see it."""
@@ -305,9 +310,9 @@ class _Search:
             if module is None:
                 continue
             if any(len(getattr(module, table, ())) for table in _HOOKS):
-                raise _Refused(f"{name} has a hook, which would see other values", "remove the hook first")
+                raise _RefusedError(f"{name} has a hook, which would see other values", "remove the hook first")
             if "forward" in module.__dict__:
-                raise _Refused(f"{name}.forward was replaced on the instance", "prepare before it is replaced")
+                raise _RefusedError(f"{name}.forward was replaced on the instance", "prepare before it is replaced")
 
 
 @dataclass

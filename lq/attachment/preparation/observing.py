@@ -11,7 +11,6 @@ from lq.attachment.preparation.channel_ranges import ChannelRanges
 from lq.attachment.preparation.following import LAYERS, NORMS, PRODUCTS, SUMS
 from lq.attachment.preparation.parts import Pair
 from lq.attachment.preparation.stored import parameter
-from lq.errors import DataError
 from lq.quantizer.histogram import Reduce
 from lq.structure.forward import Forward, run
 from lq.structure.recomputation import without_recomputation

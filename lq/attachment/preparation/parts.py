@@ -2,13 +2,13 @@
 
 A tensor y of channels c is given ``y' = y / r + t`` instead. What makes it takes that up, ``weight / r`` and
 ``bias / r + t`` of a norm (or of a layer, by its output channels); all that reads it takes it back,
-``weight * r`` by input channels and ``bias - (weight * r) @ t``. Everything is computed in float64. Both sides are named
-by their parameters, so that no class of layer is known here.
+``weight * r`` by input channels and ``bias - (weight * r) @ t``. Everything is computed in float64. Both sides are
+named by their parameters, so that no class of layer is known here.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,6 +95,9 @@ class Reader:
         return values.double().view(shape)
 
 
+_Part = TypeVar("_Part", Maker, Reader)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A tensor whose channels can be rescaled: what makes it and all that reads it.
@@ -122,8 +125,19 @@ class Pair:
         """The layers that read it."""
         return tuple(reader.weight.rpartition(".")[0] or reader.weight for reader in self.readers)
 
+    @property
+    def parameters(self) -> set[str]:
+        """Names of all parameters that are rescaled with it."""
+        both = [(self.maker.weight, self.maker.bias), *((reader.weight, reader.bias) for reader in self.readers)]
+        return {name for names in both for name in names if name is not None}
+
     def __str__(self) -> str:
         return f"{self.name or '(model)'} -> {', '.join(self.names)}"
+
+    def without_new_biases(self) -> "Pair":
+        """The pair with readers that keep having no bias, if they have none; such a pair is not shifted."""
+        readers = tuple(replace(r, bias=None, makes_bias=False) if r.makes_bias else r for r in self.readers)
+        return replace(self, readers=readers, shifts=self.shifts and all(r.bias is not None for r in readers))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -137,16 +151,11 @@ class Pair:
 
     def renamed(self, rename: Callable[[str], str]) -> "Pair":
         """With other names of parameters and modules."""
-        names = {key: None if value is None else rename(value) for key, value in asdict(self.maker).items() if key in _NAMES}
-        readers = tuple(
-            Reader(**{**asdict(r), "weight": rename(r.weight), "bias": None if r.bias is None else rename(r.bias)})
-            for r in self.readers
-        )
-        maker = Maker(**{**asdict(self.maker), **names})
-        return Pair(rename(self.name), self.kind, maker, readers, self.channels, self.shifts, self.positive)
 
+        def part(one: _Part) -> _Part:
+            return replace(one, weight=rename(one.weight), bias=None if one.bias is None else rename(one.bias))
 
-_NAMES = ("weight", "bias")
+        return replace(self, name=rename(self.name), maker=part(self.maker), readers=tuple(map(part, self.readers)))
 
 
 @dataclass(frozen=True)
@@ -210,4 +219,3 @@ def _known(get: Callable[[str], Tensor | None], name: str) -> Tensor:
     if value is None:
         raise KeyError(name)
     return value
-

@@ -17,7 +17,7 @@ in addition.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -165,7 +165,7 @@ def prepare(
         itertools.chain([example], iterator),
         example,
         equalize=equalize,
-        widths=Widths(weights, activations),
+        widths=lambda _: Widths(weights, activations),
         power=power,
         forward=forward,
         reduce=reduce,
@@ -211,12 +211,12 @@ def apply(
     example: Any,
     *,
     equalize: Equalize | None,
-    widths: Widths,
+    widths: Callable[[Pair], Widths],
     power: float | None = None,
     forward: Forward | None = None,
     reduce: Reduce | None = None,
 ) -> Preparation:
-    """Rescale the pairs of a plan, in place, where that is exact; arguments as of `prepare`."""
+    """Rescale the pairs of a plan, in place, where that is exact; `widths` by pair, other arguments as of `prepare`."""
     check = Check(model, example, forward, reduce)
     ranged = [pair for pair in plan.pairs if pair.kind == "norm" or equalize == "activations"]
     seen = observed(model, ranged, batches, forward, reduce) if ranged else {}
@@ -229,7 +229,9 @@ def apply(
         powers = {one.pair: used for one, used in wanted}
         kept = check.kept([one for one, _ in wanted])
         exact = {one.pair for one in kept}
-        kept += check.kept([one.without_shift() for one, _ in wanted if one.pair not in exact and bool(one.shift.any())])
+        kept += check.kept(
+            [one.without_shift() for one, _ in wanted if one.pair not in exact and bool(one.shift.any())]
+        )
         exact |= {one.pair for one in kept}
         done += [(one, powers[one.pair]) for one in kept]
         left += [_inexact(pair) for pair in pairs if pair not in exact]
@@ -250,21 +252,20 @@ def _by_ranges(
     model: nn.Module,
     pairs: Sequence[Pair],
     seen: dict[str, ChannelRanges],
-    widths: Widths,
+    widths: Callable[[Pair], Widths],
     power: float | None,
 ) -> list[tuple[Rescaling, float | None]]:
     found: list[tuple[Rescaling, float | None]] = []
     for pair in pairs:
         weights = named_weights(model, [reader.weight for reader in pair.readers])
-        scale, shift, used = by_ranges(pair, seen[pair.maker.weight], weights, widths, power)
+        scale, shift, used = by_ranges(pair, seen[pair.maker.weight], weights, widths(pair), power)
         found.append((Rescaling(pair, scale, shift), used))
     return found
 
 
 def _by_weights(model: nn.Module, pairs: Sequence[Pair]) -> list[tuple[Rescaling, float | None]]:
     """Equalize all pairs by their weights, in rounds, on copies of the weights."""
-    makers, readers = [pair.maker for pair in pairs], [reader for pair in pairs for reader in pair.readers]
-    names = {name for part in (*makers, *readers) for name in (part.weight, part.bias) if name is not None}
+    names = {name for pair in pairs for name in pair.parameters}
     weights = dict(named_weights(model, sorted(names)))
     total = {pair: Rescaling(pair, torch.ones(pair.channels), torch.zeros(pair.channels)) for pair in pairs}
     for _ in range(_ROUNDS):

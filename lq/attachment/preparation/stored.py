@@ -1,14 +1,15 @@
 """What a prepared model remembers of its rescalings, so that checkpoints of the float model before still load.
 
-The innermost module around all rescaled pairs has them, and adds two entries to its state dict: ``lq_preparation_extra_state``,
-the pairs as JSON, and ``lq_preparation_values``, their r and t (not in packed files). A state dict that has them is of a prepared model; one that
-has not is of the model as it was, and is rescaled on the way in (BatchNorms that the model has folded are folded
-first), or refused where that cannot be.
+The innermost module around all rescaled pairs has them, and adds two entries to its state dict:
+``lq_preparation_extra_state``, the pairs as JSON, and ``lq_preparation_values``, their r and t (not in packed files). A
+state dict that has them is of a prepared model; one that has not is of the model as it was, and is rescaled on the way
+in (BatchNorms that the model has folded are folded first), or refused where that cannot be.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,23 +73,27 @@ def rescalings(model: nn.Module) -> dict[str, Rescaling]:
     found = {}
     for prefix, module in model.named_modules():
         for name, one in (module.__dict__[_KEPT].rescalings if _KEPT in module.__dict__ else {}).items():
-            pair = one.pair.renamed(lambda inner, prefix=prefix: _join(prefix, inner))  # type: ignore[misc]
+            pair = one.pair.renamed(lambda inner, prefix=prefix: _join(prefix, inner))
             found[_join(prefix, name)] = Rescaling(pair, one.scale, one.shift)
     return found
 
 
 def remember(model: nn.Module, done: Sequence[Rescaling]) -> None:
     """Have the model know what its pairs were rescaled with, beside what it knows."""
+    done = [one if bool(one.shift.any()) else replace(one, pair=one.pair.without_new_biases()) for one in done]
     holders = {name: module for name, module in model.named_modules() if _KEPT in module.__dict__}
     new = []
     for one in done:
-        holder = next((name for name in holders if _below(one.pair, name) in holders[name].__dict__[_KEPT].rescalings), None)
+        known = (n for n, module in holders.items() if _below(one.pair, n) in module.__dict__[_KEPT].rescalings)
+        holder = next(known, None)
         if holder is None:
             new.append(one)
             continue
         kept = holders[holder].__dict__[_KEPT].rescalings
         key = _below(one.pair, holder)
         kept[key] = kept[key].then(one.scale, one.shift)
+        if any(reader.makes_bias for reader in one.pair.readers):
+            kept[key].pair = _within(one.pair, holder)
     if not new:
         return
     names = [name.split(".")[:-1] for one in new for name in _names(one.pair)]
@@ -96,12 +101,12 @@ def remember(model: nn.Module, done: Sequence[Rescaling]) -> None:
     prefix = ".".join(os.path.commonprefix(names)) if around is None else around
     kept = _holder(model.get_submodule(prefix)).rescalings
     for one in new:
-        pair = one.pair.renamed(lambda name: name[len(prefix) + 1 :] if prefix else name)
+        pair = _within(one.pair, prefix)
         kept[pair.maker.weight] = Rescaling(pair, one.scale, one.shift)
 
 
 def match(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Have `model` know the pairs that a state dict, which is loaded next, was rescaled at; parameters keep their values.
+    """Have `model` know the pairs that a state dict, which is loaded next, was rescaled at; no value is changed.
 
     Raises:
         DataError: if the entries of the state dict are damaged, or name parameters that the model does not have.
@@ -127,11 +132,13 @@ def made_biases(state_dict: Mapping[str, Any]) -> set[str]:
     for key, value in state_dict.items():
         if key.rpartition(".")[2] == PLAN and isinstance(value, Tensor):
             pairs = _read(key, value)
-            found |= {_join(key.rpartition(".")[0], r.bias) for p in pairs for r in p.readers if r.bias and r.makes_bias}
+            found |= {
+                _join(key.rpartition(".")[0], r.bias) for p in pairs for r in p.readers if r.bias and r.makes_bias
+            }
     return found
 
 
-# --- the module that remembers -----------------------------------------------------------------------------------------
+# --- the module that remembers --------------------------------------------------------------------------------------
 
 
 def _holder(module: nn.Module) -> _Kept:
@@ -150,8 +157,9 @@ def _forget(module: nn.Module) -> None:
             if reader.makes_bias and reader.bias is not None:
                 parent, _, last = reader.bias.rpartition(".")
                 module.get_submodule(parent)._parameters[last] = None
-    for table, function in ((module._state_dict_hooks, _save), (module._load_state_dict_pre_hooks, _rescale_checkpoint)):
-        for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) is function]:
+    tables: tuple[dict[int, Any], ...] = (module._state_dict_hooks, module._load_state_dict_pre_hooks)
+    for table in tables:
+        for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) in (_save, _rescale_checkpoint)]:
             del table[key]
 
 
@@ -248,6 +256,11 @@ def _read(key: str, value: Any) -> list[Pair]:
         return [Pair.from_dict(pair) for pair in json.loads(bytes(value.tolist()).decode())]
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise DataError(f"{key} in the checkpoint is damaged: it should be what lq.prepare has rescaled") from error
+
+
+def _within(pair: Pair, prefix: str) -> Pair:
+    """The pair as it is named in a module around it."""
+    return pair.renamed(lambda name: name[len(prefix) + 1 :] if prefix else name)
 
 
 def _names(pair: Pair) -> list[str]:

@@ -1,9 +1,9 @@
 r"""By how much channels are rescaled: r and t of a pair, from the ranges of its channels or from weights.
 
-**Ranges** (RepQ-ViT, arXiv:2212.08254): channels are brought to one range, ``r_c = (width_c / mean width)^a`` and t such
-that all have one centre; a = 1 is RepQ-ViT's. Where only a scale can be taken back, the width is the largest absolute
-value. What activations gain, the weights that read them lose: their columns are multiplied by r. So a is the one of
-0, 1/4, 1/2, 3/4 and 1 with the least error that is predicted for what the readers give,
+**Ranges** (RepQ-ViT, arXiv:2212.08254): channels are brought to one range, ``r_c = (width_c / mean width)^a`` and t
+such that all have one centre; a = 1 is RepQ-ViT's. Where only a scale can be taken back, the width is the largest
+absolute value. What activations gain, the weights that read them lose: their columns are multiplied by r. So a is the
+one of 0, 1/4, 1/2, 3/4 and 1 with the least error that is predicted for what the readers give,
 
     E = D_a^2 / 12 * sum(W'^2) + sum_o D_o^2 / 12 * sum_c n_c * E[y'_c^2],
 
@@ -14,6 +14,7 @@ for each input channel. Rounding errors are taken to be uniform and independent.
 makes the channel and column c of what reads it to one range; repeated, as layers belong to two pairs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +40,9 @@ class Widths:
 
 
 def by_ranges(
-    pair: Pair, ranges: ChannelRanges, weights: dict[str, Tensor], widths: Widths, power: float | None = None
+    pair: Pair, ranges: ChannelRanges, weights: Mapping[str, Tensor], widths: Widths, power: float | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """r and t of a pair from the ranges of its channels, float32, and the power a.
+    """R and t of a pair from the ranges of its channels, float32, and the power a.
 
     Args:
         pair: the pair.
@@ -62,8 +63,8 @@ def by_ranges(
     found = []
     for a in POWERS if power is None else (power,):
         scale = relative.pow(a).float()
-        middle = (centre / scale.double() / (width / scale.double()).clamp(min=1e-30)).mean() * mean_width if a else centre.mean()
-        shift = (middle - centre / scale.double()).float() if pair.shifts else torch.zeros(pair.channels)
+        centres = centre / scale.double()
+        shift = (centres.mean() - centres).float() if pair.shifts else torch.zeros(pair.channels)
         found.append((_error(pair, ranges, low, high, weights, widths, scale, shift), a, scale, shift))
     none = torch.ones(pair.channels), torch.zeros(pair.channels)
     if power is None:
@@ -77,7 +78,7 @@ def _error(
     ranges: ChannelRanges,
     low: Tensor,
     high: Tensor,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     widths: Widths,
     scale: Tensor,
     shift: Tensor,
@@ -110,8 +111,8 @@ def _rows(reader: Reader, weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.flatten(1), group[:, None] * weight.shape[1] + inside
 
 
-def by_weights(pair: Pair, weights: dict[str, Tensor]) -> Tensor:
-    """r of a pair from its weights alone, float32."""
+def by_weights(pair: Pair, weights: Mapping[str, Tensor]) -> Tensor:
+    """R of a pair from its weights alone, float32."""
     made = weights[pair.maker.weight].detach().movedim(pair.maker.dim, 0).flatten(1).abs().amax(1).double()
     read = torch.stack([reader.largest(weights[reader.weight]).double() for reader in pair.readers]).amax(0)
     scale = (made / read).sqrt()

@@ -1,0 +1,73 @@
+"""Preparation of timm's networks with random weights: exact, at least as good at W4A4, the same in onnxruntime."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lq
+from tests.attachment.preparation.nets import uneven
+
+timm = pytest.importorskip("timm")
+
+# Network, options, size of its images, norms that are rescaled, and how many are left and why.
+NETWORKS = [
+    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 3}, 32, 7, {}),
+    ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 2}, 32, 5, {}),
+    ("swin_tiny_patch4_window7_224", {"img_size": 32, "window_size": 4, "depths": (2, 2), "num_heads": (3, 6)}, 32, 10,
+     {"layer_norm in layers.0.blocks.0.norm1 reads it": 1}),
+    ("convnext_atto", {"depths": (1, 1, 1, 1)}, 32, 8, {"add in stages.0.blocks.0 reads it": 1}),
+    ("maxvit_rmlp_nano_rw_256", {"img_size": 64}, 64, 29, {}),
+    ("poolformer_s12", {"layers": (1, 1, 1, 1)}, 32, 5, {"sub in stages.": 4}),
+]  # fmt: skip
+
+
+def built(name: str, options: dict, size: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = uneven(timm.create_model(name, num_classes=10, **options))
+    for module in model.modules():  # at random weights the branches of residual networks would do nothing
+        if hasattr(module, "gamma") and isinstance(module.gamma, nn.Parameter):
+            nn.init.constant_(module.gamma, 0.5)
+    return model, torch.randn(8, 3, size, size)
+
+
+@torch.no_grad()
+def sqnr(model: nn.Module, expected: Tensor, x: Tensor) -> float:
+    """Decibels of the outputs at W4A4."""
+    quantized = lq.attach(copy.deepcopy(model), 4, 4, structure=lq.inspect(model, x[:1]))
+    error = lq.calibrate(quantized, [x])(x) - expected
+    return float(10 * torch.log10(expected.square().sum() / error.square().sum()))
+
+
+@pytest.mark.parametrize(("name", "options", "size", "rescaled", "left"), NETWORKS, ids=[n[0] for n in NETWORKS])
+@torch.no_grad()
+def test_exact_and_better(name, options, size, rescaled, left):
+    model, x = built(name, options, size)
+    prepared = copy.deepcopy(model)
+    report = lq.prepare(prepared, [x])
+    other = torch.randn(2, 3, size, size)
+    difference = prepared(other).double() - model(other).double()
+    assert difference.norm() < 1e-5 * model(other).norm()
+    assert len(report.pairs) == rescaled
+    for reason, count in left.items():
+        assert sum(one.reason.startswith(reason) for one in report.left) == count
+    assert len(report.left) == sum(left.values())
+    expected = model(x)
+    before, after = sqnr(model, expected, x), sqnr(prepared, expected, x)
+    print(f"{name}: W4A4 {before:.2f} -> {after:.2f} dB")
+    assert after >= before
+
+
+@torch.no_grad()
+def test_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    model, x = built(*NETWORKS[0][:3])
+    lq.prepare(model, [x])
+    lq.calibrate(lq.attach(model, 8, 8, structure=lq.inspect(model, x[:1])), [x])
+    lq.export_onnx(model, tmp_path / "vit.onnx", x[:2])
+    session = onnxruntime.InferenceSession(str(tmp_path / "vit.onnx"), providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})[0])
+    expected = model(x[:2])
+    assert (found - expected).norm() < 1e-3 * expected.norm()
