@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lq.attachment.folding import fold_checkpoint
 from lq.attachment.preparation.parts import Pair, Rescaling
 from lq.attachment.sites import INPUT, WEIGHT_STATE, float_weight
-from lq.errors import DataError
+from lq.errors import DataError, StateError
 
 #: Entries of a prepared model's state dict.
 PLAN, VALUES = "lq_preparation_extra_state", "lq_preparation_values"
@@ -187,59 +187,48 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) ->
         state_dict[f"{prefix}{VALUES}"] = torch.cat(both, 1)
 
 
-def _rescale_checkpoint(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    _metadata: Any,
-    _strict: bool,
-    _missing: Any,
-    _unexpected: Any,
-    errors: list[str],
-) -> None:
+def _rescale_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load-state-dict hook: rescale a checkpoint of the model as it was before; take over what a prepared one says."""
     kept: _Kept = module.__dict__[_KEPT]
     plan, values = state_dict.pop(f"{prefix}{PLAN}", None), state_dict.pop(f"{prefix}{VALUES}", None)
     if plan is not None:
         if kept.pairs != _read(f"{prefix}{PLAN}", plan):
-            errors.append("the checkpoint is of a model that was prepared at other layers; load it with lq.load")
-        else:
-            _take_values(kept, values)
+            raise StateError("the checkpoint is of a model that was prepared at other layers; load it with lq.load")
+        _take_values(kept, values)
         return
     for name, part in module.named_modules():
         fold_checkpoint(part, state_dict, prefix + (f"{name}." if name else ""))
-    if not any(f"{prefix}{one.pair.maker.weight}" in state_dict for one in kept.rescalings.values()):
+    if not any(f"{prefix}{pair.maker.weight}" in state_dict for pair in kept.pairs):
         return
     if any(WEIGHT_STATE in key or f"{INPUT}." in key for key in state_dict if key.startswith(prefix)):
-        errors.append(
+        raise StateError(
             "the checkpoint has quantizers of a model that was not prepared, and this one is prepared: load it with "
             "lq.load, which takes that back"
         )
-    elif not kept.known:
-        errors.append(
+    if not kept.known:
+        raise StateError(
             "the checkpoint is of the model before it was prepared, and this one was loaded from a packed file, which "
             "does not say by how much it was rescaled; load it into the model as its code builds it, and prepare that"
         )
-    else:
-        _rescale(kept, state_dict, prefix, errors)
+    _rescale(kept, state_dict, prefix)
 
 
-def _rescale(kept: _Kept, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
+def _rescale(kept: _Kept, state_dict: dict[str, Any], prefix: str) -> None:
     def get(name: str) -> Tensor | None:
         return state_dict.get(prefix + name)
 
+    new: dict[str, Tensor] = {}
     for one in kept.rescalings.values():
         try:
-            found = one.parameters(get)
+            new |= one.parameters(lambda name: new[name] if name in new else get(name))
         except KeyError as missing:
-            errors.append(
+            raise StateError(
                 f"the checkpoint has no {prefix}{missing.args[0]}, which lq.prepare has rescaled together with "
                 f"{prefix}{one.pair.maker.weight}: load both, or neither"
-            )
-            return
+            ) from missing
         except RuntimeError:  # other shapes: torch tells
             return
-        state_dict.update({prefix + name: value for name, value in found.items()})
+    state_dict.update({prefix + name: value for name, value in new.items()})
 
 
 def _take_values(kept: _Kept, values: Any) -> None:

@@ -167,7 +167,12 @@ def test_norms_of_queries_and_keys():
     class Queries(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q, self.k, self.q_norm, self.k_norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+            self.q, self.k, self.q_norm, self.k_norm = (
+                nn.Linear(8, 8),
+                nn.Linear(8, 8),
+                nn.LayerNorm(8),
+                nn.LayerNorm(8),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(self.q_norm(self.q(x)), self.k_norm(self.k(x)), x)
@@ -190,7 +195,9 @@ def test_shared_weights():
     assert untouched(uneven(norms), torch.randn(4, 8)) == ["n1: its weight is used by n1 and n2"]
     layer = nn.Linear(8, 8)
     twice = Sequence(n1=nn.LayerNorm(8), a=layer, n2=nn.LayerNorm(8), b=nn.Sequential(layer))
-    assert all("is read elsewhere too, or reads other tensors" in left for left in untouched(uneven(twice), torch.randn(4, 8)))
+    assert all(
+        "is read elsewhere too, or reads other tensors" in left for left in untouched(uneven(twice), torch.randn(4, 8))
+    )
 
 
 def test_frozen_parameters():
@@ -244,7 +251,12 @@ def test_channels_that_move_are_taken_back():
     class Moved(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm, self.fc, self.good, self.last = nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+            self.norm, self.fc, self.good, self.last = (
+                nn.LayerNorm(8),
+                nn.Linear(8, 8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 2),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.good(self.fc(self.norm(x).flip(-1))))
@@ -294,7 +306,19 @@ def test_double_precision_and_modes():
 
 def test_the_report():
     report = lq.prepare(uneven(Read(lambda z, y, x: z)), [torch.randn(64, 8)], power=1)
-    assert str(report).splitlines()[0].split() == "rescaled kind read by channels by power largest / smallest r".split()
+    assert str(report).splitlines()[0].split() == [
+        "rescaled",
+        "kind",
+        "read",
+        "by",
+        "channels",
+        "by",
+        "power",
+        "largest",
+        "/",
+        "smallest",
+        "r",
+    ]
     assert "norm      norm  fc       8" in str(report)
     model = Sequence(norm=nn.LayerNorm(8), act=nn.GELU())
     assert "left: norm: gelu in act reads it" in str(lq.prepare(model, [torch.randn(4, 8)]))

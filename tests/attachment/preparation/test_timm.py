@@ -18,17 +18,17 @@ NETWORKS = [
     ("swin_tiny_patch4_window7_224", {"img_size": 32, "window_size": 4, "depths": (2, 2), "num_heads": (3, 6)}, 32, 10,
      {"layer_norm in layers.0.blocks.0.norm1 reads it": 1}),
     ("convnext_atto", {"depths": (1, 1, 1, 1)}, 32, 8, {"add in stages.0.blocks.0 reads it": 1}),
-    ("maxvit_rmlp_nano_rw_256", {"img_size": 64}, 64, 29, {}),
-    ("poolformer_s12", {"layers": (1, 1, 1, 1)}, 32, 5, {"sub in stages.": 4}),
+    ("maxvit_rmlp_nano_rw_256", {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 64)}, 64, 9, {}),
+    ("poolformer_s12", {}, 32, 13, {"sub in stages.": 12}),
 ]  # fmt: skip
 
 
 def built(name: str, options: dict, size: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = uneven(timm.create_model(name, num_classes=10, **options))
-    for module in model.modules():  # at random weights the branches of residual networks would do nothing
-        if hasattr(module, "gamma") and isinstance(module.gamma, nn.Parameter):
-            nn.init.constant_(module.gamma, 0.5)
+    for name, parameter in model.named_parameters():  # at random weights the branches would do nothing
+        if name.endswith((".gamma", ".scale")):
+            nn.init.constant_(parameter, 0.5)
     return model, torch.randn(8, 3, size, size)
 
 
@@ -59,15 +59,18 @@ def test_exact_and_better(name, options, size, rescaled, left):
     assert after >= before
 
 
+@pytest.mark.parametrize(("activations", "limit"), [(None, 1e-4), (8, 0.05)])  # kernels may round to another level
 @torch.no_grad()
-def test_onnx(tmp_path):
+def test_onnx(tmp_path, activations, limit):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     model, x = built(*NETWORKS[0][:3])
     lq.prepare(model, [x])
-    lq.calibrate(lq.attach(model, 8, 8, structure=lq.inspect(model, x[:1])), [x])
-    lq.export_onnx(model, tmp_path / "vit.onnx", x[:2])
-    session = onnxruntime.InferenceSession(str(tmp_path / "vit.onnx"), providers=["CPUExecutionProvider"])
+    lq.calibrate(lq.attach(model, 8, activations, structure=lq.inspect(model, x[:1])), [x])
+    lq.export_onnx(model, x[:2], tmp_path / "vit.onnx")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # else it rounds floats
+    session = onnxruntime.InferenceSession(tmp_path / "vit.onnx", options, providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})[0])
     expected = model(x[:2])
-    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert (found - expected).norm() < limit * expected.norm()
