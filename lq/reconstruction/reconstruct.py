@@ -305,11 +305,10 @@ class _Work:
         if metric == "modcap":
             scores = [module_capacity(unit.bind(self.model)) for unit in blocks]
         else:
-            state = [*self.model.named_parameters(), *self.model.named_buffers()]
-            before = {name: tensor.detach().clone() for name, tensor in state}
+            before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             searched = self.run(blocks, method, lambda steps, name: watch(steps, f"{name} (search)"), Progress.none())
             scores = [found.after for found in searched]
-            self.model.load_state_dict(before, strict=False)
+            self.model.load_state_dict(before)
         return merge_units(blocks, self.flow(blocks), scores, count, metric)
 
     def run(self, units: Sequence[Unit], method: Method, watch: Watch, progress: Progress) -> Iterator[UnitReport]:

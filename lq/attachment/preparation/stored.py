@@ -214,13 +214,14 @@ def _rescale_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: s
 
 
 def _rescale(kept: _Kept, state_dict: dict[str, Any], prefix: str) -> None:
-    def get(name: str) -> Tensor | None:
-        return state_dict.get(prefix + name)
-
     new: dict[str, Tensor] = {}
+
+    def get(name: str) -> Tensor | None:
+        return new[name] if name in new else state_dict.get(prefix + name)
+
     for one in kept.rescalings.values():
         try:
-            new |= one.parameters(lambda name: new[name] if name in new else get(name))
+            new.update(one.parameters(get))
         except KeyError as missing:
             raise StateError(
                 f"the checkpoint has no {prefix}{missing.args[0]}, which lq.prepare has rescaled together with "

@@ -306,19 +306,7 @@ def test_double_precision_and_modes():
 
 def test_the_report():
     report = lq.prepare(uneven(Read(lambda z, y, x: z)), [torch.randn(64, 8)], power=1)
-    assert str(report).splitlines()[0].split() == [
-        "rescaled",
-        "kind",
-        "read",
-        "by",
-        "channels",
-        "by",
-        "power",
-        "largest",
-        "/",
-        "smallest",
-        "r",
-    ]
+    assert str(report).startswith("rescaled  kind  read by  channels  by ")
     assert "norm      norm  fc       8" in str(report)
     model = Sequence(norm=nn.LayerNorm(8), act=nn.GELU())
     assert "left: norm: gelu in act reads it" in str(lq.prepare(model, [torch.randn(4, 8)]))

@@ -110,9 +110,7 @@ def test_packed_files_do_not_have_the_values(x, tmp_path):
 def test_a_quantized_checkpoint_of_the_model_before(x):
     plain, model = build(), prepared(x)
     lq.calibrate(lq.attach(plain, 4, 8), [x])
-    with pytest.raises(
-        lq.StateError, match="has quantizers of a model that was not prepared, and this one is prepared"
-    ):
+    with pytest.raises(lq.StateError, match="has quantizers of a model that was not prepared, and this one is"):
         model.load_state_dict(plain.state_dict(), strict=False)
     assert same(lq.load(plain.state_dict(), model), plain, x)
     assert not rescalings(model)
@@ -123,9 +121,7 @@ def test_a_quantized_checkpoint_of_the_model_before(x):
 def test_half_a_checkpoint(x):
     model = prepared(x)
     part = {key: value for key, value in build().state_dict().items() if not key.startswith("head")}
-    with pytest.raises(
-        lq.StateError, match="has no head.weight, which lq.prepare has rescaled together with norm.weight"
-    ):
+    with pytest.raises(lq.StateError, match=r"has no head.weight, which lq.prepare has rescaled together with norm"):
         model.load_state_dict(part, strict=False)
     others = {key: value for key, value in build().state_dict().items() if key.startswith("embed")}
     model.load_state_dict(others, strict=False)

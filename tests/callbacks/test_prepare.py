@@ -1,0 +1,123 @@
+"""`Quantize(prepare=)`: rescaling when fitting starts, what trains and what is saved afterwards."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
+
+import lq
+from lq.attachment.preparation.stored import rescalings
+from lq.callbacks import Quantize
+from tests.attachment.preparation.nets import uneven
+from tests.helpers import QUIET, Tiny, fit, loader, trainer
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+
+
+class Normed(Tiny):
+    """A tiny network with layer norms; one layer has no bias."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(36, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(),
+            nn.LayerNorm(16), nn.Linear(16, 3, bias=False),
+        )  # fmt: skip
+
+
+def normed() -> Normed:
+    torch.manual_seed(0)
+    return uneven(Normed()).train()
+
+
+def floats(module):
+    return lq.detach(copy.deepcopy(module).eval())
+
+
+X = next(iter(loader(32, 32)))[0]
+
+
+def same(one, other) -> bool:
+    with torch.no_grad():
+        return bool((one(X) - other(X)).norm() < 1e-5 * other(X).norm())
+
+
+def rescaled(module) -> list[str]:
+    return list(rescalings(module))
+
+
+def test_post_training():
+    module = normed()
+    fit(module, [Quantize(4, 4, prepare="auto", first_last=None)], max_epochs=0)
+    assert rescaled(module) == ["net.2.weight", "net.5.weight"]
+    assert same(floats(module), normed().eval())
+    assert not torch.equal(module.net[2].weight, normed().net[2].weight)
+    assert module.net[6].bias is None
+    plain = normed()
+    fit(plain, [Quantize(4, 4, first_last=None)], max_epochs=0)
+    expected = normed().eval()(X).detach()
+    with torch.no_grad():
+        error = [float((one.eval()(X) - expected).norm()) for one in (module, plain)]
+    assert error[0] < error[1]
+
+
+def test_by_width():
+    """ "auto" goes by the width of what is read: the last layer has 8 bits."""
+    for choice, activations, names in (
+        ("auto", 4, ["net.2.weight"]),
+        (True, 4, ["net.2.weight", "net.5.weight"]),
+        ("auto", 8, []),
+        (True, 8, ["net.2.weight", "net.5.weight"]),
+        ("auto", None, []),
+        (False, 4, []),
+    ):
+        module = normed()
+        fit(module, [Quantize(4, activations, prepare=choice)], max_epochs=0)
+        assert rescaled(module) == names, (choice, activations)
+        assert same(floats(module), normed().eval())
+
+
+def test_training_and_checkpoints(tmp_path):
+    module = normed()
+    made = fit(module, [Quantize(4, 4, prepare=True)], max_epochs=1)
+    assert rescaled(module)
+    assert not same(floats(module), normed().eval())  # it has learned
+    made.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, again = normed(), trainer([Quantize(4, 4, prepare=True)], max_epochs=1)
+    again.fit(resumed, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert rescaled(resumed) == rescaled(module)
+    assert same(resumed.eval(), module.eval())
+    loaded = lq.load(tmp_path / "last.ckpt", normed())
+    assert same(loaded.eval(), module.eval())
+    tested = normed()
+    trainer([Quantize(4, 4)]).test(tested, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert same(tested.eval(), module.eval())
+
+
+def test_averages():
+    averaging = WeightAveraging()
+    module = normed()
+    module.hparams.lr = 0.0
+    fit(module, [Quantize(4, 4, prepare=True), averaging], max_epochs=1)
+    assert rescaled(module)
+    assert same(floats(module), normed().eval())
+
+
+def test_what_is_told(capfd, caplog):
+    module = normed()
+    with caplog.at_level("INFO"):
+        fit(module, [Quantize(4, 4, prepare=True)], max_epochs=0)
+    assert "Quantize rescaled what 2 norms of Normed give" in caplog.text + capfd.readouterr().err
+
+
+def test_wrong_arguments():
+    with pytest.raises(lq.SpecError, match="prepare='always' is unknown; use True, False or 'auto'"):
+        Quantize(4, 4, prepare="always")
+
+
+def test_nothing_to_look_with(monkeypatch):
+    monkeypatch.setattr(Quantize, "_look", lambda *_: None)
+    with pytest.raises(lq.DataError, match=r"Quantize\(prepare='auto'\) has to run Normed to see what reads its norms"):
+        fit(normed(), [Quantize(4, 4, prepare="auto")], max_epochs=0)
