@@ -378,8 +378,7 @@ class Quantize(ModuleCallback):
         present = attached_plan(module)
         if present is None:
             return  # quantizers built from a checkpoint
-        planned = self._plan(module)
-        wanted = {name: found.spec for name, found in planned.items() if found.owner is None}
+        wanted = {name: found.spec for name, found in self._plan(module).items() if found.owner is None}
         if self._found is None:  # attached by another: what is not told by the layers' classes cannot be compared
             layered = {name: spec for name, spec in present.items() if name.endswith((".weight", ".input"))}
             shared = wanted.keys() - layered.keys() - {name for name in wanted if not _shares(module, name)}

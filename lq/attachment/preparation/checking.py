@@ -1,15 +1,18 @@
 """Rescale pairs and keep those that leave the model's outputs as they are, by running it.
 
+What the layers that read a rescaled tensor give is looked at too (at most 65 536 values of each): a branch of a
+residual network may be scaled by 1e-6 before it reaches an output.
+
 What counts as rounding: 1e-5 of the norm of an output in float32; where a model makes more of rounding errors, eight
 times what it makes of an input that is changed by one part in 2^22, at most 1e-3.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lq.attachment.folding_check import outputs
 from lq.attachment.preparation.parts import Rescaling
@@ -21,6 +24,7 @@ from lq.structure.forward import Forward
 _ROUNDING = {torch.float64: (1e-10, 1e-8), torch.float32: (1e-5, 1e-3)}
 _OF_HALF_PRECISION = (0.02, 0.05)
 _NOISE, _TIMES = 2.0**-22, 8
+_VALUES = 1 << 16
 
 
 class Check:
@@ -31,15 +35,40 @@ class Check:
         example: a batch.
         forward: how to run the model on it.
         reduce: combines a tensor over ranks, which have to come to one verdict.
+        watched: names of modules whose outputs have to stay as they are too.
     """
 
-    def __init__(self, model: nn.Module, example: Any, forward: Forward | None, reduce: Reduce | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        forward: Forward | None,
+        reduce: Reduce | None,
+        watched: Collection[str] = (),
+    ) -> None:
         self.model, self.example, self.forward, self.reduce = model, example, forward, reduce
-        self.before = outputs(model, example, forward)
+        self.watched = sorted(watched)
+        self.before = self._outputs(example)
+
+    def _outputs(self, example: Any) -> list[Tensor]:
+        """Outputs of the model, and some values of those of the watched modules."""
+        inner: list[Tensor] = []
+
+        def note(_: nn.Module, args: Any, output: Any) -> None:
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    inner.append(tensor.detach().flatten()[:: 1 + tensor.numel() // _VALUES].clone())
+
+        handles = [self.model.get_submodule(name).register_forward_hook(note) for name in self.watched]
+        try:
+            return outputs(self.model, example, self.forward) + inner
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def excess(self) -> float:
         """The largest difference of an output from what it was, over what rounding may make of it."""
-        after = outputs(self.model, self.example, self.forward)
+        after = self._outputs(self.example)
         pairs = list(zip(self.before, after, strict=False))
         differences = [_difference(old, new) for old, new in pairs]
         found = torch.tensor([d / _limits(old)[0] for d, (old, _) in zip(differences, pairs, strict=True)] or [0.0])
@@ -69,7 +98,7 @@ class Check:
             signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
             return x + x * signs.to(x.dtype) * _NOISE
 
-        found = outputs(self.model, tree_map_only(Tensor, noisy, self.example), self.forward)
+        found = self._outputs(tree_map_only(Tensor, noisy, self.example))
         return [_difference(old, new) for old, new in zip(after, found, strict=True)]
 
     def kept(self, some: Sequence[Rescaling]) -> list[Rescaling]:

@@ -25,7 +25,7 @@ LAYERS = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
 #: Functions that keep channels, scale and shift.
-_KEEPING = {
+KEEPING = {
     "__getitem__", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "index_select", "repeat",
     "max_pool1d", "max_pool2d", "max_pool3d", "_max_pool2d", "repeat_interleave", "tile", "split_with_sizes",
     "hsplit", "vsplit", "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "amax",
@@ -49,7 +49,7 @@ class Found:
     left: list[Left] = field(default_factory=list)
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """Why a tensor is left, and what the caller can do about it."""
 
     def __init__(self, reason: str, advice: str = "") -> None:
@@ -66,7 +66,7 @@ def find(model: nn.Module, seen: Trace, *, frozen: bool, kinds: tuple[str, ...] 
         frozen: whether parameters that do not require gradients may be changed too.
         kinds: what to look for: "norm", what norms make; "layer", what convolutions and linear layers make.
     """
-    search, found = _Search(model, seen, frozen), Found()
+    search, found = Search(model, seen, frozen), Found()
     sources: dict[str, list[_Source]] = {}
     for source in _sources(seen):
         if source.kind in kinds and source.value.varies:
@@ -74,7 +74,7 @@ def find(model: nn.Module, seen: Trace, *, frozen: bool, kinds: tuple[str, ...] 
     for same in sources.values():
         try:
             found.pairs.append(search.pair(same))
-        except _RefusedError as refused:
+        except RefusedError as refused:
             if same[0].kind == "norm" or refused.advice or search.activated:
                 found.left.append(Left(same[0].module, refused.reason, refused.advice))
     return found
@@ -118,7 +118,7 @@ def _norm(step: Step, number: int) -> _Source:
         None if position is None else step.argument(position, keyword)
         for position, keyword in zip((weight, bias), names, strict=True)
     )
-    source = _Source("norm", step.module or "", _name(scale), _name(shift), step.results[0], number=number)
+    source = _Source("norm", step.module or "", name_of(scale), name_of(shift), step.results[0], number=number)
     shape = None if over is None else step.argument(over, "normalized_shape")
     if scale is None:
         source.problem = "it has no weight that could take the scale"
@@ -132,7 +132,9 @@ def _norm(step: Step, number: int) -> _Source:
 def _layer(step: Step, number: int) -> _Source:
     weight, bias = step.argument(1, "weight"), step.argument(2, "bias")
     transposed = step.function.startswith("conv_transpose")
-    source = _Source("layer", step.module or "", _name(weight), _name(bias), step.results[0], int(transposed), number)
+    source = _Source(
+        "layer", step.module or "", name_of(weight), name_of(bias), step.results[0], int(transposed), number
+    )
     if source.weight is None or (bias is not None and source.bias is None):
         source.problem = "its weight or its bias is computed, not a parameter"
     elif transposed and int(step.argument(6, "groups", 1)) > 1:
@@ -145,16 +147,16 @@ def _written_out(seen: Trace, step: Step, number: int) -> _Source | None:
     scales = [part for part in step.given if part.whole and part.ndim == 1]
     if len(scales) != 1 or len(step.given) != 2 or not any(part.value.varies for part in step.given):
         return None
-    source = _Source("norm", step.module or "", _name(scales[0]), None, step.results[0], number=number)
+    source = _Source("norm", step.module or "", name_of(scales[0]), None, step.results[0], number=number)
     readers = [s for s in seen.steps if any(part.value is source.value for part in s.given)]
     if len(readers) == 1 and readers[0].function in SUMS and readers[0].module == step.module:
         biases = [part for part in readers[0].given if part.whole and part.ndim == 1]
         if len(biases) == 1:
-            source.bias, source.value = _name(biases[0]), readers[0].results[0]
+            source.bias, source.value = name_of(biases[0]), readers[0].results[0]
     return source
 
 
-def _name(part: object) -> str | None:
+def name_of(part: object) -> str | None:
     """Name of a parameter that was given as it is."""
     return part.value.parameter if isinstance(part, Argument) and part.whole else None
 
@@ -162,7 +164,7 @@ def _name(part: object) -> str | None:
 # --- what reads them --------------------------------------------------------------------------------------------------
 
 
-class _Search:
+class Search:
     """Follows tensors through one run."""
 
     def __init__(self, model: nn.Module, seen: Trace, frozen: bool) -> None:
@@ -185,30 +187,30 @@ class _Search:
         """The pair of what one set of parameters makes, in one run or in several.
 
         Raises:
-            _RefusedError: if it cannot be rescaled.
+            RefusedError: if it cannot be rescaled.
         """
         self.activated = False
         first = sources[0]
         if first.problem or first.weight is None:
-            raise _RefusedError(first.problem)
+            raise RefusedError(first.problem)
         names = {source.module for source in sources}
         if len(names) > 1:
-            raise _RefusedError(f"its weight is used by {' and '.join(sorted(names))}")
+            raise RefusedError(f"its weight is used by {' and '.join(sorted(names))}")
         maker = Maker(first.weight, first.bias, first.dim)
         ends = _Ends()
         for source in sources:
             self._follow(source.value, ends, positive=False)
         if any(id(other) in ends.values for other in ends.others):
-            raise _RefusedError("two tensors that depend on it are multiplied")
+            raise RefusedError("two tensors that depend on it are multiplied")
         if not ends.readers:
-            raise _RefusedError("nothing reads it")
+            raise RefusedError("nothing reads it")
         weight = self.parameters[maker.weight]
         channels = weight.shape[maker.dim]
         for part in (maker.weight, maker.bias):
             if part is not None and self.seen.reads[part] != len(sources):
-                raise _RefusedError(f"{part} is read elsewhere too")
-        readers = tuple(self._reader(step, channels, ends) for step in ends.first_of_each())
-        self._require_own([maker.weight, maker.bias, *(n for r in readers for n in (r.weight, r.bias))])
+                raise RefusedError(f"{part} is read elsewhere too")
+        readers = tuple(self.reader(step, channels, ends.readers) for step in ends.first_of_each())
+        self.require_own([maker.weight, maker.bias, *(n for r in readers for n in (r.weight, r.bias))])
         # Layers get no shift: a bias that is made for one would have to be there for the next.
         shifts = (
             first.kind == "norm"
@@ -222,9 +224,9 @@ class _Search:
         if id(value) in ends.values:
             return
         ends.values[id(value)] = value
-        self._require_unwatched(value)
+        self.require_unwatched(value)
         if id(value) in self.results:
-            raise _RefusedError("it is an output of the model")
+            raise RefusedError("it is an output of the model")
         for step in self.readers.get(id(value), ()):
             if step.function in LAYERS and _is(step.argument(0, "input"), value):
                 ends.readers.append(step)
@@ -239,46 +241,46 @@ class _Search:
         function, others = step.function, [part.value for part in step.given if part.value is not value]
         once = len(step.given) == 1 + len(others)  # it is not multiplied by itself
         numerator = function in _QUOTIENTS and _is(step.argument(0, "input"), value)
-        if function in _KEEPING and not others:
+        if function in KEEPING and not others:
             return
         if function in _HOMOGENEOUS and len(others) <= (function == "prelu"):
             self.activated = self.activated or function.rstrip("_") in ("relu", "leaky_relu", "prelu")
         elif once and len(others) <= 1 and (function in PRODUCTS or numerator):
             ends.others += others
         elif function == "batch_norm":
-            raise _RefusedError(f"{_in(step)} reads it", "fold it first: lq.fold_batchnorm(model)")
+            raise RefusedError(f"{_in(step)} reads it", "fold it first: lq.fold_batchnorm(model)")
         elif function in _CLIPPING:
             self.activated = True
-            raise _RefusedError(f"{_in(step)} clips it at a value that is the same for all channels")
+            raise RefusedError(f"{_in(step)} clips it at a value that is the same for all channels")
         else:
-            raise _RefusedError(f"{_in(step)} reads it, which cannot take a scale of channels")
+            raise RefusedError(f"{_in(step)} reads it, which cannot take a scale of channels")
         ends.shifts = False
 
-    def _reader(self, step: Step, channels: int, ends: "_Ends") -> Reader:
-        """The parameters of a layer that reads the tensor.
+    def reader(self, step: Step, channels: int, calls: list[Step]) -> Reader:
+        """The parameters of a layer that reads a tensor with so many channels in these calls of layers.
 
         Raises:
-            _RefusedError: if it cannot take the scale.
+            RefusedError: if it cannot take the scale.
         """
         weight, bias = step.argument(1, "weight"), step.argument(2, "bias")
-        name, layer = _name(weight), step.module or "the model"
+        name, layer = name_of(weight), step.module or "the model"
         if name is None:
-            raise _RefusedError(f"{layer} reads it, whose weight is computed, not a parameter")
-        uses = sum(_name(other.argument(1, "weight")) == name for other in ends.readers)
+            raise RefusedError(f"{layer} reads it, whose weight is computed, not a parameter")
+        uses = sum(name_of(other.argument(1, "weight")) == name for other in calls)
         if self.seen.reads[name] != uses:
-            raise _RefusedError(f"{name}, which reads it, is read elsewhere too, or reads other tensors")
+            raise RefusedError(f"{name}, which reads it, is read elsewhere too, or reads other tensors")
         transposed = step.function.startswith("conv_transpose")
         groups = 1 if step.function == "linear" else int(step.argument(6, "groups", 1))
         reader = Reader(name, None, groups, transposed)
         if reader.channels(self.parameters[name]) != channels:
             of = reader.channels(self.parameters[name])
-            raise _RefusedError(f"{layer} reads it as {of} channels, not as its {channels}")
+            raise RefusedError(f"{layer} reads it as {of} channels, not as its {channels}")
         if transposed or _pads(step):
             return reader
         if bias is None:
             own = self._unset_bias(name)
             return Reader(name, own, groups, makes_bias=own is not None)
-        named = _name(bias)
+        named = name_of(bias)
         return Reader(name, named if named is not None and self.seen.reads[named] == uses else None, groups)
 
     def _unset_bias(self, weight: str) -> str | None:
@@ -288,31 +290,31 @@ class _Search:
         fits = last == "weight" and "bias" in table and table["bias"] is None
         return f"{parent}.bias".lstrip(".") if fits else None
 
-    def _require_own(self, names: list[str | None]) -> None:
+    def require_own(self, names: list[str | None]) -> None:
         """Raise if parameters are shared, frozen or have no numbers."""
         for name in names:
             parameter = None if name is None else self.parameters.get(name)
             if parameter is None:
                 continue
             if self.owners[id(parameter)] > 1:
-                raise _RefusedError(f"{name} is shared with another module")
+                raise RefusedError(f"{name} is shared with another module")
             if parameter.is_meta:
-                raise _RefusedError(f"{name} is on the meta device", "give the model its values first")
+                raise RefusedError(f"{name} is on the meta device", "give the model its values first")
             if not parameter.requires_grad and not self.frozen:
-                raise _RefusedError(f"{name} is frozen (requires_grad=False)", "pass frozen=True to change it too")
+                raise RefusedError(f"{name} is frozen (requires_grad=False)", "pass frozen=True to change it too")
             if not bool(parameter.isfinite().all()):
-                raise _RefusedError(f"{name} has values that are not finite", "load other weights")
+                raise RefusedError(f"{name} has values that are not finite", "load other weights")
 
-    def _require_unwatched(self, value: Value) -> None:
+    def require_unwatched(self, value: Value) -> None:
         """Raise if a module that gives or takes the tensor has a hook or a forward of its own, which may see it."""
         for name in (*value.output_of, *self.given.get(id(value), ())):
             module = self.modules.get(name)
             if module is None:
                 continue
             if any(len(getattr(module, table, ())) for table in _HOOKS):
-                raise _RefusedError(f"{name} has a hook, which would see other values", "remove the hook first")
+                raise RefusedError(f"{name} has a hook, which would see other values", "remove the hook first")
             if "forward" in module.__dict__:
-                raise _RefusedError(f"{name}.forward was replaced on the instance", "prepare before it is replaced")
+                raise RefusedError(f"{name}.forward was replaced on the instance", "prepare before it is replaced")
 
 
 @dataclass
@@ -329,7 +331,7 @@ class _Ends:
         """One call of each layer that reads."""
         found: dict[object, Step] = {}
         for step in self.readers:
-            found.setdefault(_name(step.argument(1, "weight")) or id(step), step)
+            found.setdefault(name_of(step.argument(1, "weight")) or id(step), step)
         return list(found.values())
 
 

@@ -8,6 +8,8 @@ channels differ by orders of magnitude, and one step for all fits none. With r a
 the norm gives ``y' = y / r + t``, whose channels have one range, and the layers behind it compute what they did. Here r
 may be a power of the ratio of ranges, chosen by a predicted error (`lq.attachment.preparation.strength`).
 
+**Rotation**, on request: see `lq.attachment.preparation.rotation`.
+
 **Cross-layer equalization** (DFQ, Nagel et al., ICCV 2019, arXiv:1906.04721). The same between two layers with nothing
 or a positive-homogeneous function (ReLU) between them.
 
@@ -30,7 +32,9 @@ from lq.attachment.preparation.checking import Check, named_weights
 from lq.attachment.preparation.following import find
 from lq.attachment.preparation.observing import observed
 from lq.attachment.preparation.parts import Left, Pair, Rescaling
-from lq.attachment.preparation.stored import parameter, remember, rescalings
+from lq.attachment.preparation.rotation import find_stream
+from lq.attachment.preparation.rotation import rotate as rotate_stream
+from lq.attachment.preparation.stored import is_prepared, parameter, remember, remember_rotation, rescalings
 from lq.attachment.preparation.strength import Widths, by_ranges, by_weights
 from lq.attachment.sites import is_attached
 from lq.errors import DataError, SpecError, StateError
@@ -108,6 +112,7 @@ def prepare(
     weights: int | None = 4,
     activations: int | None = 4,
     power: float | None = None,
+    rotate: bool = False,
     frozen: bool = False,
     forward: Forward | None = None,
     reduce: Reduce | None = None,
@@ -132,6 +137,8 @@ def prepare(
         activations: width in bits of the activations between.
         power: power of the ratio of ranges, from 0 (nothing) to 1 (all channels get one range, as in RepQ-ViT); None:
             for each pair the one with the least error that is predicted for these widths.
+        rotate: first rotate the residual stream (ViT, DeiT; see `lq.attachment.preparation.rotation`), if only norms
+            with layers behind them read it. Float checkpoints of the model before are refused then.
         frozen: also change parameters with ``requires_grad=False``; pairs that have one are left otherwise.
         forward: how to run the model on a batch, as in `lq.calibrate`.
         reduce: combines a tensor over ranks, as in `lq.calibrate`.
@@ -158,7 +165,9 @@ def prepare(
     example = next(iterator, None)
     if example is None:
         raise DataError("lq.prepare got no batches: the loader is empty; give it at least one batch")
+    left = _rotated(model, example, forward, frozen, reduce) if rotate else ()
     plan = plan_pairs(model, example, forward, norms=norms, layers=equalize is not None, frozen=frozen)
+    plan = replace(plan, left=(*left, *plan.left))
     return apply(
         model,
         plan,
@@ -170,6 +179,30 @@ def prepare(
         forward=forward,
         reduce=reduce,
     )
+
+
+def _rotated(
+    model: nn.Module, example: Any, forward: Forward | None, frozen: bool, reduce: Reduce | None
+) -> tuple[Left, ...]:
+    """Rotate the residual stream; what is left, if that cannot be."""
+    if is_prepared(model):
+        raise StateError(
+            "rotate=True has to come first, and this model was prepared already: build it anew, load its float "
+            "weights, and call lq.prepare(model, batches, rotate=True) once"
+        )
+    with running(model):
+        seen = trace(model, lambda: run(model, example, forward), example)
+    stream = find_stream(model, seen, find(model, seen, frozen=frozen, kinds=("norm",)).pairs, frozen=frozen)
+    if isinstance(stream, str):
+        return (Left("residual stream", stream),)
+    check = Check(model, example, forward, reduce, _unchanged(stream.norms.values()))
+    missing = [name for name in stream.parameters if parameter(model, name) is None]
+    undo = rotate_stream(model, stream)
+    if check.excess() > 1:
+        undo()
+        return (Left("residual stream", "rotating it would change what the model computes"),)
+    remember_rotation(model, stream.parameters, [name for name in missing if parameter(model, name) is not None])
+    return ()
 
 
 @dataclass(frozen=True)
@@ -217,7 +250,7 @@ def apply(
     reduce: Reduce | None = None,
 ) -> Preparation:
     """Rescale the pairs of a plan, in place, where that is exact; `widths` by pair, other arguments as of `prepare`."""
-    check = Check(model, example, forward, reduce)
+    check = Check(model, example, forward, reduce, _unchanged(plan.pairs))
     ranged = [pair for pair in plan.pairs if pair.kind == "norm" or equalize == "activations"]
     seen = observed(model, ranged, batches, forward, reduce) if ranged else {}
     done: list[tuple[Rescaling, float | None]] = []
@@ -237,6 +270,12 @@ def apply(
         left += [_inexact(pair) for pair in pairs if pair not in exact]
     remember(model, [one for one, _ in done])
     return Preparation(tuple(_described(one, used) for one, used in done), tuple(left))
+
+
+def _unchanged(pairs: Iterable[Pair]) -> set[str]:
+    """Modules that read the pairs' tensors, and give what they gave before."""
+    readers = {reader.weight.rpartition(".")[0] for pair in pairs for reader in pair.readers}
+    return readers - {pair.maker.weight.rpartition(".")[0] for pair in pairs}
 
 
 def _with_its_bias(model: nn.Module, pair: Pair) -> Pair:

@@ -9,7 +9,7 @@ in (BatchNorms that the model has folded are folded first), or refused where tha
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,16 +32,35 @@ class _Kept:
     Args:
         rescalings: by name of the maker's weight, as named in the module.
         known: whether r and t are known; packed files do not have them.
+        rotated: whether the residual stream was rotated before.
+        biases: those that rotating has made.
     """
 
     def __init__(self) -> None:
         self.rescalings: dict[str, Rescaling] = {}
         self.known = True
+        self.rotated = False
+        self.biases: list[str] = []
 
     @property
-    def pairs(self) -> list[Pair]:
-        """The pairs, in order."""
-        return [one.pair for one in self.rescalings.values()]
+    def plan(self) -> "_Plan":
+        """What was done, without the numbers."""
+        return _Plan([one.pair for one in self.rescalings.values()], self.rotated, self.biases)
+
+
+@dataclass
+class _Plan:
+    """What was done to a model: the pairs that were rescaled, and whether its stream was rotated."""
+
+    pairs: list[Pair]
+    rotated: bool = False
+    biases: list[str] = field(default_factory=list)
+
+    @property
+    def made(self) -> list[str]:
+        """Names of the biases that were made."""
+        readers = [reader for pair in self.pairs for reader in pair.readers]
+        return [*self.biases, *(reader.bias for reader in readers if reader.bias is not None and reader.makes_bias)]
 
 
 def is_marker(key: str) -> bool:
@@ -105,6 +124,19 @@ def remember(model: nn.Module, done: Sequence[Rescaling]) -> None:
         kept[pair.maker.weight] = Rescaling(pair, one.scale, one.shift)
 
 
+def remember_rotation(model: nn.Module, names: Sequence[str], made: Sequence[str]) -> None:
+    """Have the model know that parameters were rotated, and which biases were made for that."""
+    prefix = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in names]))
+    kept = _holder(model.get_submodule(prefix))
+    kept.rotated = True
+    kept.biases = [name[len(prefix) + 1 :] if prefix else name for name in made]
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether any part of the model was rescaled or rotated."""
+    return any(_KEPT in module.__dict__ for module in model.modules())
+
+
 def match(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Have `model` know the pairs that a state dict, which is loaded next, was rescaled at; no value is changed.
 
@@ -112,16 +144,16 @@ def match(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         DataError: if the entries of the state dict are damaged, or name parameters that the model does not have.
     """
     theirs = {key: _read(key, value) for key, value in state_dict.items() if key.rpartition(".")[2] == PLAN}
-    mine = {_join(name, PLAN): m.__dict__[_KEPT].pairs for name, m in model.named_modules() if _KEPT in m.__dict__}
+    mine = {_join(name, PLAN): m.__dict__[_KEPT].plan for name, m in model.named_modules() if _KEPT in m.__dict__}
     if mine == theirs:
         return
     for module in list(model.modules()):
         if _KEPT in module.__dict__:
             _forget(module)
-    for key, pairs in theirs.items():
+    for key, plan in theirs.items():
         prefix = key.rpartition(".")[0]
         try:
-            _adopt(model.get_submodule(prefix), pairs)
+            _adopt(model.get_submodule(prefix), plan)
         except AttributeError as error:
             raise DataError(f"{key} in the checkpoint is of a module that {type(model).__name__} has not") from error
 
@@ -131,10 +163,7 @@ def made_biases(state_dict: Mapping[str, Any]) -> set[str]:
     found = set()
     for key, value in state_dict.items():
         if key.rpartition(".")[2] == PLAN and isinstance(value, Tensor):
-            pairs = _read(key, value)
-            found |= {
-                _join(key.rpartition(".")[0], r.bias) for p in pairs for r in p.readers if r.bias and r.makes_bias
-            }
+            found |= {_join(key.rpartition(".")[0], name) for name in _read(key, value).made}
     return found
 
 
@@ -152,35 +181,36 @@ def _holder(module: nn.Module) -> _Kept:
 
 def _forget(module: nn.Module) -> None:
     kept: _Kept = module.__dict__.pop(_KEPT)
-    for one in kept.rescalings.values():
-        for reader in one.pair.readers:
-            if reader.makes_bias and reader.bias is not None:
-                parent, _, last = reader.bias.rpartition(".")
-                module.get_submodule(parent)._parameters[last] = None
+    for name in kept.plan.made:
+        parent, _, last = name.rpartition(".")
+        module.get_submodule(parent)._parameters[last] = None
     tables: tuple[dict[int, Any], ...] = (module._state_dict_hooks, module._load_state_dict_pre_hooks)
     for table in tables:
         for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) in (_save, _rescale_checkpoint)]:
             del table[key]
 
 
-def _adopt(module: nn.Module, pairs: Sequence[Pair]) -> None:
+def _adopt(module: nn.Module, plan: _Plan) -> None:
+    weights = [reader.weight for pair in plan.pairs for reader in pair.readers]
+    layers = {name: f"{name.rpartition('.')[0]}.weight".lstrip(".") for name in plan.made}
+    if missing := [name for name in (*weights, *layers.values()) if parameter(module, name) is None]:
+        raise AttributeError(missing[0])
     kept = _holder(module)
-    kept.known = False
-    for pair in pairs:
+    kept.known, kept.rotated, kept.biases = False, plan.rotated, plan.biases
+    for pair in plan.pairs:
         kept.rescalings[pair.maker.weight] = Rescaling(pair, torch.ones(pair.channels), torch.zeros(pair.channels))
-        for reader in pair.readers:
-            weight = parameter(module, reader.weight)
-            if weight is None:
-                raise AttributeError(reader.weight)
-            if reader.makes_bias and reader.bias is not None and parameter(module, reader.bias) is None:
-                write(module, {reader.bias: weight.detach().new_zeros(weight.shape[0])})
+    for name, layer in layers.items():
+        weight = parameter(module, layer)
+        if weight is not None and parameter(module, name) is None:
+            write(module, {name: weight.detach().new_zeros(weight.shape[0])})
 
 
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """State-dict hook: add what the module was rescaled with."""
     kept: _Kept = module.__dict__[_KEPT]
-    pairs = [pair.to_dict() for pair in kept.pairs]
-    text = json.dumps(pairs, separators=(",", ":")).encode()
+    pairs = [pair.to_dict() for pair in kept.plan.pairs]
+    plan = {"pairs": pairs, "rotated": kept.rotated, "biases": kept.biases}
+    text = json.dumps(plan, separators=(",", ":")).encode()
     state_dict[f"{prefix}{PLAN}"] = torch.tensor(list(text), dtype=torch.uint8)
     if kept.known and pairs:
         both = [torch.stack([one.scale, one.shift]) for one in kept.rescalings.values()]
@@ -192,13 +222,18 @@ def _rescale_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: s
     kept: _Kept = module.__dict__[_KEPT]
     plan, values = state_dict.pop(f"{prefix}{PLAN}", None), state_dict.pop(f"{prefix}{VALUES}", None)
     if plan is not None:
-        if kept.pairs != _read(f"{prefix}{PLAN}", plan):
+        if kept.plan != _read(f"{prefix}{PLAN}", plan):
             raise StateError("the checkpoint is of a model that was prepared at other layers; load it with lq.load")
         _take_values(kept, values)
         return
     for name, part in module.named_modules():
         fold_checkpoint(part, state_dict, prefix + (f"{name}." if name else ""))
-    if not any(f"{prefix}{pair.maker.weight}" in state_dict for pair in kept.pairs):
+    if kept.rotated and any(key.startswith(prefix) for key in state_dict):
+        raise StateError(
+            "the checkpoint is of a model whose residual stream was not rotated, and this one's is: load a quantized "
+            "checkpoint with lq.load, a float one into the model as its code builds it, and prepare that"
+        )
+    if not any(f"{prefix}{pair.maker.weight}" in state_dict for pair in kept.plan.pairs):
         return
     if any(WEIGHT_STATE in key or f"{INPUT}." in key for key in state_dict if key.startswith(prefix)):
         raise StateError(
@@ -233,7 +268,7 @@ def _rescale(kept: _Kept, state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def _take_values(kept: _Kept, values: Any) -> None:
-    channels = [pair.channels for pair in kept.pairs]
+    channels = [pair.channels for pair in kept.plan.pairs]
     kept.known = isinstance(values, Tensor) and tuple(values.shape) == (2, sum(channels))
     if kept.known:
         parts = values.detach().cpu().float().split(channels, 1)
@@ -241,9 +276,10 @@ def _take_values(kept: _Kept, values: Any) -> None:
             one.scale, one.shift = part[0].clone(), part[1].clone()
 
 
-def _read(key: str, value: Any) -> list[Pair]:
+def _read(key: str, value: Any) -> _Plan:
     try:
-        return [Pair.from_dict(pair) for pair in json.loads(bytes(value.tolist()).decode())]
+        plan = json.loads(bytes(value.tolist()).decode())
+        return _Plan([Pair.from_dict(pair) for pair in plan["pairs"]], bool(plan["rotated"]), list(plan["biases"]))
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise DataError(f"{key} in the checkpoint is damaged: it should be what lq.prepare has rescaled") from error
 

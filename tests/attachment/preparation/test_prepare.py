@@ -266,6 +266,22 @@ def test_channels_that_move_are_taken_back():
     assert reasons(report) == {"norm": "rescaling it with fc would change what the model computes"}
 
 
+def test_branches_that_hardly_count():
+    """A mistake that no output shows, as the branch is scaled by 1e-8 before it is added."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1e-8 * self.fc(self.norm(x).flip(-1))
+
+    assert untouched(uneven(Branch()), torch.randn(16, 8)) == [
+        "norm: rescaling it with fc would change what the model computes"
+    ]
+
+
 def test_channels_that_are_gathered():
     model = uneven(Sequence(norm=nn.LayerNorm(8), rows=nn.Flatten(), a=nn.Linear(24, 4)))
     assert untouched(model, torch.randn(2, 3, 8)) == ["norm: a reads it as 24 channels, not as its 8"]
