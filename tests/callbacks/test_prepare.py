@@ -11,7 +11,7 @@ import lq
 from lq.attachment.preparation.stored import rescalings
 from lq.callbacks import Quantize
 from tests.attachment.preparation.nets import uneven
-from tests.helpers import QUIET, Tiny, fit, loader, trainer
+from tests.helpers import QUIET, Tiny, fit, loader, run_on_ranks, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
@@ -121,3 +121,38 @@ def test_nothing_to_look_with(monkeypatch):
     monkeypatch.setattr(Quantize, "_look", lambda *_: None)
     with pytest.raises(lq.DataError, match=r"Quantize\(prepare='auto'\) has to run Normed to see what reads its norms"):
         fit(normed(), [Quantize(4, 4, prepare="auto")], max_epochs=0)
+
+
+SCRIPT = """
+import sys
+
+sys.path.insert(0, sys.argv[3])
+import torch
+from lq.callbacks import Quantize
+from tests.callbacks.test_prepare import normed
+from tests.helpers import dataset, fit
+from torch.utils.data import DataLoader
+
+torch.set_num_threads(1)
+ranks, out = int(sys.argv[1]), sys.argv[2]
+options = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+module = normed()
+data = DataLoader(dataset(32), batch_size=16 // ranks)
+made = fit(module, [Quantize(4, 4, prepare=True, calibration_samples=32)], data, max_epochs=0, **options)
+torch.save(module.state_dict(), f"{out}/{ranks}-{made.global_rank}.pt")
+if ranks > 1:
+    made.strategy.barrier()
+    torch.distributed.destroy_process_group()  # its threads must end before the interpreter does
+"""
+
+
+def test_two_ranks_prepare_as_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    run_on_ranks(script, 1, tmp_path)
+    run_on_ranks(script, 2, tmp_path)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert "net.lq_preparation_values" in one
+    for key, value in one.items():
+        assert torch.equal(first[key], second[key]), key
+        assert torch.allclose(value.double(), first[key].double(), rtol=1e-5, equal_nan=True), key

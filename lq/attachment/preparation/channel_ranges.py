@@ -42,8 +42,7 @@ class ChannelRanges:
             raise_if_not_finite(rows, self.name)
         if self.counts is None:
             self.counts = torch.zeros(self.channels, 2 * _HALF + 1, dtype=torch.int64, device=x.device)
-        wide = rows.double()
-        self.sums += torch.stack([wide.sum(0), wide.square().sum(0)]).cpu()
+        self.sums += torch.stack([rows.sum(0), rows.square().sum(0)]).cpu()
         start = torch.arange(self.channels, device=x.device) * self.counts.shape[1]
         for block in rows.split(max(1, _BLOCK // self.channels)):
             mantissa, exponent = torch.frexp(block)  # 0.5 <= |mantissa| < 1, or 0
@@ -58,7 +57,7 @@ class ChannelRanges:
         if counts is None:
             counts = torch.zeros(self.channels, 2 * _HALF + 1, dtype=torch.int64, device=device)
         self.counts = over_ranks(counts.contiguous(), "sum")
-        self.sums = over_ranks(self.sums.to(device), "sum").cpu()
+        self.sums = over_ranks(self.sums.float().to(device), "sum").cpu().double()
         if not bool(self.counts.any()):
             self.counts = None
 
@@ -83,7 +82,7 @@ class ChannelRanges:
         """
         if self.counts is None:
             return torch.zeros(self.channels).double(), torch.zeros(self.channels).double()
-        counts = self.counts.double().cpu()
+        counts = self.counts.cpu().double()
         above = counts.cumsum(1)
         edges = _edges()
         found = []

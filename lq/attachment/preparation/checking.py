@@ -140,7 +140,7 @@ def rescale(model: nn.Module, one: Rescaling) -> Callable[[], None] | None:
         return parameter(model, name)
 
     with torch.no_grad():
-        new = on_device(one, get).parameters(get)
+        new = one.parameters(get)
         if not all(bool(value.isfinite().all()) for value in new.values()):
             return None
         old = {name: None if (found := get(name)) is None else found.detach().clone() for name in new}
@@ -153,13 +153,6 @@ def rescale(model: nn.Module, one: Rescaling) -> Callable[[], None] | None:
             model.get_submodule(parent)._parameters[last] = None
 
     return undo
-
-
-def on_device(one: Rescaling, get: Callable[[str], Tensor | None]) -> Rescaling:
-    """A rescaling whose r and t are where the parameters are."""
-    weight = get(one.pair.maker.weight)
-    device = torch.device("cpu") if weight is None else weight.device
-    return Rescaling(one.pair, one.scale.to(device), one.shift.to(device))
 
 
 def named_weights(model: nn.Module, names: Sequence[str]) -> Mapping[str, Tensor]:

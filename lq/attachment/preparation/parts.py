@@ -2,8 +2,8 @@
 
 A tensor y of channels c is given ``y' = y / r + t`` instead. What makes it takes that up, ``weight / r`` and
 ``bias / r + t`` of a norm (or of a layer, by its output channels); all that reads it takes it back,
-``weight * r`` by input channels and ``bias - (weight * r) @ t``. Everything is computed in float64. Both sides are
-named by their parameters, so that no class of layer is known here.
+``weight * r`` by input channels and ``bias - (weight * r) @ t``. Everything is computed in float64, on the CPU (not
+every device has it). Both sides are named by their parameters, so that no class of layer is known here.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,13 +32,13 @@ class Maker:
         """The weight that makes the rescaled tensor; `scale` is r, of shape (C,)."""
         shape = [1] * weight.ndim
         shape[self.dim] = -1
-        return (weight.double() / scale.double().view(shape)).to(weight.dtype)
+        return (_wide(weight) / _wide(scale).view(shape)).to(weight.dtype)
 
     @staticmethod
     def shifted(bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The bias that makes the rescaled tensor; `shift` is t, of shape (C,)."""
         shape = bias.shape
-        return (bias.double().flatten() / scale.double() + shift.double()).view(shape).to(bias.dtype)
+        return (_wide(bias).flatten() / _wide(scale) + _wide(shift)).view(shape).to(bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Reader:
 
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The weight that reads the rescaled tensor."""
-        return (self._split(weight.double()) * self._spread(scale, weight)).reshape(weight.shape).to(weight.dtype)
+        return (self._split(_wide(weight)) * self._spread(scale, weight)).reshape(weight.shape).to(weight.dtype)
 
     def shifted(self, bias: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The bias that reads the rescaled tensor, given the weight that read the old one."""
-        both = self._split(weight.double()) * self._spread(scale.double() * shift.double(), weight)
-        return (bias.double() - both.reshape(weight.shape[0], -1).sum(1)).to(bias.dtype)
+        both = self._split(_wide(weight)) * self._spread(_wide(scale) * _wide(shift), weight)
+        return (_wide(bias) - both.reshape(weight.shape[0], -1).sum(1)).to(bias.dtype)
 
     def largest(self, weight: Tensor) -> Tensor:
         """The largest absolute value that reads each channel, of shape (C,)."""
@@ -92,7 +92,7 @@ class Reader:
             shape[0] = -1
         else:
             shape[0], shape[2] = self.groups, like.shape[1]
-        return values.double().view(shape)
+        return _wide(values).view(shape)
 
 
 _Part = TypeVar("_Part", Maker, Reader)
@@ -212,6 +212,10 @@ class Rescaling:
         if maker.bias is not None:
             found[maker.bias] = maker.shifted(_known(get, maker.bias), self.scale, self.shift)
         return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
 
 
 def _known(get: Callable[[str], Tensor | None], name: str) -> Tensor:

@@ -182,9 +182,8 @@ def _weight(step: Step) -> str | None:
 def rotate(model: nn.Module, stream: Stream) -> Callable[[], None]:
     """Rotate a stream and return what undoes it; computed in float64."""
     old = {name: None if (p := parameter(model, name)) is None else p.clone() for name in stream.parameters}
-    new = {name: value.double() for name, value in old.items() if value is not None}
-    device = next(iter(new.values())).device
-    turn = rotation(stream.width).to(device)
+    new = {name: value.cpu().double() for name, value in old.items() if value is not None}
+    turn = rotation(stream.width)
     for pair in stream.norms.values():
         gain, shift = new[pair.maker.weight], new.get(pair.maker.bias or "")
         for reader in pair.readers:

@@ -82,7 +82,9 @@ def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         found = parameter(model, name)
         if found is None:
             parent, _, last = name.rpartition(".")
-            model.get_submodule(parent)._parameters[last] = nn.Parameter(value)
+            module = model.get_submodule(parent)
+            weight = float_weight(module)
+            module._parameters[last] = nn.Parameter(value if weight is None else value.to(weight.device))
         else:
             found.copy_(value)
 

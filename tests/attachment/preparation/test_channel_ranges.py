@@ -19,8 +19,8 @@ def test_quantiles_are_those_of_torch():
         width = x.amax(0) - x.amin(0)
         assert bool(((found - expected).abs() < 0.04 * expected.abs() + 0.01 * width).all())
     mean, square = ranges.means()
-    assert torch.allclose(mean, x.double().mean(0))
-    assert torch.allclose(square, x.double().square().mean(0))
+    assert torch.allclose(mean, x.double().mean(0), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(square, x.double().square().mean(0), rtol=1e-5)
 
 
 def test_order_and_ranks_do_not_matter():
@@ -37,7 +37,7 @@ def test_order_and_ranks_do_not_matter():
 
     two.reduce(add, torch.device("cpu"))
     assert torch.equal(one.counts, two.counts)
-    assert torch.allclose(one.sums, two.sums)
+    assert torch.allclose(one.sums, two.sums, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rank_without_values():
