@@ -82,8 +82,8 @@ class Quantize(ModuleCallback):
         fold_bn: fold BatchNorms into the convolutions that are quantized. "auto" folds them if the Trainer fits without
             training (``max_epochs=0``), as post-training work wants it, and keeps them otherwise: training at few bits
             loses points without them, and exports fold those that are left. A checkpoint decides for itself.
-        prepare: rescale, exactly, what norms give and the layers behind them read, so that few bits fit it (see
-            `lq.prepare`): "auto" where it gets fewer than 8 bits, True everywhere. Done on the calibration samples.
+        prepare: rescale, exactly, what norms give and the layers behind read, for few bits (see `lq.prepare`): "auto"
+            where it gets fewer than 8 bits, True everywhere; ``preparation.report`` says what was done.
         first_last: least width of the first and last layers; None: no exception.
         include: name patterns of the only layers to quantize.
         exclude: name patterns of layers to leave in float.
@@ -149,7 +149,7 @@ class Quantize(ModuleCallback):
         self._example: tuple[Any, Forward] | None = None  # what the module was looked at with, and how it is run
         self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
         self._looked = True
-        self._preparation: Preparation | None = None
+        self.preparation: Preparation | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -179,8 +179,8 @@ class Quantize(ModuleCallback):
         check_parametrizations(pl_module)
         if not needs_calibration(pl_module):
             return
-        if self._preparation is not None:
-            self._preparation.apply(trainer, pl_module, self.calibration_samples, self.forward)
+        if self.preparation is not None:
+            self.preparation.apply(trainer, pl_module, self.calibration_samples, self.forward)
         calibrate_on_training_data(trainer, pl_module, self.calibration_samples, self.forward)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
 
@@ -259,7 +259,7 @@ class Quantize(ModuleCallback):
             self._found = self._structure(trainer, module)  # tensors flow from other modules now
         if self.prepare and stage == "fit":
             example = self._example or self._look(trainer, module)
-            self._preparation = Preparation(module, example, self._plan(module), self.prepare)
+            self.preparation = Preparation(module, example, self._plan(module), self.prepare)
         attach(module, self.weights, self.activations, structure=self._found, **self._flow_of_tensors, **self._choice)
         self._tell_unseen(module)
         self._example = None

@@ -18,6 +18,7 @@ from lq.attachment.checkpoint import folds_otherwise, planned_by, rebuild
 from lq.attachment.float_models import float_model
 from lq.attachment.preparation.parts import Pair
 from lq.attachment.preparation.prepare import Plan, apply, plan_pairs
+from lq.attachment.preparation.prepare import Preparation as Report
 from lq.attachment.preparation.stored import is_marker, match
 from lq.attachment.preparation.strength import Widths
 from lq.attachment.scheme import PlannedSite
@@ -133,6 +134,9 @@ class Preparation:
         sites: what will be quantized.
         choice: "auto" takes the norms whose results are read with fewer than 8 bits; True takes all.
 
+    Attributes:
+        report: what was done; None before fitting starts.
+
     Raises:
         DataError: if there is no example.
     """
@@ -155,6 +159,7 @@ class Preparation:
             if planned.site.role == "activation":
                 least = self._activations.get(planned.site.module, 16)
                 self._activations[planned.site.module] = min(least, max(planned.spec.widths))
+        self.report: Report | None = None
         plan = plan_pairs(module, *example)
         wanted = [pair for pair in plan.pairs if choice is True or (self.widths(pair).activations or 8) < 8]
         self.plan = Plan(tuple(wanted), plan.left)
@@ -173,7 +178,7 @@ class Preparation:
         batches = training_batches(trainer, samples, "Preparing")
         example = next(batches)
         with float_model(module):
-            done = apply(
+            self.report = apply(
                 module,
                 replace(self.plan, pairs=tuple(pair.without_new_biases() for pair in self.plan.pairs)),
                 itertools.chain([example], batches),
@@ -186,5 +191,5 @@ class Preparation:
         for average in averages(trainer):
             match(average, module.state_dict())
             average.load_state_dict(module.state_dict())
-        left = f"; left: {'; '.join(map(str, done.left))}" if done.left else ""
-        rank_zero_info(f"Quantize rescaled what {len(done.pairs)} norms of {type(module).__name__} give{left}")
+        left = f"; left: {'; '.join(map(str, self.report.left))}" if self.report.left else ""
+        rank_zero_info(f"Quantize rescaled what {len(self.report.pairs)} norms of {type(module).__name__} give{left}")

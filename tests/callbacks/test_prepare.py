@@ -9,7 +9,7 @@ from torch import nn
 
 import lq
 from lq.attachment.preparation.stored import rescalings
-from lq.callbacks import Quantize
+from lq.callbacks import Quantize, load_from_checkpoint
 from tests.attachment.preparation.nets import uneven
 from tests.helpers import QUIET, Tiny, fit, loader, run_on_ranks, trainer
 
@@ -91,6 +91,8 @@ def test_training_and_checkpoints(tmp_path):
     assert same(resumed.eval(), module.eval())
     loaded = lq.load(tmp_path / "last.ckpt", normed())
     assert same(loaded.eval(), module.eval())
+    loaded = load_from_checkpoint(Normed, tmp_path / "last.ckpt")
+    assert same(loaded.eval(), module.eval())
     tested = normed()
     trainer([Quantize(4, 4)]).test(tested, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert same(tested.eval(), module.eval())
@@ -106,9 +108,10 @@ def test_averages():
 
 
 def test_what_is_told(capfd, caplog):
-    module = normed()
+    module, callback = normed(), Quantize(4, 4, prepare=True)
     with caplog.at_level("INFO"):
-        fit(module, [Quantize(4, 4, prepare=True)], max_epochs=0)
+        fit(module, [callback], max_epochs=0)
+    assert [pair.name for pair in callback.preparation.report.pairs] == ["net.2", "net.5"]
     assert "Quantize rescaled what 2 norms of Normed give" in caplog.text + capfd.readouterr().err
 
 
@@ -128,7 +131,7 @@ import sys
 
 sys.path.insert(0, sys.argv[3])
 import torch
-from lq.callbacks import Quantize
+from lq.callbacks import Quantize, load_from_checkpoint
 from tests.callbacks.test_prepare import normed
 from tests.helpers import dataset, fit
 from torch.utils.data import DataLoader

@@ -124,7 +124,8 @@ def prepare(
     parameter is shared, computed, or frozen, or if the outputs on the first batch would change.
 
     A float checkpoint of the model as it was still loads, and is rescaled on the way in; checkpoints of the prepared
-    model have two entries more, which tell.
+    model have two entries more, which tell. `lq.load` knows them in quantized checkpoints; before a float one of a
+    prepared model is loaded into one that is not, call `lq.attachment.preparation.stored.match` with the two.
 
     Args:
         model: a model without quantizers; fold its BatchNorms first if they should be.

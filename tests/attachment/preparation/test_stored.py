@@ -140,9 +140,29 @@ def test_other_pairs(x):
     assert same(model, build(seed=5), x)
 
 
+def test_a_float_checkpoint_of_a_prepared_model(x):
+    model, start = prepared(x), build(seed=5)
+    with pytest.raises(RuntimeError, match=f"Unexpected.*{PLAN}"):
+        start.load_state_dict(model.state_dict())
+    match(start, model.state_dict())
+    start.load_state_dict(model.state_dict())
+    assert same(start, model, x)
+    start.load_state_dict(build(seed=5).state_dict())
+    assert same(start, build(seed=5), x)
+
+
 def test_damaged_entries(x):
     state = prepared(x).state_dict()
     with pytest.raises(lq.DataError, match=f"{PLAN} in the checkpoint is damaged: it should be what lq.prepare has"):
         match(build(), {**state, PLAN: torch.zeros(3, dtype=torch.uint8)})
     with pytest.raises(lq.DataError, match="in the checkpoint is of a module that Linear has not"):
         match(nn.Linear(2, 2), state)
+
+
+def test_reconstruction_that_goes_back(x):
+    """MRECG by loss tries out and restores a state."""
+    model = prepared(x)
+    lq.calibrate(lq.attach(model, 4, 4, structure=lq.inspect(model, x)), [x])
+    options = {"merges": 1, "iterations": 4, "search_iterations": 2, "units": "mixed", "metric": "loss"}
+    assert lq.reconstruct(model, [x], **options).units
+    assert rescalings(model)
