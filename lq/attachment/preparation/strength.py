@@ -1,9 +1,10 @@
 r"""By how much channels are rescaled: r and t of a pair, from the ranges of its channels or from weights.
 
-**Ranges** (RepQ-ViT, arXiv:2212.08254): channels are brought to one range, ``r_c = (width_c / mean width)^a`` and t
-such that all have one centre; a = 1 is RepQ-ViT's. Where only a scale can be taken back, the width is the largest
-absolute value. What activations gain, the weights that read them lose: their columns are multiplied by r. So a is the
-one of 0, 1/4, 1/2, 3/4 and 1 with the least error that is predicted for what the readers give,
+**Ranges** (RepQ-ViT, arXiv:2212.08254): channels are brought to one range, ``r_c = (width_c / mean width)^a``, and t
+moves the centre of each to zero (RepQ-ViT, where a = 1, moves them to their mean). Where only a scale can be taken
+back, the width is the largest absolute value. What activations gain, the weights that read them lose: their columns
+are multiplied by r. So a is the one of 0, 1/4, 1/2, 3/4 and 1 with the least error that is predicted for what the
+readers give,
 
     E = D_a^2 / 12 * sum(W'^2) + sum_o D_o^2 / 12 * sum_c n_c * E[y'_c^2],
 
@@ -63,8 +64,7 @@ def by_ranges(
     found = []
     for a in POWERS if power is None else (power,):
         scale = relative.pow(a).float()
-        centres = centre / scale.double()
-        shift = (centres.mean() - centres).float() if pair.shifts else torch.zeros(pair.channels)
+        shift = (-centre / scale.double()).float() if pair.shifts else torch.zeros(pair.channels)
         found.append((_error(pair, ranges, low, high, weights, widths, scale, shift), a, scale, shift))
     none = torch.ones(pair.channels), torch.zeros(pair.channels)
     if power is None:
