@@ -123,4 +123,4 @@ def test_prepared_vision_transformer() -> None:
         found.append(top1(lq.calibrate(net, calibration), test))
         lq.detach(net)
     print(f"vit_tiny_patch16_224: float {before:.1f}, W4A4 {found[0]:.1f}, prepared {found[1]:.1f}")
-    assert found[1] > found[0] + 8
+    assert found[1] > found[0] + 5
