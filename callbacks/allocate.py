@@ -128,20 +128,21 @@ class AllocateBits(ModuleCallback):
             raise StateError(
                 "AllocateBits needs calibrated quantizers; list Quantize before it in Trainer(callbacks=[...])"
             )
-        given = self.allocation
-        if given is None:
+        if self.allocation is None:
             if self.activations is not None and any(
                 q.seen is None and q.calibrated for q in activation_quantizers(pl_module).values()
             ):
                 self._calibrate(trainer, pl_module)  # their ranges came from a checkpoint, without the values behind
             with isolate_rng():
-                found = self._allocate(trainer, pl_module)
+                allocation = self._allocate(trainer, pl_module)
         else:
-            found = given if isinstance(given, Allocation) else Allocation.load(given)
-        set_bits(pl_module, found.weights, found.activations)
+            allocation = (
+                self.allocation if isinstance(self.allocation, Allocation) else Allocation.load(self.allocation)
+            )
+        set_bits(pl_module, allocation.weights, allocation.activations)
         self._calibrate(trainer, pl_module)
-        self.allocated = found
-        self._report(trainer, pl_module, found)
+        self.allocated = allocation
+        self._report(trainer, pl_module, allocation)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class AllocateBits(ModuleCallback):
             reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
             batch_dim=self.batch_dim,
         )
-        found = allocate(
+        allocation = allocate(
             module,
             self.sensitivity_table,
             self._budgets(module),
@@ -186,27 +187,29 @@ class AllocateBits(ModuleCallback):
             pins=self.pins,
             layer_memory=self.layer_memory,
         )
-        return Allocation.from_json(trainer.strategy.broadcast(found.to_json()))  # the same on every rank, to the bit
+        return Allocation.from_json(
+            trainer.strategy.broadcast(allocation.to_json())
+        )  # the same on every rank, to the bit
 
     def _budgets(self, module: nn.Module) -> list[Any]:
         """The budgets, with a number for "same"."""
-        given = self.budget if isinstance(self.budget, (list, tuple)) else [self.budget]
-        return [f"{summary(module).bytes}B" if one == "same" else one for one in given]
+        budgets = self.budget if isinstance(self.budget, (list, tuple)) else [self.budget]
+        return [f"{summary(module).bytes}B" if budget == "same" else budget for budget in budgets]
 
-    def _report(self, trainer: pl.Trainer, module: pl.LightningModule, found: Allocation) -> None:
+    def _report(self, trainer: pl.Trainer, module: pl.LightningModule, allocation: Allocation) -> None:
         """Show, log and save what was allocated."""
         size = summary(module)
-        rank_zero_info(f"Allocated: {found.table().notes[0]}. {type(module).__name__}: {size.total()}")
+        rank_zero_info(f"Allocated: {allocation.table().notes[0]}. {type(module).__name__}: {size.total()}")
         values = {
             "allocation/average_bits": size.average_bits,
             "allocation/bytes": float(size.bytes),
-            "allocation/expected_loss": found.loss,
+            "allocation/expected_loss": allocation.loss,
         }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         path = report_path(trainer, "allocation.json", self.save_to)
         if path is not None:
-            write_text(path, found.to_json())
+            write_text(path, allocation.to_json())
 
 
 def _loss_of(module: pl.LightningModule, batch: Any) -> Any:
@@ -220,7 +223,7 @@ def _loss_of(module: pl.LightningModule, batch: Any) -> Any:
 
     def loss(model: nn.Module, batch: Any) -> Any:
         with quiet(module):
-            found = call_step(module, batch)
-        return found["loss"] if isinstance(found, Mapping) else found
+            result = call_step(module, batch)
+        return result["loss"] if isinstance(result, Mapping) else result
 
     return loss

@@ -76,32 +76,32 @@ class ExportModel(ModuleCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = Path(self.path)
-        found = network(pl_module, self.part)
-        examples = [] if path.suffix == ".safetensors" else self._examples(trainer, pl_module, found)
+        model = network(pl_module, self.part)
+        examples = [] if path.suffix == ".safetensors" else self._examples(trainer, pl_module, model)
         if not trainer.is_global_zero:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         first = first_samples(examples[0]) if examples else ()
         if path.suffix == ".onnx":
-            self.report = export_onnx(found, first, path, check=examples, opset=self.opset)
+            self.report = export_onnx(model, first, path, check=examples, opset=self.opset)
             rank_zero_info(f"Exported {self.report}")
         elif path.suffix == ".pt2":
-            export_program(found, first, path)
+            export_program(model, first, path)
             rank_zero_info(f"Exported {path}: {path.stat().st_size / 1e6:.2f} MB")
         else:
-            rank_zero_info(f"Exported {path}: {save(found, path) / 1e6:.2f} MB")
+            rank_zero_info(f"Exported {path}: {save(model, path) / 1e6:.2f} MB")
 
     def _examples(self, trainer: pl.Trainer, module: pl.LightningModule, part: nn.Module) -> list[Example]:
         """What the part is called with; every rank reads its loader."""
         if self.example is not None:
             return [self.example]
-        given = module.example_input_array
-        forward = forward_of(trainer, module, None, autocast=False) if given is None else run_example
-        batches = training_batches(trainer, self.samples, "Reading samples") if given is None else [given]
-        found: list[Example] = []
+        example = module.example_input_array
+        forward = forward_of(trainer, module, None, autocast=False) if example is None else run_example
+        batches = training_batches(trainer, self.samples, "Reading samples") if example is None else [example]
+        examples: list[Example] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(Call(args, kwargs) if kwargs else args)
+            examples.append(Call(args, kwargs) if kwargs else args)
 
         handle = part.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
@@ -110,24 +110,24 @@ class ExportModel(ModuleCallback):
                     forward(module, batch)
         finally:
             handle.remove()
-        if not found:
+        if not examples:
             raise DataError(
                 "ExportModel needs an example: give example=, set example_input_array, or fit with training data that "
                 f"runs through the {type(part).__name__}"
             )
-        return found
+        return examples
 
 
 def network(module: pl.LightningModule, part: str | None) -> nn.Module:
     """The submodule of that name; None: the only child with parameters, or else the module itself."""
-    found: nn.Module = module
+    model: nn.Module = module
     if part is None:
         holders = [child for child in module.children() if any(True for _ in child.parameters())]
-        found = holders[0] if len(holders) == 1 and not module._parameters else module
+        model = holders[0] if len(holders) == 1 and not module._parameters else module
     else:
         named = dict(module.named_modules())
         if part not in named:
             raise SpecError(f"ExportModel(part={part!r}): {type(module).__name__} has no such submodule")
-        found = named[part]
-    compiled = found._modules.get("_orig_mod")  # torch.compile wraps it
-    return compiled if isinstance(compiled, nn.Module) else found
+        model = named[part]
+    compiled = model._modules.get("_orig_mod")  # torch.compile wraps it
+    return compiled if isinstance(compiled, nn.Module) else model

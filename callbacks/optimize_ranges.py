@@ -79,7 +79,7 @@ class OptimizeRanges(ModuleCallback):
             # their ranges came from a checkpoint, without the values behind
             calibrate_on_training_data(trainer, pl_module, self.samples, self.forward)
         with isolate_rng():
-            found = optimize_ranges(
+            optimized = optimize_ranges(
                 pl_module,
                 training_batches(trainer, self.samples, "Optimizing ranges"),
                 loss=self.loss,
@@ -88,9 +88,9 @@ class OptimizeRanges(ModuleCallback):
                 reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
             )
         give_to_averages(trainer, pl_module)
-        self.optimized = found
-        rank_zero_info(f"Optimized ranges of {type(pl_module).__name__}: {found}")
-        values = {"ranges/loss_before": found.before, "ranges/loss_after": found.after}
+        self.optimized = optimized
+        rank_zero_info(f"Optimized ranges of {type(pl_module).__name__}: {optimized}")
+        values = {"ranges/loss_before": optimized.before, "ranges/loss_after": optimized.after}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 

@@ -49,7 +49,7 @@ class ReduceBits(ChangesWidths):
     @override
     def _begin(self) -> None:
         super()._begin()
-        self._asked: dict[str, torch.Tensor] = {}
+        self._targets: dict[str, torch.Tensor] = {}
         self._fitted: dict[str, torch.Tensor] = {}
         self._progress = 0.0  # share of the way that is done
         self._distinct: list[float] = []  # widths asked for, and bits above them now
@@ -57,16 +57,16 @@ class ReduceBits(ChangesWidths):
 
     @override
     def _final(self) -> bool:
-        return not any(level for level, asked in zip(self._levels, self._distinct, strict=True) if asked)
+        return not any(level for level, bits in zip(self._levels, self._distinct, strict=True) if bits)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the widths asked for and begin higher; go on where a run before this one has come."""
         require_attached(pl_module, "ReduceBits")
-        if not self._asked:
-            self._asked = {q.name: q.bits.detach().clone() for q in quantizers(pl_module)}
+        if not self._targets:
+            self._targets = {q.name: q.bits.detach().clone() for q in quantizers(pl_module)}
             self._fitted = fitted_steps(pl_module, min(self.start, 8))
-        self._distinct = sorted({bits for asked in self._asked.values() for bits in asked.reshape(-1).tolist()})
+        self._distinct = sorted({bits for widths in self._targets.values() for bits in widths.reshape(-1).tolist()})
         self._levels = []
         self._set(trainer, pl_module, self._progress)
 
@@ -88,10 +88,10 @@ class ReduceBits(ChangesWidths):
         """Say so if the widths asked for have not been reached."""
         left = unfinished_widths(pl_module)
         if left:
-            name, (now, asked) = next(iter(left.items()))
+            name, (now, final) = next(iter(left.items()))
             warnings.warn(
                 f"ReduceBits: the run ended before the widths asked for were reached ({name} and {len(left) - 1} "
-                f"others: {now:.3g} bits instead of {asked:.3g}); train longer, or reach them earlier with until=, or "
+                f"others: {now:.3g} bits instead of {final:.3g}); train longer, or reach them earlier with until=, or "
                 "leave ReduceBits out where nothing is trained",
                 UserWarning,
                 stacklevel=2,
@@ -99,31 +99,31 @@ class ReduceBits(ChangesWidths):
 
     def _set(self, trainer: pl.Trainer, module: pl.LightningModule, progress: float) -> None:
         """Give the widths that belong to a share of the way."""
-        levels = [math.ceil(max(self.start - asked, 0) * (1 - progress) - 1e-6) for asked in self._distinct]
+        levels = [math.ceil(max(self.start - bits, 0) * (1 - progress) - 1e-6) for bits in self._distinct]
         if levels == self._levels:  # on the host: no step waits for a device
             return
         self._levels = levels
         changed = {}
         for quantizer in quantizers(module):
-            asked = self._asked[quantizer.name].to(quantizer.bits.device)
-            above = (self.start - asked).clamp(min=0.0) * (asked > 0)  # what is pruned stays so
-            widths = asked + torch.ceil(above * (1 - progress) - 1e-6).clamp(min=0.0)
+            target = self._targets[quantizer.name].to(quantizer.bits.device)
+            above = (self.start - target).clamp(min=0.0) * (target > 0)  # what is pruned stays so
+            widths = target + torch.ceil(above * (1 - progress) - 1e-6).clamp(min=0.0)
             if not torch.equal(widths, quantizer.bits):
                 changed[quantizer.name] = widths
         if changed:
             change_widths(module, changed, self._fitted)
-        set_final_widths(module, self._asked)
+        set_final_widths(module, self._targets)
         if changed:
             give_to_averages(trainer, module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """The widths asked for, the steps that fit activations on the way there, and how much of it is done."""
-        return {"asked": self._asked, "fitted": self._fitted, "progress": self._progress} if self._asked else {}
+        return {"asked": self._targets, "fitted": self._fitted, "progress": self._progress} if self._targets else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         super().load_state_dict(state_dict)
-        self._asked, self._fitted = state_dict["asked"], state_dict["fitted"]
+        self._targets, self._fitted = state_dict["asked"], state_dict["fitted"]
         self._progress = state_dict.get("progress", 0.0)

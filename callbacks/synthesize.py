@@ -41,7 +41,7 @@ class SynthesizeData(ModuleCallback):
         batch_size: images that have the network's statistics together.
         seed: the images depend on it, and not on the global random state.
 
-    Afterwards ``images`` are those of this rank, on the CPU, shape (N, *shape).
+    Afterwards ``images`` are those of this rank, on the CPU, shape ``(N, *shape)``.
 
     Example::
 
@@ -104,12 +104,12 @@ class SynthesizeData(ModuleCallback):
         """At least `samples` images (over all ranks) in batches, on the device; fewer if there are fewer."""
         if self.images is None:
             self.images = self._synthesize(trainer)
-        seen = 0
+        count = 0
         for images in self.images.split(self.batch_size):
             batch = trainer.precision_plugin.convert_input([images])
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            seen += len(images)
-            if seen * trainer.world_size >= samples:
+            count += len(images)
+            if count * trainer.world_size >= samples:
                 break
 
     def example_batch(self, module: pl.LightningModule) -> Any:

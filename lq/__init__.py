@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from lq.quantizer.spec import QuantSpec as QuantSpec
     from lq.reconstruction import Reconstruction as Reconstruction
     from lq.reconstruction import reconstruct as reconstruct
+    from lq.report.comparison import Comparison as Comparison
+    from lq.report.comparison import compare as compare
     from lq.sensitivity import Sensitivity as Sensitivity
     from lq.sensitivity import measure_sensitivity as measure_sensitivity
     from lq.structure.inspection import inspect as inspect
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 
 # Where each public name is; a test compares it with the imports above.
 _HOME = {
+    "Comparison": "lq.report.comparison",
+    "compare": "lq.report.comparison",
     "allocate": "lq.allocation.allocate",
     "Allocation": "lq.allocation.allocate",
     "attach": "lq.attachment.attach",

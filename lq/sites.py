@@ -2,7 +2,7 @@
 
 >>> import lq
 >>> from torch import nn
->>> model = lq.attach(nn.Sequential(nn.Linear(4, 4)), weights=4)
+>>> model = lq.attach(nn.Sequential(nn.Linear(4, 4)), weights=4, first_last=None)
 >>> [quantizer.spec.bits for quantizer in quantizers(model)]
 [4]
 """

@@ -134,11 +134,11 @@ def fit(module: pl.LightningModule, callbacks: Sequence[pl.Callback], data: Any 
     return made
 
 
-def cli(*configs: Path) -> Any:
+def cli(*configs: Path, options: Sequence[str] = ()) -> Any:
     """A LightningCLI of `Tiny` built from YAML files, later ones over earlier ones; it runs nothing."""
     from lightning.pytorch.cli import LightningCLI
 
-    args = [part for path in configs for part in ("--config", str(path))]
+    args = [*(part for path in configs for part in ("--config", str(path))), *options]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["program"])
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of jsonargparse, not ours

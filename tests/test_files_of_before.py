@@ -26,6 +26,7 @@ def text(name):
     return (DATA / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning")  # of a later version
 @pytest.mark.parametrize("name", ["trained", "noise_scale"])
 def test_checkpoints_of_a_trainer(name, outputs):
     module = load_from_checkpoint(Tiny, DATA / f"{name}.ckpt").eval()

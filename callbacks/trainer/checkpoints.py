@@ -128,5 +128,5 @@ def _write(trainer: pl.Trainer, callback: Any, path: str) -> None:
 def _may_be_removed(trainer: pl.Trainer, callback: Any, old: str, new: str) -> bool:
     """Whether a replaced checkpoint is the callback's own, and not the one that the run was resumed from."""
     resumed = trainer.ckpt_path
-    kept = {Path(one).absolute() for one in (new, *([resumed] if resumed else []))}
-    return Path(old).absolute() not in kept and Path(str(callback.dirpath)).absolute() in Path(old).absolute().parents
+    needed = {Path(one).absolute() for one in (new, *([resumed] if resumed else []))}
+    return Path(old).absolute() not in needed and Path(str(callback.dirpath)).absolute() in Path(old).absolute().parents

@@ -49,9 +49,9 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
         samples: number of samples over all ranks.
         title: shown by the progress bar, if the Trainer has one.
     """
-    given = _batch_source(trainer)
-    if given is not None:
-        yield from given.source_batches(trainer, samples)
+    producer = _batch_source(trainer)
+    if producer is not None:
+        yield from producer.source_batches(trainer, samples)
         return
     make_returnable(trainer.fit_loop)
     trainer.fit_loop.setup_data()
@@ -86,9 +86,9 @@ def first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
 
     Before the loaders are set up, and without a trace: nothing is drawn from a sampler, and random states are restored.
     """
-    given = _batch_source(trainer)
-    if given is not None:
-        return given.example_batch(module)
+    producer = _batch_source(trainer)
+    if producer is not None:
+        return producer.example_batch(module)
     loop: Any = trainer.fit_loop if trainer.state.fn == "fit" else trainer._active_loop
     defined = getattr(loop, "_data_source", None)
     if defined is None or not defined.is_defined():

@@ -18,7 +18,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lq.errors import StateError
-from lq.quantizer.quantizer import Quantizer
 
 Make = Callable[[list[dict[str, Any]]], Optimizer]
 
@@ -57,10 +56,10 @@ class QuantizerOptimizer:
         self.optimizers = [self._make(self._by_scale(group, scales)) if group else None for group in groups]
 
     def _by_scale(self, group: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> list[dict[str, Any]]:
-        found: dict[float, list[nn.Parameter]] = {}
+        by_scale: dict[float, list[nn.Parameter]] = {}
         for name in sorted(group, key=lambda name: scales.get(name, 1.0) != 1.0):
-            found.setdefault(scales.get(name, 1.0), []).append(group[name])
-        return [{"params": parameters, "scale": scale} for scale, parameters in found.items()]
+            by_scale.setdefault(scales.get(name, 1.0), []).append(group[name])
+        return [{"params": parameters, "scale": scale} for scale, parameters in by_scale.items()]
 
     def step(self, index: int, factor: float, scaler: Any = None) -> None:
         """Step the group of one of the user's optimizers, at `factor` times the learning rate.
@@ -156,96 +155,12 @@ class UserOptimizers:
 
 def _held(optimizers: Iterable[Optimizer]) -> list[int]:
     """Identities of optimizers and of what they hold: another list whenever one of them has changed."""
-    found = []
+    identities = []
     for optimizer in optimizers:
-        found.append(id(optimizer))
+        identities.append(id(optimizer))
         for group in optimizer.param_groups:
-            found.extend(map(id, group["params"]))
-    return found
-
-
-def owned(module: nn.Module, optimizers: Sequence[Optimizer], default: int | None = None) -> list[dict[str, Quantizer]]:
-    """The quantizers of `module`, by name, for each optimizer: it holds the weights of their layers.
-
-    Args:
-        module: a module with quantizers.
-        optimizers: the user's.
-        default: number of the optimizer that the quantizers of weights which no optimizer trains go with; None: they
-            are left out.
-    """
-    holder = {id(p): i for i, optimizer in enumerate(optimizers) for g in optimizer.param_groups for p in g["params"]}
-    found: list[dict[str, Quantizer]] = [{} for _ in range(max(len(optimizers), 1))]
-    for name, quantizer, weights in weights_around(module):
-        index = next((holder[id(p)] for p in weights if id(p) in holder), default)
-        if index is not None:
-            found[index][name] = quantizer
-    return found
-
-
-def weights_around(module: nn.Module) -> list[tuple[str, Quantizer, list[nn.Parameter]]]:
-    """Each quantizer of `module` with its name, and the parameters of the nearest module around it that has others."""
-    modules = dict(module.named_modules())
-    ours = quantizer_parameters(module)
-    found = []
-    for name, quantizer in modules.items():
-        if not isinstance(quantizer, Quantizer):
-            continue
-        above, weights = name, list[nn.Parameter]()
-        while above and not weights:
-            above = above.rpartition(".")[0]
-            weights = [p for p in modules[above].parameters() if id(p) not in ours]
-        found.append((name, quantizer, weights))
-    return found
-
-
-def quantizer_parameters(module: nn.Module) -> set[int]:
-    """Identities of all parameters of quantizers, whether they are learned or not."""
-    return {id(p) for part in module.modules() if isinstance(part, Quantizer) for p in part.parameters()}
-
-
-def learned(quantizer: Quantizer) -> dict[str, nn.Parameter]:
-    """What the estimator of a quantizer learns of it, by name."""
-    learns = quantizer.estimator.learns
-    return {name: part for name, part in quantizer.named_parameters(recurse=False) if name in learns}
-
-
-def freeze_with_weights(module: nn.Module) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
-    """Freeze what is learned of quantizers where all weights beside them are frozen, and say what was frozen.
-
-    A module of which nothing is trained but its quantizers is left as it is.
-
-    Returns:
-        The weights, and what is learned of the quantizers beside them.
-    """
-    ours = quantizer_parameters(module)
-    if not any(p.requires_grad for p in module.parameters() if id(p) not in ours):
-        return []
-    found = []
-    for _, quantizer, weights in weights_around(module):
-        parts = [part for part in learned(quantizer).values() if part.requires_grad]
-        if parts and not any(p.requires_grad for p in weights):
-            for part in parts:
-                part.requires_grad_(False)
-            found.append((weights, parts))
-    return found
-
-
-def unfreeze_with_weights(frozen: list[tuple[list[nn.Parameter], list[nn.Parameter]]]) -> None:
-    """Unfreeze what `freeze_with_weights` froze where any of the weights is trained by now."""
-    for pair in list(frozen):
-        if any(p.requires_grad for p in pair[0]):
-            for part in pair[1]:
-                part.requires_grad_(True)
-            frozen.remove(pair)
-
-
-def forget_stale_gradients(optimizers: Sequence[Optimizer], groups: Sequence[Iterable[nn.Parameter]]) -> None:
-    """Before a backward: drop the gradients of quantizers where those of the weights beside them were dropped."""
-    for optimizer, group in zip(optimizers, groups, strict=False):
-        weights = [p for g in optimizer.param_groups for p in g["params"]]
-        if weights and all(p.grad is None for p in weights):
-            for parameter in group:
-                parameter.grad = None
+            identities.extend(map(id, group["params"]))
+    return identities
 
 
 def remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
@@ -255,13 +170,13 @@ def remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
         StateError: if the optimizer keeps a list of its own.
     """
     for group in optimizer.param_groups:
-        kept = [p for p in group["params"] if id(p) not in ids]
-        if len(kept) < len(group["params"]) and hasattr(optimizer, "_params"):
+        others = [p for p in group["params"] if id(p) not in ids]
+        if len(others) < len(group["params"]) and hasattr(optimizer, "_params"):
             raise StateError(
                 f"{type(optimizer).__name__} keeps its own list of parameters, so that quantizer parameters cannot be "
                 "taken out; give it only the weights, or use FineTune(estimator='ste')"
             )
-        group["params"] = kept
+        group["params"] = others
     for parameter in [p for p in optimizer.state if id(p) in ids]:  # some have a state before their first step
         del optimizer.state[parameter]
 

@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
+from lq.callbacks.recipe import unfold_recipes
 from lq.callbacks.trainer.averages import keep_averages_exact
 
 
@@ -60,6 +61,7 @@ class ModuleCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Turn to the module."""
+        unfold_recipes(trainer, pl_module)
         self._turn_to(pl_module)
         self._running, self.changed_after_training = True, False
 

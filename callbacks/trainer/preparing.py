@@ -1,31 +1,18 @@
-"""What a module needs before quantizers can be attached, or calibrated.
+"""What a module needs before quantizers can be attached: values, shapes, and the folding that a checkpoint has."""
 
-Values, shapes, the folding that a checkpoint has, and channels whose ranges fit few bits (`lq.prepare`).
-"""
-
-import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lq.attachment.checkpoint import folds_otherwise, planned_by, rebuild
-from lq.attachment.float_models import float_model
-from lq.attachment.preparation.parts import Pair
-from lq.attachment.preparation.prepare import Plan, apply, plan_pairs
-from lq.attachment.preparation.prepare import Preparation as Report
+from lq.attachment.checkpoint import folds_otherwise, rebuild
 from lq.attachment.preparation.stored import is_marker, match
-from lq.attachment.preparation.strength import Widths
-from lq.attachment.scheme import PlannedSite
+from lq.attachment.saved_plan import planned_by
 from lq.attachment.sites import is_attached
-from lq.callbacks.trainer.averages import averages
-from lq.callbacks.trainer.data import forward_of, reduce_over, training_batches
-from lq.errors import DataError, SpecError, StateError
+from lq.errors import DataError, StateError
 from lq.structure.forward import Forward, eval_mode, run
 
 
@@ -112,84 +99,3 @@ def leave_checkpoints_alone(module: pl.LightningModule) -> None:
         before = module.__dict__.pop("on_load_checkpoint").rebuilds
         if before is not None:
             module.on_load_checkpoint = before  # type: ignore[method-assign]
-
-
-def known_choice(prepare: bool | Literal["auto"]) -> bool | Literal["auto"]:
-    """The argument, if it is one that `Quantize` knows.
-
-    Raises:
-        SpecError: if it is not.
-    """
-    if prepare not in (True, False, "auto"):
-        raise SpecError(f"prepare={prepare!r} is unknown; use True, False or 'auto'")
-    return prepare
-
-
-class Preparation:
-    """`lq.prepare` in two steps: pairs are found before quantizers are there, ranges when there are training data.
-
-    Args:
-        module: a module without quantizers.
-        example: what to look at the module with, and how to run it; None: there is nothing.
-        sites: what will be quantized.
-        choice: "auto" takes the norms whose results are read with fewer than 8 bits; True takes all.
-
-    Attributes:
-        report: what was done; None before fitting starts.
-
-    Raises:
-        DataError: if there is no example.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        example: tuple[Any, Forward] | None,
-        sites: Mapping[str, PlannedSite],
-        choice: bool | Literal["auto"],
-    ) -> None:
-        if example is None:
-            raise DataError(
-                f"Quantize(prepare={choice!r}) has to run {type(module).__name__} to see what reads its norms, and has "
-                "nothing to run it on; set example_input_array, or give fit a train dataloader"
-            )
-        self._weights = {s.site.module: max(s.spec.widths) for s in sites.values() if s.site.role == "weight"}
-        self._activations: dict[str, int] = {}
-        for planned in sites.values():
-            if planned.site.role == "activation":
-                least = self._activations.get(planned.site.module, 16)
-                self._activations[planned.site.module] = min(least, max(planned.spec.widths))
-        self.report: Report | None = None
-        plan = plan_pairs(module, *example)
-        wanted = [pair for pair in plan.pairs if choice is True or (self.widths(pair).activations or 8) < 8]
-        self.plan = Plan(tuple(wanted), plan.left)
-
-    def widths(self, pair: Pair) -> Widths:
-        """The least widths that a pair's tensor, and the weights behind it, will have."""
-        modules = [reader.weight.rpartition(".")[0] for reader in pair.readers]
-        found = [[known[name] for name in modules if name in known] for known in (self._weights, self._activations)]
-        return Widths(*(min(some, default=None) for some in found))
-
-    def apply(self, trainer: pl.Trainer, module: pl.LightningModule, samples: int, forward: Forward | None) -> None:
-        """Rescale on training samples, on all ranks alike; averages of the module too.
-
-        Optimizers and strategies know the parameters by now, so that no layer gets a bias that it has not.
-        """
-        batches = training_batches(trainer, samples, "Preparing")
-        example = next(batches)
-        with float_model(module):
-            self.report = apply(
-                module,
-                replace(self.plan, pairs=tuple(pair.without_new_biases() for pair in self.plan.pairs)),
-                itertools.chain([example], batches),
-                example,
-                equalize=None,
-                widths=self.widths,
-                forward=forward_of(trainer, module, forward, autocast=False),
-                reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
-            )
-        for average in averages(trainer):
-            match(average, module.state_dict())
-            average.load_state_dict(module.state_dict())
-        left = f"; left: {'; '.join(map(str, self.report.left))}" if self.report.left else ""
-        rank_zero_info(f"Quantize rescaled what {len(self.report.pairs)} norms of {type(module).__name__} give{left}")

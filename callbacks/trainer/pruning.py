@@ -94,7 +94,7 @@ def _without_zero(trainer: pl.Trainer, module: nn.Module) -> str:
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         for part in getattr(getattr(callback, "filter_parameters_to_prune", None), "weights", [])
     }
-    found = []
+    names = []
     for name, layer in module.named_modules():
         quantizer, weight = weight_quantizer(layer), float_parameter(layer)
         if quantizer is None or weight is None or id(layer.parametrizations["weight"]) not in chosen:
@@ -102,8 +102,8 @@ def _without_zero(trainer: pl.Trainer, module: nn.Module) -> str:
         if quantizer.calibrated and quantizer.tap is None:
             with torch.no_grad():
                 if bool(quantizer(torch.zeros_like(weight)).any()):
-                    found.append(name)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+                    names.append(name)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _is_pruning(callback: pl.Callback) -> bool:

@@ -49,13 +49,13 @@ class Returnable(Iterator[Any]):
 def make_returnable(loop: Any) -> None:
     """Wrap the iterators that a loop of the Trainer was given as data and has not taken yet."""
     defined = getattr(loop, "_data_source", None)
-    given = getattr(defined, "instance", None)
-    if getattr(loop, "_combined_loader", None) is not None or given is None:
+    data = getattr(defined, "instance", None)
+    if getattr(loop, "_combined_loader", None) is not None or data is None:
         return
-    if isinstance(given, CombinedLoader):
-        given.flattened = [_wrapped(loader) for loader in given.flattened]
-    elif isinstance(given, (Iterator, list, tuple, dict)):
-        defined.instance = _pytree.tree_map(_wrapped, given)  # type: ignore[union-attr]
+    if isinstance(data, CombinedLoader):
+        data.flattened = [_wrapped(loader) for loader in data.flattened]
+    elif isinstance(data, (Iterator, list, tuple, dict)):
+        defined.instance = _pytree.tree_map(_wrapped, data)  # type: ignore[union-attr]
 
 
 def _wrapped(loader: Any) -> Any:

@@ -47,6 +47,26 @@ def build_as_float(module: pl.LightningModule) -> None:
     module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
 
+class UntrainedWeights:
+    """Looks at the optimizers once, before the first step of a training, for weights that none of them holds.
+
+    By then all callbacks have had their turn in ``on_train_start``, where some give optimizers what they train.
+    """
+
+    def __init__(self) -> None:
+        self._expected = False
+
+    def expect(self) -> None:
+        """Have the next `look` do so."""
+        self._expected = True
+
+    def look(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Warn of quantized weights that no optimizer holds, if a training has begun since the last look."""
+        if self._expected:
+            self._expected = False
+            warn_of_untrained(module, optimizers)
+
+
 def warn_of_untrained(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn of quantized weights that no optimizer holds, if it looks as if one should."""
     tensors = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -72,7 +92,7 @@ def computed_weights(module: nn.Module, tensors: Iterable[torch.Tensor]) -> list
     """Names of quantized layers whose computed weights are among `tensors`."""
     own = {id(p) for p in module.parameters()}
     foreign = [tensor.detach() for tensor in tensors if id(tensor) not in own]
-    found = []
+    names = []
     for name, layer in module.named_modules() if foreign else ():
         if weight_quantizer(layer) is None:
             continue
@@ -80,8 +100,8 @@ def computed_weights(module: nn.Module, tensors: Iterable[torch.Tensor]) -> list
         alike = [tensor for tensor in foreign if tensor.shape == shape]
         if alike:
             weight = layer.weight.detach()
-            found += [name] * any(torch.equal(tensor.to(weight), weight) for tensor in alike)
-    return found
+            names += [name] * any(torch.equal(tensor.to(weight), weight) for tensor in alike)
+    return names
 
 
 def untrained_weights(module: nn.Module, tensors: Iterable[torch.Tensor]) -> list[str]:
@@ -98,7 +118,7 @@ def untrained_weights(module: nn.Module, tensors: Iterable[torch.Tensor]) -> lis
         for name, layer in modules.items()
         if name not in trained and not isinstance(layer, Quantizer)
     }
-    found = []
+    names = []
     for name, layer in modules.items():
         weight = float_parameter(layer)
         if weight is None or not weight.requires_grad or id(weight) in held:
@@ -107,9 +127,9 @@ def untrained_weights(module: nn.Module, tensors: Iterable[torch.Tensor]) -> lis
             prefix = f"{around}." if around else ""
             beside = set().union(*(ids for other, ids in small.items() if f"{other}.".startswith(prefix)))
             if beside:
-                found += [name] * bool(beside & held)
+                names += [name] * bool(beside & held)
                 break
-    return found
+    return names
 
 
 def _matrices(layer: nn.Module) -> set[int]:

@@ -62,7 +62,7 @@ def paid(model: nn.Module) -> float:
     for weight in lq.integer_weights(model).values():
         of_a_channel = weight.codes.numel() / weight.bits.numel()
         total += float(weight.bits.sum()) * of_a_channel / 8 + 4 * int((weight.bits > 0).sum())
-    ours = {id(p) for q in quantizers(model) for p in q.parameters()}
+    ours = {id(p) for q in quantizers(model) for p in (*q.parameters(), *q.buffers())}
     left = (v for k, v in model.state_dict(keep_vars=True).items() if id(v) not in ours and ".original" not in k)
     return total + float(sum(v.numel() * v.element_size() for v in left))
 
@@ -74,7 +74,7 @@ def size(options: argparse.Namespace) -> None:
     for name in options.models:
         card = source.load_model(name)[1]
         batches = list(images(source, name, card, 64, train=True).split(32))
-        for label, bits in (("2", 2), ("3", 3), ("4", 4), ("3 by channel", 3)):
+        for label, bits in (("2", 2), ("3", 3), ("4", 4), ("8", 8), ("3 by channel", 3)):
             net = source.load_model(name)[0]
             whole = sum(v.numel() * v.element_size() for v in net.state_dict().values())
             quantized(net, bits, 8, batches, mixed="by" in label)

@@ -4,32 +4,29 @@ A quantized model's own ``load_state_dict`` takes quantized and float state dict
 float ones). `load` is for the other direction: it builds the quantizers a checkpoint was saved with.
 """
 
-import math
-import posixpath
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lq.attachment.attach import detach, set_estimator
-from lq.attachment.foldable import foldable_pairs, is_norm
-from lq.attachment.folding import fold_pair, folded_norms, folded_pairs, unfold_for
-from lq.attachment.interception import CALLS
+from lq.attachment.foldable import foldable_pairs
+from lq.attachment.folded import folded_norms, folded_pairs
+from lq.attachment.folding import fold_pair, unfold_for
+from lq.attachment.pairs import is_norm
 from lq.attachment.placement import attach_sites
 from lq.attachment.preparation.stored import is_marker, made_biases, match
+from lq.attachment.saved_plan import kind_of, planned_by, site_of
 from lq.attachment.scheme import PlannedSite
-from lq.attachment.sites import INPUT, OUTPUT, WEIGHT_STATE, float_weight, is_attached, quantizers
+from lq.attachment.sites import float_weight, is_attached, quantizers
 from lq.errors import DataError
 from lq.files import named, read_checkpoint
 from lq.quantizer.final_widths import FINAL
 from lq.quantizer.quantizer import Quantizer
-from lq.quantizer.spec import QuantSpec
 from lq.structure.channels import ChannelLayout
-from lq.structure.site import Role, Site, is_weight_key
+from lq.structure.site import Site
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -62,13 +59,13 @@ def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     is_file = isinstance(source, (str, Path))
     content = read_checkpoint(source) if isinstance(source, (str, Path)) else source
     with named(str(source)) if is_file else nullcontext():
-        found = content.get("state_dict", content) if isinstance(content, Mapping) else content
-        if not isinstance(found, Mapping):
-            raise DataError(f"expected a state dict or a checkpoint with one, got a {type(found).__name__}")
-        strange = next((key for key in found if not isinstance(key, str)), None)
+        state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else content
+        if not isinstance(state_dict, Mapping):
+            raise DataError(f"expected a state dict or a checkpoint with one, got a {type(state_dict).__name__}")
+        strange = next((key for key in state_dict if not isinstance(key, str)), None)
         if strange is not None:
             raise DataError(f"expected a state dict with names of tensors, got one with the key {strange!r:.80}")
-    return dict(found)
+    return dict(state_dict)
 
 
 def part_of(state_dict: Mapping[str, Any], model: nn.Module) -> str:
@@ -91,11 +88,11 @@ def part_of(state_dict: Mapping[str, Any], model: nn.Module) -> str:
 def _below(name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a part, without its name."""
     prefix = f"{name}." if name else ""
-    found = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    if not found and state_dict:
+    entries = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    if not entries and state_dict:
         parts = sorted({key.partition(".")[0] for key in state_dict})
         raise DataError(f"the checkpoint has no part {name!r}; it has {', '.join(parts[:8])}")
-    return found
+    return entries
 
 
 def require_fit(model: nn.Module, state_dict: Mapping[str, Any], source: str = "the checkpoint") -> None:
@@ -111,7 +108,7 @@ def require_fit(model: nn.Module, state_dict: Mapping[str, Any], source: str = "
             state; if tensors are missing, too many, or of other shapes or kinds.
     """
     states = {key.rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] in (*_STATE, "_extra_state")}
-    sites = {name: site for name in sorted(states) if (site := _site(name)) is not None}
+    sites = {name: site for name in sorted(states) if (site := site_of(name)) is not None}
     if not sites:
         raise DataError(f"{source} has no quantizers: it is a float one; use model.load_state_dict")
     if lacks := _lacking(model, state_dict):
@@ -127,7 +124,7 @@ def require_fit(model: nn.Module, state_dict: Mapping[str, Any], source: str = "
         shapes = {part: _shape(state_dict[f"{name}.{part}"]) for part in _STATE if f"{name}.{part}" in state_dict}
         if len(shapes) < len(_STATE) or len(set(shapes.values())) > 1:
             raise DataError(f"the quantizer {name!r} in {source} should have {', '.join(_STATE)} of one shape")
-        kinds = {_kind(state_dict[f"{name}.{part}"]) for part in _STATE} - {None, "floats"}
+        kinds = {kind_of(state_dict[f"{name}.{part}"]) for part in _STATE} - {None, "floats"}
         if kinds:
             raise DataError(f"the quantizer {name!r} in {source} should have floats, it has {kinds.pop()}")
         _require_grid(name, state_dict, source)
@@ -167,23 +164,23 @@ def _lacking(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
     lacks += [f"the model has no {', '.join(unknown[:3])}"] if unknown else []
     shapes = [key for key in both if _shape(ours[key]) != _shape(theirs[key])]
     lacks += [f"{key} is {_shape(theirs[key])} there and {_shape(ours[key])} here" for key in shapes[:3]]
-    kinds = [key for key in both if key not in shapes and _kind(theirs[key]) not in (None, _kind(ours[key]))]
-    return lacks + [f"{key} is {_kind(theirs[key])} there and {_kind(ours[key])} here" for key in kinds[:3]]
+    kinds = [key for key in both if key not in shapes and kind_of(theirs[key]) not in (None, kind_of(ours[key]))]
+    return lacks + [f"{key} is {kind_of(theirs[key])} there and {kind_of(ours[key])} here" for key in kinds[:3]]
 
 
 def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Entries by the names that a float model has for them, without those of quantizers."""
-    found = {}
+    entries = {}
     for key, value in state_dict.items():
         name, _, last = key.rpartition(".")
-        if last in (*_STATE, FINAL, "_extra_state") and _site(name) is not None:
+        if last in (*_STATE, FINAL, "_extra_state") and site_of(name) is not None:
             continue
         if is_marker(key):
             continue
         if f".{key}".endswith(f".{_ORIGINAL}") and f"{key.removesuffix('original')}0.bits" in state_dict:
             key = f"{key.removesuffix(_ORIGINAL)}weight"  # noqa: PLW2901
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:
@@ -191,17 +188,6 @@ def _shape(value: Any) -> tuple[int, ...] | str:
     if isinstance(value, tuple):
         return value
     return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _kind(value: Any) -> str | None:
-    """What kind of tensor it is, where another could not be written into it; None: only the shape is known."""
-    if not isinstance(value, Tensor):
-        return None if isinstance(value, tuple) else type(value).__name__
-    if value.layout != torch.strided or value.is_quantized or value.is_meta:
-        return "a tensor without plain values"
-    if value.is_complex():
-        return "complex"
-    return "floats" if value.is_floating_point() else "integers"
 
 
 def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -252,41 +238,14 @@ def _has_statistics(state_dict: Mapping[str, Any], norm: str) -> bool:
 def _once(plan: dict[str, PlannedSite], modules: Mapping[str, nn.Module]) -> dict[str, PlannedSite]:
     """The plan without the other names that a module with several is saved under."""
     owners = {planned.owner for planned in plan.values()}
-    seen: set[tuple[int, str]] = set()
-    kept = {}
+    places: set[tuple[int, str]] = set()
+    sites = {}
     for name, planned in plan.items():
         place = (id(modules[planned.site.module]), planned.site.place)
-        if place not in seen or name in owners:
-            kept[name] = planned
-        seen.add(place)
-    return kept
-
-
-def planned_by(state_dict: Mapping[str, Any]) -> dict[str, PlannedSite]:
-    """The sites that a quantized model's state dict has quantizers for."""
-    found: dict[str, PlannedSite] = {}
-    shared: dict[str, tuple[Site, str]] = {}
-    for key, value in state_dict.items():
-        name, _, last = key.rpartition(".")
-        site = _site(name) if last in ("bits", "_extra_state") else None
-        if site is None:
-            continue
-        if last == "bits":
-            widths = _widths(key, value, per_channel=site.role == "weight")
-            site = replace(site, channels=len(widths) if isinstance(widths, tuple) else 1)
-            spec = QuantSpec(widths, per_channel=isinstance(widths, tuple), symmetric=site.role == "weight")
-            found[site.name] = PlannedSite(site, spec)
-        else:
-            module = site.module.replace(".", "/") or "."
-            path = posixpath.normpath(posixpath.join(module, _text(key, value)))
-            owner = _site(path.replace("/", "."))
-            if owner is not None:
-                shared[site.name] = (site, owner.name)
-    for name, (site, owner_name) in shared.items():
-        if owner_name not in found:
-            raise DataError(f"the checkpoint has {name!r} share the quantizer {owner_name!r}, which is not there")
-        found[name] = PlannedSite(site, found[owner_name].spec, owner_name)
-    return found
+        if place not in places or name in owners:
+            sites[name] = planned
+        places.add(place)
+    return sites
 
 
 def _require_layers(sites: Collection[Site], model: nn.Module, source: str) -> None:
@@ -300,39 +259,3 @@ def _require_layers(sites: Collection[Site], model: nn.Module, source: str) -> N
                 f"{source} quantizes a layer {site.module!r} that {type(model).__name__} does not have; "
                 "build the model the checkpoint was saved from"
             )
-
-
-def _site(key: str) -> Site | None:
-    """The site of the quantizer whose state is under `key`."""
-    name = f".{key}"
-    if name.endswith(f".{WEIGHT_STATE}"[:-1]):
-        return Site(name[: -len(WEIGHT_STATE)].strip("."), "weight", "weight")
-    parent, _, last = name.rpartition(".")
-    if last in (INPUT, OUTPUT):
-        return Site(parent.strip("."), last.removesuffix("_quantizer"), "activation")
-    if parent.endswith(f".{CALLS}"):
-        role: Role = "weight" if is_weight_key(last) else "activation"
-        return Site(parent[: -len(CALLS)].strip("."), last, role)
-    return None
-
-
-def _widths(key: str, bits: Any, *, per_channel: bool) -> int | tuple[int, ...]:
-    """The widths that a quantizer's state says; of widths that are being learned, the integers above."""
-    if not isinstance(bits, Tensor) or not bits.is_floating_point() or bits.layout != torch.strided or bits.is_meta:
-        raise DataError(f"{key} should be a tensor of widths, it is {_kind(bits) or bits!r}")
-    values = bits.flatten().tolist()
-    if bits.ndim > per_channel or not values or not all(0 <= width <= 16 for width in values):
-        expected = "one width for each channel" if per_channel else "one width"
-        raise DataError(f"{key} should be {expected}, from 0 to 8 or 16 bits; it has the shape {tuple(bits.shape)}")
-    integers = [width if (width := math.ceil(b)) <= 8 else 16 for b in values]
-    return integers[0] if bits.ndim == 0 else tuple(integers)
-
-
-def _text(key: str, state: Any) -> str:
-    """The text in the extra state of a quantizer that is shared."""
-    try:
-        if state.dtype == torch.uint8 and state.ndim == 1 and state.numel() < 1 << 16:
-            return bytes(state.tolist()).decode()
-    except (AttributeError, UnicodeDecodeError, RuntimeError):
-        pass
-    raise DataError(f"{key} should hold the name of the quantizer that is shared, as bytes")

@@ -24,8 +24,8 @@ def count_macs(model: nn.Module, forward: Callable[[], Any], samples: int) -> di
         def count(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name
         ) -> None:
-            given = args[0] if args else kwargs.get("input")
-            macs[name] = macs.get(name, 0.0) + _macs(module, given, output) / max(samples, 1)
+            operand = args[0] if args else kwargs.get("input")
+            macs[name] = macs.get(name, 0.0) + _macs(module, operand, output) / max(samples, 1)
 
         handles.append(module.register_forward_hook(count, with_kwargs=True))
     try:
@@ -37,15 +37,15 @@ def count_macs(model: nn.Module, forward: Callable[[], Any], samples: int) -> di
     return macs | {name: count / max(samples, 1) for name, count in calls.items()}
 
 
-def _macs(module: nn.Module, given: Any, output: Any) -> float:
+def _macs(module: nn.Module, operand: Any, output: Any) -> float:
     """MACs of one call: each weight is used once per output position (input position if transposed)."""
     weight = float_weight(module)
     if weight is None or not isinstance(output, Tensor) or isinstance(module, nn.Embedding):
         return 0.0
     if isinstance(module, _CONV):
         positions = output.numel() / module.out_channels
-    elif isinstance(module, _TRANSPOSED) and isinstance(given, Tensor):
-        positions = given.numel() / module.in_channels
+    elif isinstance(module, _TRANSPOSED) and isinstance(operand, Tensor):
+        positions = operand.numel() / module.in_channels
     else:
         positions = output.numel() / weight.shape[0]
     return float(positions * weight.numel())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lq.attachment.foldable import CONVOLUTIONS, FoldablePair
+from lq.attachment.pairs import CONVOLUTIONS, FoldablePair
 from lq.structure.forward import Forward, eval_mode, run
 from lq.structure.tracing import Trace, Value, trace
 
@@ -30,27 +30,27 @@ def reads_alone(
         DataError: if the model does not take the example.
     """
     with running(model):
-        seen = trace(model, lambda: run(model, example, forward), example)
-    return {pair: reason for pair in pairs if (reason := _against(model, seen, pair)) is not None}
+        traced = trace(model, lambda: run(model, example, forward), example)
+    return {pair: reason for pair in pairs if (reason := _against(model, traced, pair)) is not None}
 
 
-def _against(model: nn.Module, seen: Trace, pair: FoldablePair) -> str | None:
+def _against(model: nn.Module, traced: Trace, pair: FoldablePair) -> str | None:
     """What the run says against a pair, or nothing; None if it did not run it."""
     first, second = pair.order
-    given, taken = seen.outputs.get(first, []), seen.inputs.get(second, [])
-    if not given and not taken:
+    results, operands = traced.outputs.get(first, []), traced.inputs.get(second, [])
+    if not results and not operands:
         return None
-    if len(given) != len(taken):
-        return f"the example runs {first} {len(given)} times and {second} {len(taken)} times"
-    for value, reads in zip(given, taken, strict=True):
+    if len(results) != len(operands):
+        return f"the example runs {first} {len(results)} times and {second} {len(operands)} times"
+    for value, reads in zip(results, operands, strict=True):
         if value is None or value is not reads:
             return f"with the example, {second} does not read what {first} gives"
-        if len(value.readers) > 1 or any(value is result for result in _sources(seen.results)):
+        if len(value.readers) > 1 or any(value is result for result in _sources(traced.results)):
             return f"with the example, what {first} gives is read by others than {second}"
     name = f"{pair.conv}.weight"
     if type(model.get_submodule(pair.conv)) in CONVOLUTIONS:
-        used = [event.module for event in seen.calls for v in event.operands.values() if v.parameter == name]
-        if used != [pair.conv] * len(given) or len(seen.uses.get(name, ())) > 1:
+        used = [event.module for event in traced.calls for v in event.operands.values() if v.parameter == name]
+        if used != [pair.conv] * len(results) or len(traced.uses.get(name, ())) > 1:
             return f"with the example, {name} is used elsewhere, or replaced"
     return ""
 
@@ -64,10 +64,10 @@ def _sources(values: Sequence[Value]) -> Iterator[Value]:
 
 def outputs(model: nn.Module, example: Any, forward: Forward | None) -> list[Tensor]:
     """The floating-point tensors that the model makes of the example; of its parts, if `forward` returns none."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def note(_: nn.Module, args: Any, output: Any) -> None:
-        found.extend(_floating(output))
+        tensors.extend(_floating(output))
 
     handles = [module.register_forward_hook(note) for module in (model, *model.children())]
     try:
@@ -76,7 +76,7 @@ def outputs(model: nn.Module, example: Any, forward: Forward | None) -> list[Ten
     finally:
         for handle in handles:
             handle.remove()
-    return [tensor.clone() for tensor in result or found]
+    return [tensor.clone() for tensor in result or tensors]
 
 
 def same_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

@@ -16,20 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lq.attachment.interception import (
-    CALLS,
-    CallQuantizers,
-    SharedQuantizer,
-    add_call_quantizer,
-    call_quantizers,
-    rounded_in_place,
-)
+from lq.attachment.interception import add_call_quantizer, call_quantizers
 from lq.attachment.padded import keep_padded
+from lq.attachment.running import CALLS, CallQuantizers, rounded_in_place
 from lq.attachment.scheme import PlannedSite
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import INPUT, OUTPUT, WEIGHT_STATE, float_weight, weight_quantizer
 from lq.attachment.stored import find_range, find_range_in, note_known_sources, read_from
 from lq.errors import StateError
-from lq.quantizer.quantizer import ActivationQuantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.spec import QuantSpec
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
@@ -260,20 +255,20 @@ def accept_float_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefi
         if weight.shape == module.parametrizations.weight.original.shape:  # type: ignore[union-attr]  # else torch reports the mismatch
             quantizer.calibrate(weight.to(quantizer.bits.device))
         state_dict.update(quantizer.state_dict(prefix=f"{prefix}{WEIGHT_STATE}"))
-    calls = {f"{CALLS}.{slot}": found for slot, found in call_quantizers(module).items()}
-    for slot, found in {**{name: module._modules.get(name) for name in (INPUT, OUTPUT)}, **calls}.items():
-        if found is None or any(key.startswith(f"{prefix}{slot}.") for key in state_dict):
+    calls = {f"{CALLS}.{slot}": at_tensor for slot, at_tensor in call_quantizers(module).items()}
+    for slot, at_tensor in {**{name: module._modules.get(name) for name in (INPUT, OUTPUT)}, **calls}.items():
+        if at_tensor is None or any(key.startswith(f"{prefix}{slot}.") for key in state_dict):
             continue
-        if isinstance(found, WeightQuantizer):
-            find_range_in(found, state_dict, prefix)
-        elif isinstance(found, ActivationQuantizer) and found.calibrated:
+        if isinstance(at_tensor, WeightQuantizer):
+            find_range_in(at_tensor, state_dict, prefix)
+        elif isinstance(at_tensor, ActivationQuantizer) and at_tensor.calibrated:
             warnings.warn(
                 "a checkpoint without activation ranges was loaded into a calibrated model, whose ranges were kept; "
                 "run lq.calibrate(model, batches) to fit them to the loaded weights",
                 UserWarning,
                 stacklevel=2,
             )
-        state_dict.update(found.state_dict(prefix=f"{prefix}{slot}."))
+        state_dict.update(at_tensor.state_dict(prefix=f"{prefix}{slot}."))
 
 
 def _restore_weight(module: nn.Module, bake: bool) -> None:

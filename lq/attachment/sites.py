@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lq.attachment.interception import SharedQuantizer, call_quantizers
+from lq.attachment.interception import call_quantizers
+from lq.attachment.shared import SharedQuantizer
 from lq.errors import StateError
-from lq.quantizer.quantizer import ActivationQuantizer, Quantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
+from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.site import Site
 
@@ -74,10 +76,10 @@ def weight_quantizer(module: nn.Module) -> WeightQuantizer | None:
 
 def input_quantizer(module: nn.Module) -> ActivationQuantizer | None:
     """The quantizer of a layer's input, if it has one; its own or one that it shares."""
-    found = module._modules.get(INPUT)
-    if isinstance(found, SharedQuantizer):
-        return found.owner
-    return found if isinstance(found, ActivationQuantizer) else None
+    part = module._modules.get(INPUT)
+    if isinstance(part, SharedQuantizer):
+        return part.owner
+    return part if isinstance(part, ActivationQuantizer) else None
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -87,15 +89,15 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 def calls(model: nn.Module) -> dict[str, dict[str, Quantizer]]:
     """Calls with quantizers by name of module and call, and their quantizers by operand."""
-    found: dict[str, dict[str, Quantizer]] = {}
+    by_call: dict[str, dict[str, Quantizer]] = {}
     for name, module in model.named_modules():
         for place, quantizer in call_quantizers(module).items():
             site = Site(name, place, "activation")
             operand = site.name[len(site.layer) + 1 :]
             one = quantizer.owner if isinstance(quantizer, SharedQuantizer) else quantizer
             if isinstance(one, Quantizer):
-                found.setdefault(site.layer, {})[operand] = one
-    return found
+                by_call.setdefault(site.layer, {})[operand] = one
+    return by_call
 
 
 def weights_at_calls(model: nn.Module) -> Iterator[WeightQuantizer]:

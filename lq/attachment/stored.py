@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.attachment.interception import SharedQuantizer, add_call_quantizer, call_quantizers, remove_call_quantizers
+from lq.attachment.interception import add_call_quantizer, call_quantizers, remove_call_quantizers
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, weight_quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.site import Site
@@ -71,13 +72,13 @@ def call_weights(model: nn.Module) -> list[CallWeight]:
         if isinstance(value, nn.Parameter):
             keys.setdefault(id(value), []).append(key)
     of_layers = {id(float_weight(module)) for module in model.modules() if weight_quantizer(module) is not None}
-    found = [_resolved(weight, module, keys, of_layers) for weight, module in _at_calls(model)]
+    weights = [_resolved(weight, module, keys, of_layers) for weight, module in _at_calls(model)]
     by_parameter: dict[int, list[CallWeight]] = {}
-    for weight in found:
+    for weight in weights:
         if weight.source is not None and not weight.reason:
             by_parameter.setdefault(id(weight.parameter), []).append(weight)
     checked = {id(old): new for group in by_parameter.values() for old, new in _checked(group, keys)}
-    return [checked.get(id(weight), weight) for weight in found]
+    return [checked.get(id(weight), weight) for weight in weights]
 
 
 def stored_weights(model: nn.Module) -> list[CallWeight]:
@@ -136,20 +137,20 @@ def bake_calls(model: nn.Module) -> None:
     for call in baked:
         if not call.again and call.parameter is not None and call.source is not None and call.weight is not None:
             copied = call.parameter, call.parameter.detach().clone().contiguous()
-            _, whole = values.setdefault(id(call.parameter), copied)
-            call.source.view(whole).copy_(call.quantizer(call.weight))
-    for parameter, whole in values.values():
-        parameter.copy_(whole)
+            _, values_of = values.setdefault(id(call.parameter), copied)
+            call.source.view(values_of).copy_(call.quantizer(call.weight))
+    for parameter, values_of in values.values():
+        parameter.copy_(values_of)
     if baked:
         gone = {(call.module, call.place) for call in baked}
-        kept = [
+        staying = [
             (module, place, quantizer)
             for name, module in model.named_modules()
             for place, quantizer in call_quantizers(module).items()
             if (name, place) not in gone
         ]
         remove_call_quantizers(model)
-        for module, place, quantizer in kept:
+        for module, place, quantizer in staying:
             add_call_quantizer(module, place, quantizer)
 
 
@@ -215,7 +216,7 @@ def _covers(parameter: Tensor, sources: list[Source]) -> bool:
         return False
     if len(sources) == 1 and sources[0].stride is None:
         return True
-    seen = torch.zeros(parameter.shape, dtype=torch.uint8)
+    readers = torch.zeros(parameter.shape, dtype=torch.uint8)
     for source in sources:
-        source.view(seen).add_(1)
-    return bool((seen == 1).all())
+        source.view(readers).add_(1)
+    return bool((readers == 1).all())

@@ -38,13 +38,13 @@ def unseen_layers(
         return [], []
     first_names = {id(p): name.replace(_PARAMETRIZED, ".weight").lstrip(".") for name, p in model.named_parameters()}
     unused = {tensor.name for tensor in structure.floats if tensor.reason == NOT_USED}
-    seen = {site.module for site in structure.sites if site.place == "weight"}
+    with_sites = {site.module for site in structure.sites if site.place == "weight"}
     modules = dict(model.named_modules())
     inside: list[str] = []
     outside: list[str] = []
     for name, layer in layers(model):
         weight = first_names.get(id(float_weight(layer)))
-        if isinstance(layer, kinds) and name not in ran | seen and weight in unused:
+        if isinstance(layer, kinds) and name not in ran | with_sites and weight in unused:
             (inside if _belongs(name, modules, ran) else outside).append(name)
     return inside, outside
 

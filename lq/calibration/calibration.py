@@ -27,8 +27,8 @@ from lq.attachment.sites import (
 )
 from lq.attachment.stored import find_range
 from lq.errors import DataError, NoEffectWarning
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.histogram import Histogram, Reduce
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.quantizer.unreached import mark_unreached
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.forward import Forward, describe, eval_mode, run

@@ -4,8 +4,7 @@ Source: Nahshan et al., Loss Aware Post-Training Quantization, Machine Learning 
 couples the ranges of all layers, and the least error of each tensor is not the least loss. Three stages:
 
 1. for each exponent p, every weight and activation gets the range of least error ``|Q(v) - v|^p``
-(`lq.quantizer.ranges.Lp`), and
-   the loss is measured;
+   (`lq.quantizer.ranges.Lp`), and the loss is measured;
 2. the least of the parabola through ``(p, loss)`` is tried too. It counts if the parabola is convex and its least lies
    among the exponents: the published code has no such guard. The search begins at the best of all that was tried, the
    ranges that the model came with included, so that the loss never grows;
@@ -46,7 +45,8 @@ from lq.attachment.sites import activation_quantizers, quantizers, require_attac
 from lq.calibration.refitting import samples_of
 from lq.errors import DataError, NoEffectWarning, SpecError, StateError
 from lq.quantizer.histogram import Reduce
-from lq.quantizer.quantizer import Quantizer, middle
+from lq.quantizer.levels import middle
+from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.ranges import Levels, Lp, Samples
 from lq.structure.forward import Forward, describe, eval_mode, run
 from lq.structure.outputs import kl_divergence, require_loss, require_output

@@ -66,7 +66,7 @@ def synthesize(
         progress: wraps the numbers of the batches to make (`tqdm.tqdm`, say).
 
     Returns:
-        Samples of the share, shape (N, *shape), on the device of the model.
+        Samples of the share, shape ``(N, *shape)``, on the device of the model.
 
     Raises:
         SpecError: for numbers that are too small.

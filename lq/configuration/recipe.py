@@ -60,6 +60,45 @@ def recipe(name: str, *, trust: Sequence[str] = (), **overrides: Any) -> list[An
     ['Quantize', 'FineTune']
     """
     path = _path(name)
+    made = []
+    for cls, entry, mine in _planned(name, path, trust, overrides):
+        own = {key: value for key, value in entry["init_args"].items() if key not in mine}
+        made.append(_made(cls, own, mine, trust, path))
+    return made
+
+
+def recipe_entries(name: str, *, trust: Sequence[str] = (), **overrides: Any) -> list[dict[str, Any]]:
+    """The callbacks of a recipe as plain values, overrides among them: what `recipe` builds, to be written to a file.
+
+    Args:
+        name: as for `recipe`.
+        trust: as for `recipe`.
+        overrides: as for `recipe`.
+
+    Returns:
+        For each callback ``{"class_path": ..., "init_args": {...}}``.
+
+    Raises:
+        RecipeError: as `recipe`.
+
+    >>> recipe_entries("ptq_w8a8", weights=4)[0]["init_args"]["weights"]
+    4
+    """
+    path = _path(name)
+    recipe(name, trust=trust, **overrides)  # wrong values fail here
+    return [
+        {
+            "class_path": entry["class_path"],
+            "init_args": {**{key: mine.get(key, value) for key, value in entry["init_args"].items()}, **mine},
+        }
+        for _, entry, mine in _planned(name, path, trust, overrides)
+    ]
+
+
+def _planned(
+    name: str, path: Path, trust: Sequence[str], overrides: dict[str, Any]
+) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """For each callback of a recipe its class, what the file says, and the overrides that reach it."""
     entries = _entries(path)
     for entry in entries:
         _require_trusted(entry["class_path"], trust, path)
@@ -72,12 +111,10 @@ def recipe(name: str, *, trust: Sequence[str] = (), **overrides: Any) -> list[An
             raise RecipeError(f"no callback of recipe {name!r} takes {key!r}; did you mean {', '.join(near)}?")
     given = [set(entry["init_args"]) for entry in entries]
     takers = {key: given if any(key in names for names in given) else accepted for key in overrides}
-    made = []
-    for index, (cls, entry) in enumerate(zip(classes, entries, strict=True)):
-        mine = {key: value for key, value in overrides.items() if key in takers[key][index]}
-        own = {key: value for key, value in entry["init_args"].items() if key not in mine}
-        made.append(_made(cls, own, mine, trust, path))
-    return made
+    return [
+        (cls, entry, {key: value for key, value in overrides.items() if key in takers[key][index]})
+        for index, (cls, entry) in enumerate(zip(classes, entries, strict=True))
+    ]
 
 
 def recipe_path(name: str, *, trust: Sequence[str] = ()) -> Path:

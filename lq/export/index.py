@@ -17,7 +17,8 @@ from lq.errors import DataError
 from lq.export.integers import settled_zero_point
 from lq.export.packing import packed_size
 from lq.files import decompress, parse_json, schema
-from lq.quantizer.quantizer import Quantizer, middle
+from lq.quantizer.levels import middle
+from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.spec import WIDTHS, QuantSpec
 from lq.structure.channels import ChannelLayout
 

@@ -33,7 +33,7 @@ def load(source: str | Path | Mapping[str, Any], model: M, *, part: str | None =
             damaged, of a newer lq, or of another model; if several parts of a checkpoint fit. The model is not touched
             then.
 
-    >>> import lq
+    >>> import lq, torch
     >>> saved = lq.attach(nn.Sequential(nn.Linear(4, 4)), weights=2)
     >>> loaded = load(saved.state_dict(), nn.Sequential(nn.Linear(4, 4)))
     >>> torch.equal(loaded[0].weight, saved[0].weight)

@@ -112,15 +112,16 @@ def export_onnx(
     path = Path(path)
     kinds = other_types(model)
     standard = standard_form(copy.deepcopy(model).float() if kinds else model)
-    few = opset is None and not can_read(OPSET_OF_INT2)
-    opset = OPSET if few else _opset(model, opset)
+    needed = _opset(model, opset)
+    in_four_bits = opset is None and needed > OPSET and not can_read(needed)
+    opset = OPSET if in_four_bits else needed
     of_torch = max(opset, NEWEST_LOWERED)
     made, reason = _translated(standard, in_float32(example) if kinds else example, of_torch, type(model).__name__)
     samples = batch_length(example) if reason else None
     notes = [f"the batch size is fixed: {reason}; it is the example's, {samples} (example=)"] if reason else []
     notes += [f"the file computes in float32, where the model does in {kinds}"] if kinds else []
-    if few and _opset(model, None) > OPSET:
-        notes.append(f"weights of 2 bits are stored in 4: this onnxruntime cannot read opset {OPSET_OF_INT2}")
+    if in_four_bits:
+        notes.append(f"weights of 2 bits are stored in 4: this onnxruntime cannot read opset {needed}")
     notes += _notes(model)
     proto = made.model_proto
     if of_torch not in [found.version for found in proto.opset_import if found.domain == ""]:

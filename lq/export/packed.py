@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lq.attachment.checkpoint import rebuild, require_fit
-from lq.attachment.interception import CALLS
 from lq.attachment.preparation.stored import is_marker
+from lq.attachment.running import CALLS
 from lq.attachment.sites import float_weight, require_attached
 from lq.attachment.stored import read_from, stay_float, stored_weights
 from lq.errors import DataError
@@ -34,7 +34,8 @@ from lq.export.packing import pack, unpack
 from lq.files import require_file, whole_file
 from lq.quantizer.final_widths import warn_if_unfinished
 from lq.quantizer.functional import step_size
-from lq.quantizer.quantizer import Quantizer, middle
+from lq.quantizer.levels import middle
+from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
 from lq.structure.sources import Source

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.attachment.interception import CALLS, SharedQuantizer, call_quantizers
+from lq.attachment.interception import call_quantizers
+from lq.attachment.running import CALLS
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, require_attached, weight_quantizer
 from lq.attachment.stored import CallWeight, call_weights
 from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.final_widths import warn_if_unfinished
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
 

@@ -59,19 +59,19 @@ def set_final_widths(model: nn.Module, widths: Mapping[str, Tensor]) -> None:
     for module in model.modules():
         if isinstance(module, FinalWidths):
             final = widths.get(module.name)
-            given = None if final is None else final.detach().cpu().expand(module.bits.shape).clone()
-            module.final_bits = None if given is None or _same(module.bits, given) else given
+            bits = None if final is None else final.detach().cpu().expand(module.bits.shape).clone()
+            module.final_bits = None if bits is None or _same(module.bits, bits) else bits
 
 
 def unfinished_widths(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Mean width now and in the end of each quantizer that training has not finished, by name."""
-    found = {}
+    widths = {}
     for module in model.modules():
         if isinstance(module, FinalWidths) and module.final_bits is not None:
             final = module.final_bits
             if not _same(module.bits, final):
-                found[module.name] = (float(module.bits.detach().mean()), float(final.mean()))
-    return found
+                widths[module.name] = (float(module.bits.detach().mean()), float(final.mean()))
+    return widths
 
 
 def warn_if_unfinished(model: nn.Module, what: str) -> None:
@@ -81,11 +81,11 @@ def warn_if_unfinished(model: nn.Module, what: str) -> None:
         model: a model with or without quantizers.
         what: it is, and is done with it, at the start of the message: "the checkpoint that is loaded".
     """
-    found = unfinished_widths(model)
-    if not found:
+    widths = unfinished_widths(model)
+    if not widths:
         return
-    shown = [f"{name}: {now:.3g} bits instead of {final:.3g}" for name, (now, final) in list(found.items())[:3]]
-    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    shown = [f"{name}: {now:.3g} bits instead of {final:.3g}" for name, (now, final) in list(widths.items())[:3]]
+    more = f", and {len(widths) - 3} more" if len(widths) > 3 else ""
     warnings.warn(
         f"{what} has more bits than were asked for: training had not brought the widths down yet ({', '.join(shown)}"
         f"{more}); use a checkpoint from after that, or go on training from this one with trainer.fit(ckpt_path=...)",

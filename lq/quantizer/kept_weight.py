@@ -95,7 +95,7 @@ class WrittenWeight:
             rows = now.shape[0], -1
             most = changed.reshape(rows).float().mean(1) > 0.5
             zeroed = (changed & (now == 0)).reshape(rows).any(1)
-            most, zeroed = (found.view(-1, *[1] * (now.ndim - 1)) for found in (most, zeroed))
+            most, zeroed = (each.view(-1, *[1] * (now.ndim - 1)) for each in (most, zeroed))
             self.weight.copy_(torch.where(changed | most | (zeroed & (now == 0)), now, self.weight))
         self._before = self._rounded.detach().clone()
         return True
@@ -120,8 +120,8 @@ def _overwritten(now: Tensor, before: Tensor, weight: Tensor) -> bool:
 
 def _alike(a: Tensor, b: Tensor) -> float:
     """The correlation of values; 1 of those that are all the same."""
-    found = float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
-    return 1.0 if math.isnan(found) else found
+    correlation = float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
+    return 1.0 if math.isnan(correlation) else correlation
 
 
 def _factor(now: Tensor, before: Tensor) -> Tensor | None:

@@ -13,30 +13,27 @@ is a Parameter. All else is a buffer, so that no code which trains, decays, clip
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lq.errors import SpecError, StateError
+from lq.errors import SpecError
 from lq.quantizer.estimators import STE, Estimator, estimator
 from lq.quantizer.final_widths import FinalWidths
-from lq.quantizer.functional import Bound, fake_quantize, step_size, transforms_active
-from lq.quantizer.histogram import Histogram, raise_if_not_finite
+from lq.quantizer.functional import Bound, step_size, transforms_active
+from lq.quantizer.histogram import raise_if_not_finite
+from lq.quantizer.levels import middle, without_rounding_error
 from lq.quantizer.ranges import Levels, Samples, range_rule
 from lq.quantizer.spec import QuantSpec, check_bits
-from lq.quantizer.unreached import find_range, passed
 
 #: The parts of a grid, by the names that they have in a state dict.
 PARTS = ("log2_step", "zero_point", "bits")
 
 # Zero points that differ by less are the same.
 _SAME = 1e-3
-
-# Relative error of an average of equal numbers.
-_ROUNDING = 1e-5
 
 
 class Quantizer(FinalWidths):
@@ -262,108 +259,6 @@ class Quantizer(FinalWidths):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
-
-
-class ActivationQuantizer(Quantizer):
-    """Rounds the tensor that flows through a place of the network.
-
-    Args:
-        spec: width and range rule.
-        name: where it sits, for messages.
-        tokens: the tensor holds vectors along its last dimension (the input of a Linear), each a row of its own.
-    """
-
-    is_weight = False
-
-    def __init__(self, spec: QuantSpec, name: str = "activation", *, tokens: bool = False) -> None:
-        super().__init__(spec, None, name)
-        self.tokens = tokens
-        self.result_may_change = False  # in place, by the code behind it, such as a sum
-        #: What calibration saw, kept so that another width needs no second pass over the data; not in checkpoints.
-        self.seen: Samples | None = None
-        self.told = False  # that it has no range (`lq.quantizer.unreached`)
-
-    def observe(self) -> Histogram:
-        """Count values from now on, and let them pass, until ``tap`` is None again."""
-        histogram = Histogram(self.name, tokens=self.tokens)
-        self.tap = histogram.count
-        return histogram
-
-    def calibrate(self, histogram: Histogram) -> None:
-        """Find the range of the values in `histogram`."""
-        self.seen = histogram.samples()
-        self.refit()
-
-    def refit(self) -> None:
-        """Find the range anew, of the values that calibration saw.
-
-        Raises:
-            StateError: if it was not calibrated since it was made.
-        """
-        self._set_range(*self.samples(), weights=False)
-
-    @torch.no_grad()
-    def grids(self, bits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, lowest and highest level at each width, fitted to what calibration saw; shape (len(bits),) each."""
-        samples, signed = self.samples()
-        widths = torch.tensor([float(check_bits(b)) for b in bits], device=samples.values.device)
-        rows = replace(samples, values=samples.values.expand(len(widths), -1))
-        step, zero_point = self.grid(rows, signed, widths, weights=False)
-        return step, -zero_point, torch.exp2(widths) - 1 - zero_point
-
-    def samples(self) -> tuple[Samples, bool]:
-        """The values seen, and whether they have both signs."""
-        if self.seen is None:
-            raise StateError(
-                f"{self.name} has no record of its values (a checkpoint has none); run lq.calibrate(model, batches)"
-            )
-        asked = self.spec.signed if self.spec else None
-        return self.seen, bool(self.seen.low < 0) if asked is None else asked
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x` rounded to the grid; same shape and dtype; without a range, see `lq.quantizer.unreached`.
-
-        Raises:
-            StateError: if it has no range yet, and was not left out by calibration.
-            DataError: if `x` has NaN or Inf.
-        """
-        if self.tap is not None:
-            return self.tap(x)
-        if not self._calibrated and not find_range(self, x):
-            return passed(self, x)  # type: ignore[no-any-return]
-        self._check_finite(x)
-        log2_step, low, high, offset = self._grid()
-        values_of_a_sample = x.numel() / max(x.shape[0], 1) if x.ndim else 1.0
-        return fake_quantize(
-            x,
-            log2_step,
-            low,
-            high,
-            offset,
-            gradient_scale=self.estimator.gradient_scale(values_of_a_sample, high),
-            backward=self.estimator if self.estimator.changes_gradients else None,
-            changed=self.result_may_change,
-        )
-
-
-def without_rounding_error(values: Tensor, unit: float) -> Tensor:
-    """`values`, of which those next to a multiple of `unit` are that multiple.
-
-    >>> without_rounding_error(torch.tensor([2.9999998, 2.9]), 1.0)
-    tensor([3.0000, 2.9000])
-    """
-    whole = (values / unit).round() * unit
-    return torch.where((values - whole).abs() < _ROUNDING * values.abs(), whole, values)
-
-
-def middle(bits: Tensor) -> Tensor:
-    """Zero point of the signed symmetric grid; between integer widths it goes on without a jump.
-
-    >>> middle(torch.tensor([0.0, 1.0, 1.5, 2.0, 4.0]))
-    tensor([0.0000, 0.5000, 1.2500, 2.0000, 8.0000])
-    """
-    few = torch.where(bits < 1, (torch.exp2(bits) - 1) / 2, 1.5 * bits - 1)
-    return torch.where(bits < 2, few, torch.exp2(bits - 1))
 
 
 def _widths(bits: int | tuple[int, ...], shape: tuple[int, ...], name: str) -> Tensor:

@@ -17,7 +17,8 @@ from lq.errors import NoEffectWarning, StateError
 from lq.quantizer.histogram import Histogram
 
 if TYPE_CHECKING:
-    from lq.quantizer.quantizer import ActivationQuantizer, Quantizer
+    from lq.quantizer.activation_quantizer import ActivationQuantizer
+    from lq.quantizer.quantizer import Quantizer
 
 
 @torch.no_grad()

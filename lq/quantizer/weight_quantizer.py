@@ -51,22 +51,33 @@ class WeightQuantizer(Quantizer):
         self._set_range(*self.samples(weight), weights=True)
 
     @torch.no_grad()
-    def rounded_at(self, weight: Tensor, bits: int) -> Tensor:
-        """Return `weight` as it would be at another width with the range of that width; the state stays as it is."""
+    def rounded_at(self, weight: Tensor, bits: int, grid: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return `weight` as it would be at another width with the range of that width; the state stays as it is.
+
+        Args:
+            weight: the float weight.
+            bits: the width.
+            grid: what `grid_at` gave for it; None: it is found.
+        """
+        step, zero_point = self.grid_at(weight, bits) if grid is None else grid
+        low = -zero_point
+        parts = (step, low, 2.0**bits - 1 + low, zero_point.frac())
+        step, *bounds = (self.layout.spread(part.to(weight.dtype).view(self.bits.shape), weight) for part in parts)
+        return self.layout.join(round_to_grid(self.layout.split(weight), step, *bounds))
+
+    @torch.no_grad()
+    def grid_at(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Step and zero point of every channel of `weight` at another width, fitted to it; (C,) each."""
         samples, signed = self.samples(weight)
         widths = torch.full_like(samples.low, float(check_bits(bits)))
-        step, zero_point = self.grid(samples, signed, widths, weights=True)
-        low = -zero_point
-        parts = (step, low, torch.exp2(widths) - 1 + low, zero_point.frac())
-        step, *grid = (self.layout.spread(part.to(weight.dtype).view(self.bits.shape), weight) for part in parts)
-        return self.layout.join(round_to_grid(self.layout.split(weight), step, *grid))
+        return self.grid(samples, signed, widths, weights=True)
 
     def samples(self, weight: Tensor) -> tuple[Samples, bool]:
         """The values that share a step, by row, and whether they have both signs."""
         weight = weight.detach().float()
         values = self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
-        asked = self.spec.signed if self.spec else True
-        return Samples(values), bool(values.min() < 0) if asked is None else asked
+        signed = self.spec.signed if self.spec else True
+        return Samples(values), bool(values.min() < 0) if signed is None else signed
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` rounded to the grid; same shape and dtype."""
@@ -76,12 +87,12 @@ class WeightQuantizer(Quantizer):
             return self._quantize(weight)
         self.take_over_writes()
         keeps = can_be_kept(weight) and not (self.training or torch.is_grad_enabled() or transforms_active())
-        kept = self._kept if keeps else None
-        if kept is None or not kept.is_of(weight, self):
+        kept_weight = self._kept if keeps else None
+        if kept_weight is None or not kept_weight.is_of(weight, self):
             rounded = self._quantize(weight)
             self._kept = KeptWeight(weight, self, rounded) if keeps else None
         else:
-            rounded = kept.rounded
+            rounded = kept_weight.rounded
         if not transforms_active() and read_outside_of_forwards():
             rounded = rounded.clone() if keeps else rounded  # what is kept must not be written to
             self._written = WrittenWeight(weight, rounded)

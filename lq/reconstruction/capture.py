@@ -16,8 +16,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lq.attachment.sites import INPUT, OUTPUT
 from lq.errors import DataError, StateError
-from lq.reconstruction.flow import Flow, Lies, Run, arguments, replaced, returning, stop_at
+from lq.reconstruction.flow import Flow, Run, SampleLayout
 from lq.reconstruction.identity import Digest
+from lq.reconstruction.partial_runs import replaced, returning, stop_at
 from lq.reconstruction.storage import Storage, Stored
 from lq.reconstruction.units import Unit
 from lq.structure.batch_layout import FIRST, Layout
@@ -36,16 +37,17 @@ class Batches:
 
     def __init__(self, batches: Iterable[Any], storage: Storage, digest: bool = False, layout: Layout = FIRST) -> None:
         self.layout = layout
+        self.storage = storage
         self._batches: list[tuple[list[Any], TreeSpec, list[torch.device | None]]] = []
         self.sizes: list[int] = []
         self._digest = Digest()
         for batch in batches:
             leaves, spec = tree_flatten(batch)
-            for thing in (str(spec), *leaves) if digest else ():
-                self._digest.add(thing)
+            for part in (str(spec), *leaves) if digest else ():
+                self._digest.add(part)
             devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
-            kept = [storage.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            self._batches.append((kept, spec, devices))
+            stored = [storage.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._batches.append((stored, spec, devices))
             self.sizes.append(layout.size(batch))
 
     @property
@@ -60,10 +62,10 @@ class Batches:
 
     def __getitem__(self, position: int) -> Any:
         """A batch, on the device it came from."""
-        kept, spec, devices = self._batches[position]
+        stored, spec, devices = self._batches[position]
         leaves = [
             leaf.whole().to(device) if isinstance(leaf, Stored) else leaf
-            for leaf, device in zip(kept, devices, strict=True)
+            for leaf, device in zip(stored, devices, strict=True)
         ]
         return tree_unflatten(leaves, spec)
 
@@ -75,12 +77,12 @@ class Batches:
         """
         if self.samples < count:
             raise DataError(f"reconstruction got {self.samples} sample(s); give at least {count}")
-        found, size = self[0], self.sizes[0]
+        joined, size = self[0], self.sizes[0]
         for position in range(1, len(self.sizes)):
             if size < count:
-                found = join(found, self[position], size, self.sizes[position], self.layout.dim)
+                joined = join(joined, self[position], size, self.sizes[position], self.layout.dim)
                 size += self.sizes[position]
-        return take(found, 0, count, size, self.layout.dim, self.layout.lists)
+        return take(joined, 0, count, size, self.layout.dim, self.layout.lists)
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Number of the first sample, number of samples, and the batch."""
@@ -97,22 +99,22 @@ class Inputs:
     Args:
         leaves: of its arguments; those that differ between samples are `Stored`, (N, ...).
         spec: how the leaves make up the arguments.
-        lies: how samples lie in each leaf.
+        layouts: how samples lie in each leaf; None: it is the same for all.
         device: where batches go.
         dtypes: of the leaves, as the model has them.
     """
 
     leaves: list[Any]
     spec: TreeSpec
-    lies: Sequence[Lies | None]
+    layouts: Sequence[SampleLayout | None]
     device: torch.device
     dtypes: Sequence[torch.dtype | None]
 
     def batch(self, index: Tensor | slice) -> list[Any]:
         """The leaves for some samples."""
         return [
-            _take(leaf, index, lies, self.device, dtype) if isinstance(leaf, Stored) and lies is not None else leaf
-            for leaf, lies, dtype in zip(self.leaves, self.lies, self.dtypes, strict=True)
+            _take(leaf, index, layout, self.device, dtype) if isinstance(leaf, Stored) and layout is not None else leaf
+            for leaf, layout, dtype in zip(self.leaves, self.layouts, self.dtypes, strict=True)
         ]
 
 
@@ -121,17 +123,19 @@ class Outputs:
     """The output of a unit for all samples."""
 
     stored: Stored
-    lies: Lies
+    layout: SampleLayout
     device: torch.device
     dtype: torch.dtype
 
     def batch(self, index: Tensor | slice) -> Tensor:
         """The output for some samples."""
-        return _take(self.stored, index, self.lies, self.device, self.dtype)
+        return _take(self.stored, index, self.layout, self.device, self.dtype)
 
 
-def _take(stored: Stored, index: Tensor | slice, lies: Lies, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    return lies.tensor(stored.rows(index).to(device=device, dtype=dtype, non_blocking=True))
+def _take(
+    stored: Stored, index: Tensor | slice, layout: SampleLayout, device: torch.device, dtype: torch.dtype | None
+) -> Tensor:
+    return layout.tensor(stored.rows(index).to(device=device, dtype=dtype, non_blocking=True))
 
 
 class Capture:
@@ -140,10 +144,9 @@ class Capture:
     Args:
         model: the float model or the quantized one; runs in eval mode.
         units: its units.
-        flow: what `find_flow` found of them.
+        flow: how tensors come from one to the next (`find_flow`).
         run: runs the model on a batch.
-        batches: all data.
-        storage: where tensors are kept.
+        batches: all data; tensors are kept where they are.
         dtype: what they are kept as; None: as they are.
         chunk: samples that a unit computes at a time.
     """
@@ -155,7 +158,7 @@ class Capture:
         flow: Flow,
         run: Run,
         batches: Batches,
-        storage: Storage,
+        *,
         dtype: torch.dtype | None = None,
         chunk: int = 32,
     ) -> None:
@@ -164,7 +167,6 @@ class Capture:
         self.flow = flow
         self.run = run
         self.batches = batches
-        self.storage = storage
         self.dtype = dtype
         self.chunk = chunk
         self._outputs: dict[int, Outputs] = {}
@@ -174,21 +176,20 @@ class Capture:
     def inputs(self, k: int) -> Inputs:
         """The arguments of unit `k`; those of all units before must have been `finish`ed."""
         source = self.flow.direct[k]
-        found: Inputs | None = None
+        inputs: Inputs | None = None
         for start, size, batch in self.batches:
             # Where an earlier output is the input, one batch tells what the arguments look like.
-            taken = self._arguments(k, batch, start, size)
-            leaves, spec = tree_flatten(taken)
-            if found is None:
-                found = self._begin(k, leaves, spec, source)
+            leaves, spec = tree_flatten(self._arguments(k, batch, start, size))
+            if inputs is None:
+                inputs = self._begin(k, leaves, spec, source)
             if source is not None:
                 break
-            for leaf, stored, lies in zip(leaves, found.leaves, self.flow.inputs[k], strict=True):
-                if isinstance(stored, Stored) and lies is not None:
-                    stored.write(start, lies.rows(leaf))
-        if found is None:
+            for leaf, stored, layout in zip(leaves, inputs.leaves, self.flow.inputs[k], strict=True):
+                if isinstance(stored, Stored) and layout is not None:
+                    stored.write(start, layout.rows(leaf))
+        if inputs is None:
             raise StateError("there are no batches to reconstruct with")
-        return found
+        return inputs
 
     def pass_on(self, k: int, inputs: Inputs) -> None:
         """Compute and keep the output of unit `k`, if a later unit needs it."""
@@ -199,47 +200,47 @@ class Capture:
     def finish(self, k: int, inputs: Inputs) -> Outputs:
         """Compute the output of unit `k`; it is kept while a later unit needs it."""
         modules = self.units[k].bind(self.model)
-        kept: Outputs | None = None
+        layout = self.flow.outputs[k]
+        outputs: Outputs | None = None
         for start in range(0, self.batches.samples, self.chunk):
             rows = slice(start, min(start + self.chunk, self.batches.samples))
             output = call(modules, inputs.batch(rows), inputs.spec)
-            lies = self.flow.outputs[k]
-            found = lies.rows(output)
-            if kept is None:
-                kept = Outputs(self._empty(found), lies, output.device, output.dtype)
-            kept.stored.write(start, found)
-        if kept is None:
+            values = layout.rows(output)
+            if outputs is None:
+                outputs = Outputs(self._empty(values), layout, output.device, output.dtype)
+            outputs.stored.write(start, values)
+        if outputs is None:
             raise StateError("there are no batches to reconstruct with")
-        self._outputs[k] = kept
+        self._outputs[k] = outputs
         for done in [j for j in self._outputs if self.flow.last_use(j) <= k]:
             del self._outputs[done]
-        return kept
+        return outputs
 
     def _empty(self, rows: Tensor) -> Stored:
         dtype = self.dtype if self.dtype is not None and rows.is_floating_point() else rows.dtype
-        return self.storage.empty((self.batches.samples, *rows.shape[1:]), dtype)
+        return self.batches.storage.empty((self.batches.samples, *rows.shape[1:]), dtype)
 
     def _begin(self, k: int, leaves: list[Any], spec: TreeSpec, source: int | None) -> Inputs:
         """Room for the arguments of unit `k`, which look like `leaves`."""
-        kept: list[Any] = []
-        for leaf, lies in zip(leaves, self.flow.inputs[k], strict=True):
-            if lies is None:
-                kept.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
+        stored: list[Any] = []
+        for leaf, layout in zip(leaves, self.flow.inputs[k], strict=True):
+            if layout is None:
+                stored.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
             elif source is not None:
-                kept.append(self._outputs[source].stored)
+                stored.append(self._outputs[source].stored)
             else:
-                kept.append(self._empty(lies.rows(leaf)))
+                stored.append(self._empty(layout.rows(leaf)))
         device = next((t.device for t in leaves if isinstance(t, Tensor)), torch.device("cpu"))
         dtypes = [t.dtype if isinstance(t, Tensor) else None for t in leaves]
-        return Inputs(kept, spec, self.flow.inputs[k], device, dtypes)
+        return Inputs(stored, spec, self.flow.inputs[k], device, dtypes)
 
     def _arguments(self, k: int, batch: Any, start: int, size: int) -> Any:
         """The arguments of unit `k` for a batch."""
         done = self.units[:k]
         outputs = {}
         for j in range(k):
-            kept = self._outputs.get(j) if j in self.flow.needs[k] else None
-            outputs[j] = self._unused(j, size) if kept is None else kept.batch(slice(start, start + size))
+            needed = self._outputs.get(j) if j in self.flow.needs[k] else None
+            outputs[j] = self._unused(j, size) if needed is None else needed.batch(slice(start, start + size))
         taken: list[Any] = []
         with ExitStack() as stack:
             for unit in done:
@@ -256,14 +257,14 @@ class Capture:
         shape, dtype = (size, *self.flow.shapes[j][0]), self.flow.shapes[j][1]
         key = (shape, dtype)
         if key not in self._zeros:
-            self._zeros[key] = torch.zeros(shape, dtype=dtype, device=self.storage.device)
+            self._zeros[key] = torch.zeros(shape, dtype=dtype, device=self.batches.storage.device)
         return self.flow.outputs[j].tensor(self._zeros[key])
 
 
 def call(modules: Sequence[nn.Module], leaves: Sequence[Any], spec: TreeSpec) -> Tensor:
     """Run a chain of modules; `leaves` are those of the first one's arguments."""
     first, *others = modules
-    args, kwargs = arguments(leaves, spec)
+    args, kwargs = tree_unflatten(leaves, spec)
     output = first(*args, **kwargs)
     for module in others:
         output = module(output)

@@ -5,16 +5,17 @@ the float model find out, for each unit, whether its input *is* the output of an
 input depends on otherwise, and along which dimension samples lie in its tensors.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from lq.errors import DataError
+from lq.reconstruction.partial_runs import replaced, returning, stop_at
 from lq.reconstruction.units import Unit
 from lq.structure.samples import take
 
@@ -22,12 +23,8 @@ from lq.structure.samples import take
 Run = Callable[[nn.Module, Any], Any]
 
 
-class Reached(Exception):  # noqa: N818 - not an error: it ends a forward that has come far enough
-    """The unit whose input was asked for is about to run."""
-
-
 @dataclass(frozen=True)
-class Lies:
+class SampleLayout:
     """How samples lie in a tensor: along `dim`, `each` rows for every sample (windows of one image, say)."""
 
     dim: int
@@ -35,8 +32,8 @@ class Lies:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """`tensor` with one row for each sample, (S, ...)."""
-        found = tensor.movedim(self.dim, 0)
-        return found.unflatten(0, (-1, self.each)) if self.each > 1 else found
+        rows = tensor.movedim(self.dim, 0)
+        return rows.unflatten(0, (-1, self.each)) if self.each > 1 else rows
 
     def tensor(self, rows: Tensor) -> Tensor:
         """The inverse of `rows`."""
@@ -44,14 +41,24 @@ class Lies:
 
 
 @dataclass
-class Seen:
-    """One unit in a run: the leaves of its arguments, their structure, its output; and copies of what they were."""
+class UnitCall:
+    """One unit in a run of the model.
+
+    Args:
+        leaves: of its arguments.
+        spec: how the leaves make up the arguments.
+        output: what it returned.
+        leaf_copies: the leaves as they were when it was called.
+        output_copy: the output as it was when it returned.
+        versions: how often the leaves had been changed in place by then.
+        output_version: how often the output had been.
+    """
 
     leaves: list[Any]
     spec: TreeSpec
     output: Tensor
-    given: list[Any]
-    made: Tensor
+    leaf_copies: list[Any]
+    output_copy: Tensor
     versions: tuple[int, ...] = ()
     output_version: int = 0
 
@@ -70,8 +77,8 @@ class Flow:
 
     direct: tuple[int | None, ...]
     needs: tuple[frozenset[int], ...]
-    inputs: tuple[tuple[Lies | None, ...], ...]
-    outputs: tuple[Lies, ...]
+    inputs: tuple[tuple[SampleLayout | None, ...], ...]
+    outputs: tuple[SampleLayout, ...]
     shapes: tuple[tuple[torch.Size, torch.dtype], ...]
 
     def last_use(self, unit: int) -> int:
@@ -88,77 +95,46 @@ def find_flow(
         DataError: if samples cannot be told from each other in the tensors of a unit.
     """
     with torch.no_grad():
-        seen, fewer = (_record(model, units, run, part) for part in (example, take(example, 0, 1, samples, batch_dim)))
+        calls, fewer = (_record(model, units, run, part) for part in (example, take(example, 0, 1, samples, batch_dim)))
     inputs, outputs = [], []
-    for unit, one, other in zip(units, seen, fewer, strict=True):
+    for unit, one, other in zip(units, calls, fewer, strict=True):
         if any(not isinstance(a, Tensor) and a != b for a, b in zip(one.leaves, other.leaves, strict=True)):
             raise DataError(
                 f"unit {unit.name} is called with values that depend on the number of samples, which cannot be "
                 "captured; choose other units, by name"
             )
-        inputs.append(tuple(_lies(a, b, samples) for a, b in zip(one.leaves, other.leaves, strict=True)))
-        output = _lies(one.output, other.output, samples)
+        inputs.append(tuple(_layout(a, b, samples) for a, b in zip(one.leaves, other.leaves, strict=True)))
+        output = _layout(one.output, other.output, samples)
         if output is None or not any(inputs[-1]):
             raise DataError(
                 f"unit {unit.name}: its tensors, such as {tuple(one.output.shape)}, do not grow with the number of "
                 "samples; choose other units, by name"
             )
         outputs.append(output)
-    direct = tuple(_direct(seen, k, inputs[k]) for k in range(len(units)))
-    shapes = tuple((lies.rows(one.output).shape[1:], one.output.dtype) for lies, one in zip(outputs, seen, strict=True))
-    needs = _needs(model, units, run, example, seen, direct)
+    direct = tuple(_direct(calls, k, inputs[k]) for k in range(len(units)))
+    pairs = zip(outputs, calls, strict=True)
+    shapes = tuple((layout.rows(one.output).shape[1:], one.output.dtype) for layout, one in pairs)
+    needs = _Dependencies(model, units, run, example, calls).needs(direct)
     return Flow(direct, needs, tuple(inputs), tuple(outputs), shapes)
 
 
-@contextmanager
-def replaced(modules: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Have modules return what a function returns instead of running; what is put around them stays."""
-    before = {module: module.__dict__.get("forward") for module in modules}
-    try:
-        for module, function in modules.items():
-            module.forward = function
-        yield
-    finally:
-        for module, own in before.items():
-            del module.forward
-            if own is not None:
-                module.forward = own
-
-
-@contextmanager
-def stop_at(module: nn.Module, taken: list[Any]) -> Iterator[None]:
-    """Put the arguments of `module` into `taken` and end the forward there."""
-
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        taken.append((args, kwargs))
-        raise Reached
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-    try:
-        yield
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-
-
-def _record(model: nn.Module, units: Sequence[Unit], run: Run, batch: Any) -> list[Seen]:
-    found: dict[int, Seen] = {}
-    given: dict[int, tuple[list[Any], TreeSpec, tuple[int, ...]]] = {}
-    kept: dict[int, list[Any]] = {}
+def _record(model: nn.Module, units: Sequence[Unit], run: Run, batch: Any) -> list[UnitCall]:
+    calls: dict[int, UnitCall] = {}
+    arguments: dict[int, tuple[list[Any], TreeSpec, tuple[int, ...]]] = {}
+    copies: dict[int, list[Any]] = {}
 
     def before(k: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             leaves, spec = tree_flatten((args, kwargs))
-            given[k] = leaves, spec, tuple(t._version if isinstance(t, Tensor) else 0 for t in leaves)
-            kept[k] = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
+            arguments[k] = leaves, spec, tuple(t._version if isinstance(t, Tensor) else 0 for t in leaves)
+            copies[k] = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
 
         return hook
 
     def after(k: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            leaves, spec, versions = given[k]
-            found[k] = Seen(leaves, spec, output, kept[k], output.clone(), versions, output._version)
+            leaves, spec, versions = arguments[k]
+            calls[k] = UnitCall(leaves, spec, output, copies[k], output.clone(), versions, output._version)
 
         return hook
 
@@ -169,115 +145,102 @@ def _record(model: nn.Module, units: Sequence[Unit], run: Run, batch: Any) -> li
             for handle in (first, modules[-1].register_forward_hook(after(k))):
                 stack.callback(handle.remove)
         run(model, batch)
-    return [found[k] for k in range(len(units))]
+    return [calls[k] for k in range(len(units))]
 
 
-def _lies(more: Any, fewer: Any, samples: int) -> Lies | None:
+def _layout(more: Any, fewer: Any, samples: int) -> SampleLayout | None:
     """How samples lie in a tensor, of which `fewer` is the same for one sample instead of `samples`."""
     if not isinstance(more, Tensor) or more.shape == fewer.shape:
         return None
     dim = next(d for d in range(more.ndim) if more.shape[d] != fewer.shape[d])
-    return Lies(dim, fewer.shape[dim]) if more.shape[dim] == samples * fewer.shape[dim] else None
+    return SampleLayout(dim, fewer.shape[dim]) if more.shape[dim] == samples * fewer.shape[dim] else None
 
 
-def _direct(seen: Sequence[Seen], k: int, lies: Sequence[Lies | None]) -> int | None:
+def _direct(calls: Sequence[UnitCall], k: int, layouts: Sequence[SampleLayout | None]) -> int | None:
     """The unit whose output is the one input of unit `k`, and was not changed in place since."""
-    one = seen[k]
-    varying = [i for i, found in enumerate(lies) if found is not None]
+    call = calls[k]
+    varying = [i for i, layout in enumerate(layouts) if layout is not None]
     if len(varying) != 1:
         return None
-    leaf, version = one.leaves[varying[0]], one.versions[varying[0]]
-    return next((j for j in range(k) if seen[j].output is leaf and seen[j].output_version == version), None)
+    leaf, version = call.leaves[varying[0]], call.versions[varying[0]]
+    return next((j for j in range(k) if calls[j].output is leaf and calls[j].output_version == version), None)
 
 
-def _needs(
-    model: nn.Module,
-    units: Sequence[Unit],
-    run: Run,
-    example: Any,
-    seen: Sequence[Seen],
-    direct: Sequence[int | None],
-) -> tuple[frozenset[int], ...]:
-    """Which outputs an input is computed from: those that a gradient from it arrives at, when no unit computes."""
-    leaves = [torch.zeros_like(one.output).requires_grad_() for one in seen]
-    given: list[list[Tensor]] = [[] for _ in units]
+@dataclass
+class _Dependencies:
+    """Finds which outputs of units the inputs of others are computed from.
 
-    def note(k: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given[k] += [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.requires_grad]
+    Args:
+        model: the float model.
+        units: its units.
+        run: runs the model on a batch.
+        example: the batch.
+        calls: of the units in a run on it.
+    """
 
-        return hook
+    model: nn.Module
+    units: Sequence[Unit]
+    run: Run
+    example: Any
+    calls: Sequence[UnitCall]
 
-    with ExitStack() as stack:
-        for k, unit in enumerate(units):
-            handle = unit.bind(model)[0].register_forward_pre_hook(note(k), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(torch.enable_grad())
-        outputs = {
-            k: leaf * 1 for k, leaf in enumerate(leaves)
-        }  # no leaves of the graph: code may change them in place
-        stack.enter_context(replaced(returning(model, units, outputs)))
-        run(model, example)
-    found = []
-    for k, tensors in enumerate(given):
-        if direct[k] is not None:
-            found.append(frozenset({direct[k]}))
-            continue
-        # an average, so that neither its size nor that of the gradient matters: only whether there is one
-        with torch.enable_grad():
-            total = sum((t.double().mean() for t in tensors if t.is_floating_point()), torch.zeros(()))
-        grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True) if tensors else ()
-        found.append(frozenset(j for j, grad in enumerate(grads) if grad is not None and j != k))
-    # Where code between units stops gradients (frozen parts, comparisons), all that came before is kept.
-    for k in (k for k in range(1, len(units)) if direct[k] is None):
-        if not _suffices(model, units, run, example, seen, k, found[k]):  # type: ignore[arg-type]
-            found[k] = frozenset(range(k))
-    return tuple(found)  # type: ignore[arg-type]
+    def needs(self, direct: Sequence[int | None]) -> tuple[frozenset[int], ...]:
+        """For each unit, the earlier units: those that a gradient from its input arrives at, when no unit computes.
 
+        Args:
+            direct: units whose output is the one input of each, if it is.
+        """
+        outputs, arguments = self._arguments_without_units()
+        needs = []
+        for k, tensors in enumerate(arguments):
+            source = direct[k]
+            if source is not None:
+                needs.append(frozenset({source}))
+                continue
+            # an average, so that neither its size nor that of the gradient matters: only whether there is one
+            with torch.enable_grad():
+                total = sum((t.double().mean() for t in tensors if t.is_floating_point()), torch.zeros(()))
+            grads = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True) if tensors else ()
+            needs.append(frozenset(j for j, grad in enumerate(grads) if grad is not None and j != k))
+        # Where code between units stops gradients (frozen parts, comparisons), all that came before is kept.
+        for k in (k for k in range(1, len(self.units)) if direct[k] is None):
+            if not self._suffice(k, needs[k]):
+                needs[k] = frozenset(range(k))
+        return tuple(needs)
 
-@torch.no_grad()
-def _suffices(
-    model: nn.Module,
-    units: Sequence[Unit],
-    run: Run,
-    example: Any,
-    seen: Sequence[Seen],
-    k: int,
-    needed: frozenset[int],
-) -> bool:
-    """Whether the arguments of unit `k` are what they were if only these outputs of earlier units are."""
-    outputs = {j: seen[j].made.clone() if j in needed else torch.zeros_like(seen[j].made) for j in range(k)}
-    taken: list[Any] = []
-    with replaced(returning(model, units, outputs)), stop_at(units[k].bind(model)[0], taken):
-        run(model, example)
-    leaves = tree_flatten(taken[0])[0] if taken else []
-    return all(
-        not isinstance(a, Tensor) or torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
-        for a, b in zip(leaves, seen[k].given, strict=True)
-    )
+    def _arguments_without_units(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Leaves of a graph in place of what units return, and the tensors in each unit's arguments made of them."""
+        leaves = [torch.zeros_like(call.output).requires_grad_() for call in self.calls]
+        arguments: list[list[Tensor]] = [[] for _ in self.units]
 
+        def note(k: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+                arguments[k] += [t for t in tensors if t.requires_grad]
 
-def returning(
-    model: nn.Module, units: Sequence[Unit], outputs: Mapping[int, Tensor]
-) -> dict[nn.Module, Callable[..., Tensor]]:
-    """For `replaced`: units that return these outputs without computing."""
+            return hook
 
-    def give(output: Tensor) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: output
+        with ExitStack() as stack:
+            for k, unit in enumerate(self.units):
+                handle = unit.bind(self.model)[0].register_forward_pre_hook(note(k), with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(torch.enable_grad())
+            outputs = {k: leaf * 1 for k, leaf in enumerate(leaves)}  # code may change them in place, but not leaves
+            stack.enter_context(replaced(returning(self.model, self.units, outputs)))
+            self.run(self.model, self.example)
+        return leaves, arguments
 
-    found = {}
-    for k, output in outputs.items():
-        *inner, last = units[k].bind(model)
-        found.update(dict.fromkeys(inner, _first_argument))
-        found[last] = give(output)
-    return found
-
-
-def _first_argument(*args: Any, **kwargs: Any) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def arguments(leaves: Sequence[Any], spec: TreeSpec) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call from their leaves."""
-    args, kwargs = tree_unflatten(leaves, spec)
-    return args, kwargs
+    @torch.no_grad()
+    def _suffice(self, k: int, needed: frozenset[int]) -> bool:
+        """Whether the arguments of unit `k` are what they were if only these outputs of earlier units are."""
+        copies = [call.output_copy for call in self.calls[:k]]
+        outputs = {j: copy.clone() if j in needed else torch.zeros_like(copy) for j, copy in enumerate(copies)}
+        taken: list[Any] = []
+        replacing = replaced(returning(self.model, self.units, outputs))
+        with replacing, stop_at(self.units[k].bind(self.model)[0], taken):
+            self.run(self.model, self.example)
+        leaves = tree_flatten(taken[0])[0] if taken else []
+        return all(
+            not isinstance(a, Tensor) or torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+            for a, b in zip(leaves, self.calls[k].leaf_copies, strict=True)
+        )

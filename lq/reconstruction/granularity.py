@@ -14,15 +14,13 @@ ResNet-18 (blocks 2 and 3, blocks 4 and 5).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
-from lq.attachment.sites import float_weight, weight_quantizer
 from lq.errors import SpecError
 from lq.reconstruction.flow import Flow
+from lq.reconstruction.quantized_model import Layer
 from lq.reconstruction.units import Unit
 
 #: How adjacent units are compared.
@@ -51,15 +49,14 @@ class Merges:
     unchained: tuple[tuple[str, str], ...]
 
 
-def module_capacity(modules: Sequence[nn.Module]) -> float:
-    """ModCap of a unit: bits of its weights, those of layers with a stride counted 1.6 times."""
+def module_capacity(layers: Iterable[Layer]) -> float:
+    """ModCap of a unit: bits of the weights of its layers, those of layers with a stride counted 1.6 times."""
     total = 0.0
-    for layer in (part for module in modules for part in module.modules()):
-        quantizer, weight = weight_quantizer(layer), float_weight(layer)
-        if quantizer is None or weight is None:
+    for layer in layers:
+        if layer.quantizer is None:
             continue
-        bits = float(quantizer.bits.detach().mean()) * weight.numel()
-        stride = getattr(layer, "stride", 1)
+        bits = float(layer.quantizer.bits.detach().mean()) * layer.weight.numel()
+        stride = getattr(layer.module, "stride", 1)
         strided = max(stride) > 1 if isinstance(stride, tuple) else isinstance(stride, int) and stride > 1
         total += bits * (_STRIDED if strided else 1.0)
     return total

@@ -28,6 +28,13 @@ _LIBRARIES = {"lq", "torch", "torchvision", "timm", "numpy", "scipy", "lightning
 # The folders in a dotted name of lq's: of `lq.<folders>.<file>.<name>`.
 _FOLDERS = re.compile(r"\blq\.(?:[a-z]\w*\.)+(?=[a-z]\w*\.[A-Za-z_])")
 
+# What files call lq's modules whose own file has been split since version 0.1.0.
+_NAMES_IN_FILES = {
+    "lq.activation_quantizer.ActivationQuantizer": "lq.quantizer.ActivationQuantizer",
+    "lq.shared.SharedQuantizer": "lq.interception.SharedQuantizer",
+    "lq.running.CallQuantizers": "lq.interception.CallQuantizers",
+}
+
 
 class Digest:
     """A hash that tensors and texts are added to."""
@@ -66,20 +73,20 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     >>> one == digest([("a", torch.zeros(1, 2)), ("b", torch.ones(1))])
     False
     """
-    found = Digest()
+    combined = Digest()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        found.add(name)
-        found.add(tensor)
-    return found.value
+        combined.add(name)
+        combined.add(tensor)
+    return combined.value
 
 
 def digest_of_module(module: nn.Module) -> str:
     """A hash of parameters and buffers, of the classes of all modules and of how those that compute are set."""
-    found = Digest()
-    found.add(digest(named_state(module).items()))
+    combined = Digest()
+    combined.add(digest(named_state(module).items()))
     for part in _settings(module):
-        found.add(repr(part))
-    return found.value
+        combined.add(repr(part))
+    return combined.value
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
@@ -97,6 +104,16 @@ def describe_object(thing: object) -> str:
     'partial(builtins.max, 1, key=None)'
     """
     return _Describing().of(thing, 0)
+
+
+def describe_parts(kind: str, parts: Mapping[str, object]) -> str:
+    """What an object of a kind is, given its parts, as `describe_object` tells a dataclass.
+
+    >>> describe_parts("lq.Rule", {"lr": 0.1, "dtype": torch.float16})
+    'lq.Rule(lr=0.1, dtype=torch.float16)'
+    """
+    description = _Describing()
+    return f"{kind}({', '.join(_named(parts, lambda part: description.of(part, 1)))})"
 
 
 class _Describing:
@@ -167,18 +184,18 @@ def _named(values: Mapping[str, object], of: Callable[[object], str]) -> list[st
 def _function(function: FunctionType, of: Callable[[object], str]) -> str:
     """Name of a function; code, defaults and surroundings of one that is not lq's own."""
     if not _is_foreign(function):
-        given: list[str] = []
+        parts: list[str] = []
     else:
-        given = [_code(function.__code__)]
-        given += [of(part) for part in function.__defaults__ or ()]
-        given += _named(function.__kwdefaults__ or {}, of)
-        given += _named(_looked_up(function), of)
+        parts = [_code(function.__code__)]
+        parts += [of(part) for part in function.__defaults__ or ()]
+        parts += _named(function.__kwdefaults__ or {}, of)
+        parts += _named(_looked_up(function), of)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            given.append(f"{name}={of(cell.cell_contents)}")
+            parts.append(f"{name}={of(cell.cell_contents)}")
         except ValueError:  # nothing in it yet
-            given.append(name)
-    return f"{_name(function)}({', '.join(given)})" if given else _name(function)
+            parts.append(name)
+    return f"{_name(function)}({', '.join(parts)})" if parts else _name(function)
 
 
 def _is_foreign(function: FunctionType) -> bool:
@@ -200,54 +217,54 @@ def _looked_up(function: FunctionType) -> dict[str, object]:
 
 def _code(code: CodeType) -> str:
     """A hash of what code does, not of where it stands."""
-    found = hashlib.blake2b(digest_size=6)
+    hashed = hashlib.blake2b(digest_size=6)
 
     def add(one: CodeType) -> None:
-        found.update(one.co_code + repr((one.co_names, one.co_varnames, one.co_freevars)).encode())
+        hashed.update(one.co_code + repr((one.co_names, one.co_varnames, one.co_freevars)).encode())
         for constant in one.co_consts:
             if isinstance(constant, CodeType):
                 add(constant)
             else:
                 text = sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
-                found.update(str(text).encode())
+                hashed.update(str(text).encode())
 
     add(code)
-    return f"code {found.hexdigest()}"
+    return f"code {hashed.hexdigest()}"
 
 
 def _settings(module: nn.Module) -> list[tuple[str, ...]]:
     """What kinds of modules there are, by name, and what those without others in them are set to: slopes, strides."""
     plain = (bool, int, float, complex, str, tuple, list, type(None))
-    found: list[tuple[str, ...]] = []
+    settings: list[tuple[str, ...]] = []
     for name, part in module.named_modules():
-        found.append((name, _name(type(part)), *_own_code(type(part))))
+        settings.append((name, _name(type(part)), *_own_code(type(part))))
         if not part._modules and not type(part).__module__.startswith("lq."):
             own = {k: v for k, v in sorted(vars(part).items()) if not k.startswith("_") and isinstance(v, plain)}
-            found.append(tuple(f"{key}={value!r}" for key, value in own.items() if key != "training"))
-    return found
+            settings.append(tuple(f"{key}={value!r}" for key, value in own.items() if key != "training"))
+    return settings
 
 
 def _own_code(kind: type) -> list[str]:
     """The code of the methods of a class that somebody else wrote, and what its plain attributes are."""
-    found = []
+    parts = []
     for one in kind.__mro__:
         if _package(one) in _LIBRARIES:
             continue
         for name, value in sorted(vars(one).items()):
             if isinstance(value, FunctionType) and value.__module__ == one.__module__:
-                found.append(f"{name}: {_code(value.__code__)}")
+                parts.append(f"{name}: {_code(value.__code__)}")
             elif not name.startswith("__") and isinstance(value, (bool, int, float, str)):
-                found.append(f"{name}: {value!r}")
-    return found
+                parts.append(f"{name}: {value!r}")
+    return parts
 
 
 def _names_in(code: CodeType) -> set[str]:
     """The names of globals that code and the functions in it read, but for those that they set."""
-    found = {step.opname: set[str]() for step in dis.get_instructions(code)}
+    by_operation = {step.opname: set[str]() for step in dis.get_instructions(code)}
     for step in dis.get_instructions(code):
-        found[step.opname].add(str(step.argval))
+        by_operation[step.opname].add(str(step.argval))
     inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return found.get("LOAD_GLOBAL", set()).union(*inner) - found.get("STORE_GLOBAL", set())
+    return by_operation.get("LOAD_GLOBAL", set()).union(*inner) - by_operation.get("STORE_GLOBAL", set())
 
 
 def without_folders(text: str) -> str:
@@ -260,4 +277,5 @@ def without_folders(text: str) -> str:
 
 
 def _name(thing: Any) -> str:
-    return without_folders(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}")
+    name = without_folders(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}")
+    return _NAMES_IN_FILES.get(name, name)

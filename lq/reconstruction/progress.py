@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lq.errors import StateError
 from lq.files import file_for_torch, read_checkpoint, whole_file
-from lq.quantizer.histogram import Reduce
 from lq.quantizer.quantizer import Quantizer
 from lq.reconstruction.identity import Digest, named_state, without_folders
+from lq.reconstruction.options import RunOptions
 from lq.reconstruction.quantizers import UnitQuantizers
 from lq.reconstruction.report import UnitReport
 
@@ -65,34 +65,34 @@ class Progress:
         model: nn.Module,
         fingerprint: Mapping[str, Any],
         quantizers: Sequence[UnitQuantizers],
-        reduce: Reduce | None,
-        writes: bool = True,
+        options: RunOptions,
     ) -> "Progress":
-        """Read the file, if there is one.
+        """Read the file, if there is one; `quantizers` are those of each unit.
 
         Raises:
             StateError: if it is another run's, damaged, or no such file.
         """
         names = _names(model)
         parts = [frozenset(names[id(part)] for part in unit.state()) for unit in quantizers]
-        found = cls(Path(path), model, fingerprint, parts, writes)
+        progress = cls(Path(path), model, fingerprint, parts, writes=options.rank == 0)
         error: StateError | None = None
         if Path(path).exists():
             try:
-                found._read(Path(path))
+                progress._read(Path(path))
             except StateError as raised:
                 error = raised
+        reduce = options.reduce
         if reduce is not None:  # a rank may have no such file; and an error is one of all ranks
             device = next(model.parameters()).device
-            found._finished = int(reduce(torch.tensor(float(found._finished), device=device), "min"))
+            progress._finished = int(reduce(torch.tensor(float(progress._finished), device=device), "min"))
             if error is None and bool(reduce(torch.tensor(float(error is not None), device=device), "max") > 0):
                 error = StateError(f"{path} could not be used by another rank; its message says why")
             elif error is not None:
                 reduce(torch.tensor(1.0, device=device), "max")
         if error is not None:
             raise error
-        del found._units[found._finished :]
-        return found
+        del progress._units[progress._finished :]
+        return progress
 
     def restored(self, k: int) -> UnitReport | None:
         """Put a finished unit into the model and return its report; None if it is not finished."""
@@ -173,10 +173,10 @@ class Progress:
 
 def _names(model: nn.Module) -> dict[int, str]:
     """Names of parameters and buffers, by identity; of several the first."""
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, tensor in named_state(model).items():
-        found.setdefault(id(tensor), name)
-    return found
+        names.setdefault(id(tensor), name)
+    return names
 
 
 def _kind(value: Any) -> str:
@@ -189,19 +189,19 @@ def _plain(value: object) -> object:
 
 def _checksum(content: Mapping[str, Any]) -> str:
     """A hash of everything in the file but itself."""
-    found = Digest()
+    digest = Digest()
 
     def add(part: Any) -> None:
         if isinstance(part, Mapping):
             for key, value in part.items():
-                found.add(key)
+                digest.add(key)
                 add(value)
         elif isinstance(part, (list, tuple)):
-            found.add(len(part))
+            digest.add(len(part))
             for value in part:
                 add(value)
         else:
-            found.add(part)
+            digest.add(part)
 
     add({key: value for key, value in content.items() if key != "checksum"})
-    return found.value
+    return digest.value

@@ -97,10 +97,10 @@ class Reconstruction:
         names = [unit.name for unit in self.units]
         for label, other in (others or {}).items():
             ends = {unit.name.rpartition("+")[2]: unit.after for unit in other.units}
-            found = [
+            points = [
                 (i, ends[name.rpartition("+")[2]]) for i, name in enumerate(names) if name.rpartition("+")[2] in ends
             ]
-            axes.plot([i for i, _ in found], [loss for _, loss in found], "s-", label=label)
+            axes.plot([i for i, _ in points], [loss for _, loss in points], "s-", label=label)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize="x-small")
         if all(unit.after > 0 for unit in self.units):
             axes.set_yscale("log")

@@ -26,24 +26,26 @@ def memory_in_bytes(limit: str | float) -> int:
     """
     if isinstance(limit, str):
         budget = parse_budget(limit)
-        found = budget.limit if budget.kind == "bytes" else 0.0
+        size = budget.limit if budget.kind == "bytes" else 0.0
     else:
-        found = 0.0 if isinstance(limit, bool) else float(limit)
-    if not found > 0:
+        size = 0.0 if isinstance(limit, bool) else float(limit)
+    if not size > 0:
         raise SpecError(f"memory={limit!r}; give a number of bytes or a size such as '4GB'")
-    return int(min(found, 2.0**62))
+    return int(min(size, 2.0**62))
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The type of floating-point numbers of that name.
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of floating-point numbers itself, or the one of that name.
 
     >>> dtype_of("float16")
     torch.float16
     """
-    found = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise SpecError(f"dtype={name!r} is unknown; use 'float32', 'bfloat16', 'float16' or None")
-    return found
+    if dtype is None:
+        return None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise SpecError(f"dtype={dtype!r} is unknown; use 'float32', 'bfloat16', 'float16' or None")
+    return named
 
 
 class Storage:
@@ -112,17 +114,17 @@ class Stored:
     def rows(self, index: Tensor | slice) -> Tensor:
         """Rows, in memory of their own: on the tensor's device or, from a file, on the CPU."""
         if isinstance(index, slice):
-            found = self.data[index].clone()
+            rows = self.data[index].clone()
         else:
-            found = self.data.index_select(0, index.to(self.data.device, non_blocking=True))
+            rows = self.data.index_select(0, index.to(self.data.device, non_blocking=True))
         self.give_back()
-        return found
+        return rows
 
     def whole(self) -> Tensor:
         """All of it, in memory of its own."""
-        found = self.data.clone()
+        copy = self.data.clone()
         self.give_back()
-        return found
+        return copy
 
     def give_back(self) -> None:
         """Let the system take the memory of a file."""

@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lq.attachment.sites import common_module, float_weight, weight_quantizer
 from lq.errors import PatternError, SpecError, StateError
+from lq.reconstruction.quantized_model import QuantizedModel
 from lq.structure.calls import ACTIVATIONS
 from lq.structure.tracing import CallEvent, Trace, Value, trace
 
@@ -48,18 +48,9 @@ class Unit:
         return [model.get_submodule(name) for name in self.modules]
 
 
-def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers with a quantized weight of their own, once each, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if weight_quantizer(module) is not None and float_weight(module) is not None
-    }
-
-
 def find_units(
-    model: nn.Module,
-    twin: nn.Module,
+    model: QuantizedModel,
+    float_model: nn.Module,
     units: Granularity | Sequence[str | Sequence[str]],
     forward: Callable[[], Any],
     example: Any,
@@ -68,9 +59,9 @@ def find_units(
 
     Args:
         model: a model with quantizers.
-        twin: its float copy.
+        float_model: its float copy.
         units: "layer", "block" or "network"; or names of modules, chains of them as lists.
-        forward: runs `twin` on `example`.
+        forward: runs `float_model` on `example`.
         example: a batch.
 
     Raises:
@@ -78,33 +69,33 @@ def find_units(
         PatternError: for a name that the model does not have, or a module that cannot be a unit.
         StateError: if no unit is found.
     """
-    quantized = weighted_layers(model)
-    if not quantized:
+    kind = type(model.model).__name__
+    if not model.weighted:
         raise StateError(
-            f"{type(model).__name__} has no layer with a quantized weight, so that there is nothing to reconstruct; "
+            f"{kind} has no layer with a quantized weight, so that there is nothing to reconstruct; "
             "give Quantize or lq.attach a width for weights"
         )
-    finder = _Finder(twin, trace(twin, forward, example), list(quantized))
+    finder = _Finder(float_model, trace(float_model, forward, example), model.weighted)
     if units == "network":
-        return [finder.network(common_module(model)[0])]
+        return [finder.network(model.network)]
     if not isinstance(units, str):
         return finder.named(units)
     if units not in get_args(Granularity):
         raise SpecError(f"units={units!r} is unknown; use one of {get_args(Granularity)}, or a list of module names")
-    found = finder.in_order([*(finder.blocks() if units == "block" else []), *finder.layers()])
-    if not found:
-        raise StateError(f"no layer of {type(model).__name__} runs once in a forward: there is no unit to reconstruct")
-    return found
+    in_order = finder.in_order([*(finder.blocks() if units == "block" else []), *finder.layers()])
+    if not in_order:
+        raise StateError(f"no layer of {kind} runs once in a forward: there is no unit to reconstruct")
+    return in_order
 
 
 class _Finder:
-    """Units in what a dry run saw."""
+    """Finds units in the trace of a dry run."""
 
-    def __init__(self, model: nn.Module, seen: Trace, quantized: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, quantized: Sequence[str]) -> None:
         self.model = model
-        self.seen = seen
+        self.trace = trace
         self.quantized = quantized
-        self.order = {name: position for position, name in enumerate(seen.inputs)}
+        self.order = {name: position for position, name in enumerate(trace.inputs)}
         self.modules = dict(model.named_modules())
 
     def in_order(self, candidates: Sequence[Unit]) -> list[Unit]:
@@ -124,8 +115,8 @@ class _Finder:
 
     def runs_once(self, name: str) -> bool:
         """Whether the module is called once, with a tensor, and returns one."""
-        outputs = self.seen.outputs.get(name, [])
-        return len(self.seen.inputs.get(name, [])) == 1 and len(outputs) == 1 and outputs[0] is not None
+        outputs = self.trace.outputs.get(name, [])
+        return len(self.trace.inputs.get(name, [])) == 1 and len(outputs) == 1 and outputs[0] is not None
 
     def network(self, name: str) -> Unit:
         """The module of that name, or the innermost around it that runs as a whole."""
@@ -140,22 +131,22 @@ class _Finder:
 
     def named(self, units: Sequence[str | Sequence[str]]) -> list[Unit]:
         """Units that were given by name."""
-        found = [Unit((unit,)) if isinstance(unit, str) else Unit(tuple(unit)) for unit in units]
-        if not found or not all(unit.modules for unit in found):
+        named = [Unit((unit,)) if isinstance(unit, str) else Unit(tuple(unit)) for unit in units]
+        if not named or not all(unit.modules for unit in named):
             raise PatternError(f"units: {units!r} has no module, or an empty chain; give at least one name")
-        for name in (name for unit in found for name in unit.modules):
+        for name in (name for unit in named for name in unit.modules):
             if name not in self.modules:
                 raise PatternError(f"units: {name!r} is no module of {type(self.model).__name__}")
             if not self.runs_once(name):
                 raise PatternError(f"units: {name!r} is not called exactly once with one tensor in and one out")
-        for first, second in (pair for unit in found for pair in zip(unit.modules, unit.modules[1:], strict=False)):
-            if first == second or self.seen.inputs[second] != [self.seen.outputs[first][0]]:
+        for first, second in (pair for unit in named for pair in zip(unit.modules, unit.modules[1:], strict=False)):
+            if first == second or self.trace.inputs[second] != [self.trace.outputs[first][0]]:
                 raise PatternError(
                     f"units: {first!r} and {second!r} do not chain: the one's output is not the other's input"
                 )
-        chosen = self.in_order(found)
-        if len(chosen) != len(found):
-            left = next(unit for unit in found if unit not in chosen)
+        chosen = self.in_order(named)
+        if len(chosen) != len(named):
+            left = next(unit for unit in named if unit not in chosen)
             raise PatternError(f"units: {left.name!r} has no quantized layer, or one that another unit has already")
         return chosen
 
@@ -166,10 +157,10 @@ class _Finder:
         for name in self.quantized:
             if not self.runs_once(name):
                 continue
-            modules, value = [name], self.seen.outputs[name][0]
+            modules, value = [name], self.trace.outputs[name][0]
             while value is not None and (after := self._function_of(value, modules)) is not None:
                 modules.append(after)
-                value = self.seen.outputs[after][0]
+                value = self.trace.outputs[after][0]
             while not self._computes(modules[-1]):
                 modules.pop()  # identities behind it
             yield Unit(tuple(modules))
@@ -178,24 +169,24 @@ class _Finder:
         """The module without weights that alone reads `value`, if it is an activation function or changes nothing."""
         if len(value.readers) > 1:
             return None
-        for name, inputs in self.seen.inputs.items():
+        for name, inputs in self.trace.inputs.items():
             if inputs != [value] or name in before or not self.runs_once(name) or any(self.modules[name].children()):
                 continue
-            if self.seen.outputs[name] == [value] or (self._is_activation(name) and value.readers):
+            if self.trace.outputs[name] == [value] or (self._is_activation(name) and value.readers):
                 return name
         return None
 
     def _is_activation(self, name: str) -> bool:
-        return any(event.module == name and event.kind in _ACTIVATIONS for event in self.seen.calls)
+        return any(event.module == name and event.kind in _ACTIVATIONS for event in self.trace.calls)
 
     def _computes(self, name: str) -> bool:
-        return self.seen.outputs[name] != self.seen.inputs[name]
+        return self.trace.outputs[name] != self.trace.inputs[name]
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
     def blocks(self) -> list[Unit]:
         """Blocks that the model names, then those with a residual sum, innermost first."""
-        residual = {event.module for event in self.seen.calls if event.module and self._is_residual(event)}
+        residual = {event.module for event in self.trace.calls if event.module and self._is_residual(event)}
         names = [*self._groups(), *sorted(residual, key=lambda name: -name.count("."))]
         everything = len(self.quantized)
         parts = [name for name in names if name not in self.quantized and self.runs_once(name)]
@@ -203,7 +194,7 @@ class _Finder:
 
     def _groups(self) -> list[str]:
         """Modules that hold just the parameters of one of timm's groups."""
-        found = []
+        groups: list[str] = []
         for prefix, module in self.modules.items():
             matcher = getattr(module, "group_matcher", None)
             if not callable(matcher):
@@ -211,39 +202,39 @@ class _Finder:
             from timm.models import group_parameters
 
             for parameters in group_parameters(module, matcher(coarse=False)).values():
-                found += [f"{prefix}.{name}".lstrip(".") for name in _whole(module, set(parameters))]
-        return found
+                groups += [f"{prefix}.{name}".lstrip(".") for name in _holders(module, set(parameters))]
+        return groups
 
     def _is_residual(self, event: CallEvent) -> bool:
         """Whether a call adds what its module was given, or what a part of it made of that alone, to something else."""
         both = [value for value in event.operands.values() if value.varies]
-        given = self.seen.inputs.get(event.module or "", [])
-        if event.kind != "add" or len(both) != 2 or both[0] is both[1] or len(given) != 1:
+        inputs = self.trace.inputs.get(event.module or "", [])
+        if event.kind != "add" or len(both) != 2 or both[0] is both[1] or len(inputs) != 1:
             return False
         if any(math.prod(value.shape) != math.prod(event.result.shape) for value in both):
             return False
-        return any(value is given[0] or self._made_from(value, given[0], event.module or "") for value in both)
+        return any(value is inputs[0] or self._is_shortcut(value, inputs[0], event.module or "") for value in both)
 
-    def _made_from(self, value: Value, given: Value, module: str) -> bool:
-        """Whether `value` is the output of a child that reads `given`, the shortcut of a block that changes shape."""
+    def _is_shortcut(self, value: Value, read: Value, module: str) -> bool:
+        """Whether `value` is the output of a child that reads `read`, the shortcut of a block that changes shape."""
         return any(
-            name.rpartition(".")[0] == module and self.seen.inputs.get(name) == [given] for name in value.output_of
+            name.rpartition(".")[0] == module and self.trace.inputs.get(name) == [read] for name in value.output_of
         )
 
 
-def _whole(model: nn.Module, parameters: set[str]) -> list[str]:
-    """The largest modules of `model` all of whose parameters are among those given; not what only wraps another."""
-    found: list[str] = []
+def _holders(model: nn.Module, parameters: set[str]) -> list[str]:
+    """The largest modules of `model` all of whose parameters are among `parameters`; not what only wraps another."""
+    holders: list[str] = []
     for name, module in model.named_modules():  # outer ones come first
         own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
         wraps = any(
             {f"{name}.{child}.{p}" for p, _ in part.named_parameters()} == own
             for child, part in module.named_children()
         )
-        taken = any(name.startswith(f"{outer}.") for outer in found)
+        taken = any(name.startswith(f"{outer}.") for outer in holders)
         if name and own and own <= parameters and not wraps and not taken:
-            found.append(name)
-    return found
+            holders.append(name)
+    return holders
 
 
 _ACTIVATIONS = set(ACTIVATIONS.values())

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lq.attachment.sites import quantizers
 from lq.errors import StateError
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.functional import round_to_grid
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.sensitivity.contraction import by_sample
 from lq.structure.channels import ChannelLayout
@@ -41,6 +41,8 @@ class MeasuredTensor:
         self._keep = keep
         self._kept: Tensor | None = None
         self._grids: tuple[Tensor, Tensor, Tensor] | None = None
+        self._weight_grids: dict[int, tuple[Tensor, Tensor]] = {}  # by width, of the weight of this mark
+        self._mark: Tensor | None = None
 
     @property
     def layout(self) -> ChannelLayout:
@@ -72,9 +74,19 @@ class MeasuredTensor:
     def rounded(self, tensor: Tensor, width: int) -> Tensor:
         """The tensor at one of the widths, with the range of that width."""
         if isinstance(self.quantizer, WeightQuantizer):
-            return self.quantizer.rounded_at(tensor, width)
+            return self.quantizer.rounded_at(tensor, width, self._weight_grid(self.quantizer, tensor, width))
         step, low, high = (float(part[self.widths.index(width)]) for part in self._grid())
         return round_to_grid(tensor, torch.tensor(step, device=tensor.device, dtype=tensor.dtype), low, high, low % 1.0)
+
+    def _weight_grid(self, quantizer: WeightQuantizer, weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The grid of the weight at a width, found once for as long as its channels stay the same."""
+        rows = quantizer.samples(weight)[0].values
+        mark = torch.stack([rows.amin(1), rows.amax(1), rows.sum(1)])
+        if self._mark is None or not torch.equal(mark, self._mark):
+            self._mark, self._weight_grids = mark, {}
+        if width not in self._weight_grids:
+            self._weight_grids[width] = quantizer.grid_at(weight, width)
+        return self._weight_grids[width]
 
     def activation_terms(self, x: Tensor, delta: Tensor, samples: int) -> Tensor:
         """``<delta, rounded(x) - x>`` of each sample at each width, (samples, 1, W)."""

@@ -49,6 +49,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
         teacher: logits, same shape.
         temperature: divides both logits.
 
+    >>> import torch
     >>> bool(kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)) == 0)
     True
     """
@@ -67,6 +68,7 @@ def symmetric_kl_divergence(student: Tensor, teacher: Tensor, temperature: float
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """The mean squared difference, relative to the mean square of the teacher's.
 
+    >>> import torch
     >>> feature_distance(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0]))
     tensor(0.4000)
     """

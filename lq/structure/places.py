@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from types import FrameType
 
-# Functions of `lq.attachment.interception` that call a module's forward, or a part of it.
+# Functions of `lq.attachment.running` that call a module's forward, or a part of it.
 _ENTRIES = {"quantized_forward", "recomputed_part"}
 
 #: Ends a place where attention is computed by one function instead of two products.
@@ -40,7 +40,7 @@ def _frames_of_forward() -> Iterable[FrameType]:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if module == "torch.nn.modules.module" or (module == "lq.attachment.interception" and function in _ENTRIES):
+        if module == "torch.nn.modules.module" or (module == "lq.attachment.running" and function in _ENTRIES):
             return
         of_torch = module.startswith("torch.") and not module.startswith("torch.nn.modules.")
         if not (of_torch or module.startswith("lq.") or function == "__torch_function__"):

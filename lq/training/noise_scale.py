@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from lq.attachment.scheme import first_and_last
 from lq.attachment.sites import activation_quantizers, float_weight, quantized_layers, quantizers, weight_quantizer
 from lq.errors import SpecError
-from lq.quantizer.quantizer import Quantizer, middle, without_rounding_error
+from lq.quantizer.levels import middle, without_rounding_error
+from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.spec import check_bits
 from lq.structure.patterns import select
 from lq.structure.site import Site

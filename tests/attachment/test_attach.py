@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lq
-from lq.attachment.interception import CallQuantizers
+from lq.attachment.running import CallQuantizers
 from lq.attachment.sites import input_quantizer, is_attached, quantized_layers, quantizers, weight_quantizer
 from lq.errors import DataError, PatternError, SpecError, StateError
 from lq.quantizer.weight_quantizer import WeightQuantizer

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import lq
-from lq.attachment.foldable import FoldablePair, foldable_pairs
+from lq.attachment.foldable import foldable_pairs
 from lq.attachment.folding import left_unfolded
+from lq.attachment.pairs import FoldablePair
 from tests.attachment.test_folding import randomize
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

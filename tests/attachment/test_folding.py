@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lq
-from lq.attachment.folding import FoldablePair, FoldedNorm
+from lq.attachment.folding import FoldedNorm
+from lq.attachment.pairs import FoldablePair
 from lq.errors import StateError
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import lq
-from lq.attachment.foldable import FoldablePair
 from lq.attachment.folding import fold, left_unfolded
 from lq.attachment.folding_check import same_outputs
+from lq.attachment.pairs import FoldablePair
 from tests.attachment.test_foldable import ACTED_ON, Block, LeavesOut, Switch, X
 from tests.attachment.test_folding import randomize
 

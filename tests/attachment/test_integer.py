@@ -11,7 +11,7 @@ import lq
 from lq.attachment.sites import activation_quantizers, is_attached, quantizers
 from lq.callbacks import FineTune, Quantize
 from lq.errors import SpecError, StateError
-from lq.quantizer.quantizer import ActivationQuantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.structure.inspection import inspect
 from tests.attachment.test_folding import randomize
 from tests.helpers import QUIET, Tiny, assert_same, fit

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lq
-from lq.attachment.interception import SharedQuantizer
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import quantizers
 from tests.models import (
     EXAMPLES,
@@ -167,7 +167,9 @@ def test_replicas_of_data_parallel_use_their_own_quantizers(kind):
     lq.calibrate(lq.attach(model, 4, 3, structure=lq.inspect(model, x), first_last=None, estimator="lsq"), [x])
     copied = replica(model.train(kind == "block"))
     torch.testing.assert_close(copied(x), model(x))
-    for part in (part for part in copied.modules() if isinstance(part, (lq.quantizer.quantizer.ActivationQuantizer))):
+    for part in (
+        part for part in copied.modules() if isinstance(part, lq.quantizer.activation_quantizer.ActivationQuantizer)
+    ):
         part.tap = torch.zeros_like  # not those of the original
     assert not torch.equal(copied(x), model(x))
     model.zero_grad()

@@ -25,6 +25,7 @@ CALLBACKS = [
     value
     for _, value in sorted(vars(lq.callbacks).items())
     if inspect.isclass(value) and issubclass(value, pl.Callback)
+    if value is not lq.callbacks.Recipe  # stands for others; test_recipe.py compares it with the list of them
 ]
 every = pytest.mark.parametrize("cls", CALLBACKS, ids=lambda cls: cls.__name__)
 
@@ -70,6 +71,18 @@ def test_arguments_are_documented(cls):
     section = inspect.cleandoc(cls.__doc__).split("Args:\n")[1]
     documented = re.findall(r"^    (\w+): ", section, re.MULTILINE)
     assert documented == list(arguments(cls))
+
+
+@every
+def test_lightning_cli_shows_each_argument_with_its_text(cls, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        cli(options=[f"--trainer.callbacks.help=lq.callbacks.{cls.__name__}"])
+    shown = " ".join(capsys.readouterr().out.split())
+    section = inspect.cleandoc(cls.__doc__).split("Args:\n")[1]
+    for name, text in re.findall(r"^    (\w+): (.+)", section, re.MULTILINE):
+        assert f"--trainer.callbacks.{name}" in shown, name
+        assert text in shown, name
 
 
 @every

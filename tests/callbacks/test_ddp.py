@@ -43,7 +43,7 @@ if ranks > 1:
         module = tiny()
         tuner = LearnNoiseScale(**aim, until=0.5, quantizer_lr=0.1)
         made = fit(module, [Quantize(8, 8, fold_bn=False), tuner], data(), max_epochs=4, **options)
-        assert made.global_step == 8 and tuner._settled_at == 3
+        assert made.global_step == 8 and tuner._descent.settled_at == 3
         save(made, module, name)
     made.strategy.barrier()
     torch.distributed.destroy_process_group()  # its threads must end before the interpreter does

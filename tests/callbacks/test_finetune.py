@@ -347,7 +347,7 @@ def test_distill_loss_is_logged_and_teacher_is_float():
 
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            self.teacher = tuner._distiller.teacher
+            self.teacher = tuner._distillation.distiller.teacher
             self.weight = float_weight(pl_module.net[0]).detach().clone()
 
     look = Look()
@@ -356,7 +356,7 @@ def test_distill_loss_is_logged_and_teacher_is_float():
     assert not list(quantizers(look.teacher))
     assert torch.equal(look.teacher[0].weight, look.weight)  # it did not learn
     assert not look.teacher.training
-    assert tuner._distiller is None
+    assert tuner._distillation.distiller is None
 
 
 @pytest.mark.parametrize("name", ["net", "net.8"])

@@ -175,7 +175,7 @@ def test_rate_is_constant_until_the_targets_are_met_then_falls():
     watch, tuner = Watch(), LearnNoiseScale(2, 2, until=0.5, lr=0.01, schedule="noise_scale")
     made = fit(tiny(), [quantize(), tuner, watch], max_epochs=4)
     assert type(made.optimizers[0]) is torch.optim.RAdam
-    met = tuner._met_at
+    met = tuner._descent.met_at
     assert 4 < met <= 8
     assert watch.rates[: met - 1] == pytest.approx([0.01] * (met - 1))
     decay = 0.01 ** (1 / (16 - met))

@@ -182,7 +182,7 @@ UNTRUSTED = {
     "an object in a list": of("lq.callbacks.Quantize", exclude=[of("builtins.exec", source="open('executed', 'w')")]),
     "an object in an object": of("lq.callbacks.Quantize", weights=of("lq.QuantSpec", bits=of("os.getcwd"))),
     "a module of lq": of("lq.callbacks.Quantize", weights=of("lq.cli.main")),
-    "a class that lq imports": of("lq.callbacks.Quantize", weights=of("lq.files.writing.Path")),
+    "a class that lq imports": of("lq.callbacks.Quantize", weights=of("lq.files.reading.Path")),
 }
 
 

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.attachment.interception import CALLS, SharedQuantizer
+from lq.attachment.running import CALLS
+from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import activation_quantizers, float_weight, input_quantizer, quantizers, weight_quantizer
 from lq.errors import StateError
 from lq.export.standard import StandardActivation, StandardWeight, standard_form
-from lq.quantizer.quantizer import ActivationQuantizer, Quantizer
+from lq.quantizer.activation_quantizer import ActivationQuantizer
+from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from tests.attachment.test_attach import LAYERS, channel, every_layer, images, layer_and_input, quantized, small
 from tests.attachment.test_folding import convnet

@@ -113,8 +113,8 @@ def reading(kind):
 
 def by_text(kind):
     def parse_file(path):
-        with lq.files.writing.named(path):
-            return kind.from_json(lq.files.writing.read_text(path))
+        with lq.files.named(path):
+            return kind.from_json(lq.files.read_text(path))
 
     return parse_file
 

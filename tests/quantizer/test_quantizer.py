@@ -12,8 +12,8 @@ from torch import nn
 import lq
 from lq.attachment.sites import quantizers
 from lq.errors import DataError, SpecError, StateError
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.histogram import Histogram
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.quantizer.spec import WIDTHS, QuantSpec
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout

@@ -10,6 +10,7 @@ import lq
 from lq.attachment.float_models import float_copy
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.flow import find_flow
+from lq.reconstruction.quantized_model import QuantizedModel
 from lq.reconstruction.storage import Storage
 from lq.reconstruction.units import find_units
 from tests.models import Block
@@ -210,10 +211,10 @@ class Work:
         self.storage = Storage(torch.device("cpu"), memory, folder)
         self.batches = Batches(data, self.storage)
         example = data[0][:2]
-        self.units = find_units(model, self.twin, units, lambda: run(self.twin, example), example)
+        self.units = find_units(QuantizedModel(model), self.twin, units, lambda: run(self.twin, example), example)
         self.flow = find_flow(self.twin, self.units, run, example, 2)
         self.quantized, self.whole = (
-            Capture(m, self.units, self.flow, run, self.batches, self.storage, dtype, chunk) for m in (model, self.twin)
+            Capture(m, self.units, self.flow, run, self.batches, dtype=dtype, chunk=chunk) for m in (model, self.twin)
         )
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lq
+from lq.attachment.float_models import float_copy
 from lq.errors import StateError
 from lq.reconstruction.capture import Batches, Inputs
 from lq.reconstruction.storage import Storage
@@ -168,7 +169,7 @@ def test_the_work_is_linear_in_depth(between):
         model = quantized(counted(depth, between), [x])
         for part in model.modules():
             part.__dict__.pop("calls", None)
-        twin = lq.training.distillation.float_copy(model)
+        twin = float_copy(model)
         lq.reconstruct(model, list(x.split(4)), units="layer", iterations=3, batch_size=4, teacher=twin)
         layers, floats = ([m for m in n.modules() if isinstance(m, Counted)] for n in (model, twin))
         found.append([[m.__dict__.get("calls", 0) for m in part] for part in (layers, floats)])

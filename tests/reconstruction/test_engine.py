@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.attachment.interception import SharedQuantizer
+from lq.attachment.float_models import float_copy
 from lq.attachment.sites import activation_quantizers, float_weight, weight_quantizer
 from lq.errors import DivergenceError
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.reconstruction import Constant, FisherLoss, LpLoss
-from lq.reconstruction.engine import Data, Inside, Method, UnitQuantizers, _order, fit_unit, refit_ranges, tapped
+from lq.reconstruction.engine import _order, fit_unit
+from lq.reconstruction.options import RunOptions
+from lq.reconstruction.problem import InnerOutputs, Problem
+from lq.reconstruction.quantized_model import QuantizedModel
+from lq.reconstruction.quantizers import UnitQuantizers, tapped
 from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest
 from tests.helpers import assert_same
-from tests.models import Block
 from tests.reconstruction.networks import Basic, ResNet, Work, quantized, samples
 
 FAST = AdaRound(lr=0.05)
@@ -26,7 +28,11 @@ FAST = AdaRound(lr=0.05)
 
 def method(**options):
     given = {"rounding": FAST, "loss": LpLoss(), "drop": Constant(0.0), "iterations": 20, "batch_size": 8}
-    return Method(**{**given, **options})
+    return RunOptions(**{**given, **options})
+
+
+def unit_quantizers(model, modules, settled=frozenset()):
+    return UnitQuantizers(QuantizedModel(model), modules, set(settled))
 
 
 class Unit:
@@ -40,18 +46,16 @@ class Unit:
         self.model = quantized(model.eval(), data, weights, activations, **options).requires_grad_(False)
         self.work = Work(self.model, data, "network")
         self.modules = self.work.units[0].bind(self.model)
-        self.quantizers = UnitQuantizers(self.modules, set())
-        given, whole = self.work.quantized.inputs(0), self.work.whole.inputs(0)
-        self.targets = self.work.whole.finish(0, whole)
+        self.quantizers = unit_quantizers(self.model, self.modules)
+        ours, floats = self.work.quantized.inputs(0), self.work.whole.inputs(0)
+        self.targets = self.work.whole.finish(0, floats)
         if inputs is not None:
-            given.leaves = [inputs(leaf, self.work.storage) if hasattr(leaf, "rows") else leaf for leaf in given.leaves]
-        self.data = Data(given, whole, self.targets)
+            ours.leaves = [inputs(leaf, self.work.storage) if hasattr(leaf, "rows") else leaf for leaf in ours.leaves]
+        self.problem = Problem("unit", self.modules, self.quantizers, ours, floats, self.targets)
         self.x = torch.cat(data)
 
-    def fit(self, method, **options):
-        return fit_unit(
-            self.modules, self.quantizers, self.data, method, **{"samples": len(self.x), "seed": 0, **options}
-        )
+    def fit(self, method, seed=0):
+        return fit_unit(self.problem, method, seed=seed)
 
     def loss(self):
         """The squared error of the model as it is now, over all samples."""
@@ -230,13 +234,6 @@ def test_drops_hold_for_every_activation_and_follow_the_schedule():
     assert sum(steps[:10]) / 10 > 0.75 and sum(steps[-10:]) / 10 < 0.25
 
 
-@pytest.mark.parametrize(("iterations", "share"), [(20_000, 1), (10_000, 2), (1000, 10), (50, 10), (80_000, 1)])
-def test_rates_by_the_number_of_iterations(iterations, share):
-    by_default = method(rounding=AdaRound(), iterations=iterations)
-    assert by_default.rates == pytest.approx((1e-3 * share, 1e-4 * share))
-    assert method(rounding=AdaRound(lr=0.3), step_lr=0.2, iterations=iterations).rates == (0.3, 0.2)
-
-
 def test_the_order_of_samples():
     order = _order(10, 7, 4, 3)
     assert order.shape == (7, 4)
@@ -299,12 +296,13 @@ def test_early_stop_goes_on_while_the_rounding_is_open():
 def test_progress_wraps_the_steps():
     unit, seen = Unit(), []
 
-    def watch(steps):
+    def watch(steps, name):
+        assert name == "unit"
         for step in steps:
             seen.append(step)
             yield step
 
-    unit.fit(method(iterations=5), progress=watch)
+    unit.fit(method(iterations=5, watch=watch))
     assert seen == [0, 1, 2, 3, 4]
 
 
@@ -353,32 +351,6 @@ def test_the_estimator_makes_no_difference(estimator):
     assert other.fit(method(iterations=10, step_lr=0.02)).curve == found.curve
 
 
-def test_shared_quantizers_are_learned_once():
-    torch.manual_seed(0)
-    data = [samples((5, 8), 8)]
-    model = Block().eval()
-    lq.calibrate(lq.attach(model, 4, 4, structure=lq.inspect(model, data[0]), first_last=None), data)
-    shared = [m for m in model.modules() if isinstance(m, SharedQuantizer)]
-    assert shared  # queries, keys and values are made of one tensor
-    found = UnitQuantizers([model], set())
-    owners = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
-    assert found.activations == owners and found.learned == owners
-    one = UnitQuantizers([model.attn.k], set())
-    assert one.activations == [shared[0].owner] and one.learned == one.activations
-    done = UnitQuantizers([model.attn.q], set()).settled()
-    later = UnitQuantizers([model.attn.k], done)
-    assert later.activations == [shared[0].owner] and later.learned == []
-
-
-def test_tied_weights_are_settled_once():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model[2].weight = model[0].weight
-    lq.attach(model, 4, None, first_last=None)
-    assert len(UnitQuantizers([model], set()).weights) == 1
-    done = UnitQuantizers([model[0]], set()).settled()
-    assert UnitQuantizers([model[2]], done).weights == []
-
-
 WIDTHS = {
     "transposed, in groups": (
         lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), nn.ReLU(), nn.Conv2d(6, 3, 1)),
@@ -416,39 +388,6 @@ def test_widths_for_each_channel_are_kept(kind, rounding, symmetric):
                 assert torch.equal(row.abs(), row.abs().flatten()[0].expand_as(row))
 
 
-def test_ranges_are_refitted_to_those_of_the_float_network():
-    unit = Unit(activations=4)
-    for part in activations_of(unit.model).values():
-        part.log2_step.fill_(5.0)
-    refit_ranges(unit.modules, unit.quantizers, unit.data.float_inputs, 24, 8, None)
-    fresh = Unit(activations=4)  # calibrated on the same samples, with float weights as calibration has them
-    lq.calibrate(fresh.model, [fresh.x])
-    same_weights = Unit(weights=16, activations=4)
-    lq.calibrate(same_weights.model, [same_weights.x])
-    for name, found in unit.steps().items():
-        assert found == pytest.approx(same_weights.steps()[name], rel=2e-2)
-    assert all(part.tap is None for part in unit.model.modules() if hasattr(part, "tap"))
-
-
-def test_settled_quantizers_are_not_refitted():
-    unit = Unit(activations=4)
-    first = next(iter(activations_of(unit.model).values()))
-    first.log2_step.fill_(5.0)
-    part = UnitQuantizers(unit.modules, {id(first)})
-    refit_ranges(unit.modules, part, unit.data.float_inputs, 24, 8, None)
-    assert first.log2_step.item() == 5.0
-
-
-def test_taps_are_nested():
-    part = Unit().model[2].input_quantizer
-    one, two = (lambda x: x), (lambda x: 2 * x)
-    with tapped(part, one):
-        with tapped(part, two):
-            assert part.tap is two
-        assert part.tap is one
-    assert part.tap is None
-
-
 # --- regularization, weights, ranks ------------------------------------------------------------------------------
 
 
@@ -460,10 +399,10 @@ def test_regularization_adds_the_differences_of_blocks():
     work = Work(model, data, "network")
     names = ["blocks.0", "blocks.1"]
     pairs = [(model.get_submodule(name), work.twin.get_submodule(name)) for name in names]
-    given, whole = work.quantized.inputs(0), work.whole.inputs(0)
-    targets = work.whole.finish(0, whole)
+    inputs, float_inputs = work.quantized.inputs(0), work.whole.inputs(0)
+    targets = work.whole.finish(0, float_inputs)
     modules = work.units[0].bind(model)
-    quantizers = UnitQuantizers(modules, set())
+    inner = InnerOutputs(work.units[0].bind(work.twin), pairs)
     taken = {}
 
     class Watched:
@@ -478,14 +417,11 @@ def test_regularization_adds_the_differences_of_blocks():
                 taken["learned"].v.copy_(taken["v"])
             return taken["learned"]
 
+    quantizers = unit_quantizers(model, modules)
     fit_unit(
-        modules,
-        quantizers,
-        Data(given, whole, targets),
+        Problem("", modules, quantizers, inputs, float_inputs, targets, inner=inner),
         method(rounding=Watched(), regularization=0.7, iterations=1, batch_size=6),
-        samples=6,
         seed=0,
-        inside=Inside(work.units[0].bind(work.twin), pairs),
     )
     found = taken["learned"].v.grad
     v = taken["v"].clone().requires_grad_()
@@ -532,7 +468,7 @@ def test_regularization_compares_blocks_of_the_network():
         torch.manual_seed(3)
         model, data = ResNet(2).eval(), [samples((3, 8, 8), 16)]
         quantized(model, data, 2, None)
-        twin = lq.training.distillation.float_copy(model)
+        twin = float_copy(model)
         found = lq.reconstruct(
             model,
             data,
@@ -554,8 +490,8 @@ def test_regularization_compares_blocks_of_the_network():
 def test_fisher_weights_reach_the_loss():
     unit = Unit()
     weights = torch.rand(24, 3)
-    unit.data.weights = type(unit.targets)(
-        unit.work.storage.keep(weights), unit.targets.lies, torch.device("cpu"), torch.float32
+    unit.problem.loss_weights = type(unit.targets)(
+        unit.work.storage.keep(weights), unit.targets.layout, torch.device("cpu"), torch.float32
     )
     seen = []
 
@@ -582,7 +518,7 @@ def test_gradients_are_averaged_over_ranks():
         return tensor * 2
 
     a = one.fit(method(iterations=6, batch_size=4, step_lr=0.02))
-    b = two.fit(method(iterations=6, batch_size=8, step_lr=0.02), reduce=reduce, ranks=2)
+    b = two.fit(method(iterations=6, batch_size=8, step_lr=0.02, reduce=reduce, ranks=2))
     assert b.curve == pytest.approx(a.curve, rel=1e-6)
     assert b.before == pytest.approx(a.before, rel=1e-5)
     assert_same(dict(two.model.state_dict()), dict(one.model.state_dict()))
@@ -627,7 +563,7 @@ def test_ranks_stop_together():
             calls.append(1)
             return LpLoss()(output, target) * (0.9 ** len(calls) if rank else 1.0)
 
-        found[rank] = unit.fit(method(loss=loss, **fitting), reduce=ranks.reduce(rank), ranks=2)
+        found[rank] = unit.fit(method(loss=loss, **fitting, reduce=ranks.reduce(rank), ranks=2))
 
     threads = [threading.Thread(target=fit, args=(rank,), daemon=True) for rank in (0, 1)]
     for thread in threads:

@@ -7,12 +7,13 @@ from torch import nn
 
 from lq.errors import DataError
 from lq.reconstruction.fisher import squared_gradients
-from tests.reconstruction.networks import BY_NAME, NETWORKS, InPlace, Work, call, network, quantized, samples
+from lq.reconstruction.options import RunOptions
+from tests.reconstruction.networks import BY_NAME, NETWORKS, InPlace, Work, network, quantized, samples
 
 
 def weights_of(work, seed=3, dtype=None, **options):
-    given = {"reduce": None, "ranks": 1, **options}
-    return squared_gradients(work.twin, work.units, work.flow, call, work.batches, work.storage, dtype, seed, **given)
+    work.whole.dtype = dtype
+    return squared_gradients(work.whole, RunOptions(seed=seed, **options))
 
 
 def labels(model, data, seed):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lq.errors import DataError
-from lq.reconstruction.flow import Lies, find_flow, replaced, returning, stop_at
+from lq.reconstruction.flow import SampleLayout, find_flow
+from lq.reconstruction.partial_runs import replaced, returning, stop_at
 from lq.reconstruction.units import Unit
 from tests.reconstruction.networks import BY_NAME, NETWORKS, InPlace, Work, call, network, quantized, samples
 
@@ -63,10 +64,10 @@ def test_layers_inside_of_a_residual_block():
 @pytest.mark.parametrize(
     ("kind", "unit", "inputs", "output"),
     [
-        ("windows", 1, (Lies(0, 4),), Lies(0, 4)),
-        ("windows", 2, (Lies(0, 1),), Lies(0, 1)),
-        ("samples second", 1, (Lies(1, 1), None, None), Lies(1, 1)),
-        ("tokens", 1, (Lies(0, 1),), Lies(0, 1)),
+        ("windows", 1, (SampleLayout(0, 4),), SampleLayout(0, 4)),
+        ("windows", 2, (SampleLayout(0, 1),), SampleLayout(0, 1)),
+        ("samples second", 1, (SampleLayout(1, 1), None, None), SampleLayout(1, 1)),
+        ("tokens", 1, (SampleLayout(0, 1),), SampleLayout(0, 1)),
     ],
 )
 def test_how_samples_lie(kind, unit, inputs, output):
@@ -96,7 +97,7 @@ def test_shapes_are_those_of_one_sample(kind):
 @pytest.mark.parametrize("each", [1, 3])
 def test_rows_and_tensors_are_inverses(dim, each):
     tensor = torch.arange(4 * each * 5 * 7.0).view(4 * each, 5, 7).movedim(0, dim)
-    lies = Lies(dim, each)
+    lies = SampleLayout(dim, each)
     rows = lies.rows(tensor)
     assert rows.shape[0] == 4
     for sample in range(4):

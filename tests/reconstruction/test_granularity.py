@@ -8,22 +8,28 @@ from torch import nn
 
 import lq
 from lq.errors import SpecError
-from lq.reconstruction.flow import Flow, Lies
+from lq.reconstruction.flow import Flow, SampleLayout
 from lq.reconstruction.granularity import merge_units, module_capacity
+from lq.reconstruction.quantized_model import QuantizedModel
 from lq.reconstruction.units import Unit
 from tests.helpers import assert_same
 from tests.reconstruction.networks import Basic, ResNet, Work, quantized, samples
+
+
+def capacity(model, modules):
+    return module_capacity(QuantizedModel(model).layers_in(modules))
 
 
 def test_capacity_by_hand():
     torch.manual_seed(0)
     model = nn.Sequential(Basic(4, 6, 2))
     lq.attach(model, lq.QuantSpec(3, signed=True), first_last=None, exclude="0.shortcut")
-    assert module_capacity([model[0]]) == pytest.approx(3 * (4 * 6 * 9 * 1.6 + 6 * 6 * 9))
+    assert capacity(model, [model[0]]) == pytest.approx(3 * (4 * 6 * 9 * 1.6 + 6 * 6 * 9))
     lq.set_bits(model, {"0.conv2": [2, 2, 2, 4, 4, 4]})
-    assert module_capacity([model[0]]) == pytest.approx(3 * 4 * 6 * 9 * 1.6 + 3 * 6 * 6 * 9)
-    assert module_capacity([model[0].conv1, model[0].conv2]) == pytest.approx(module_capacity([model[0]]))
-    assert module_capacity([nn.ReLU(), nn.Conv2d(3, 3, 3)]) == 0
+    assert capacity(model, [model[0]]) == pytest.approx(3 * 4 * 6 * 9 * 1.6 + 3 * 6 * 6 * 9)
+    parts = [model[0].conv1, model[0].conv2]
+    assert capacity(model, parts) == pytest.approx(capacity(model, [model[0]]))
+    assert capacity(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 3)), list(model)) == 0
 
 
 @pytest.mark.parametrize(
@@ -39,7 +45,7 @@ def test_capacity_by_hand():
 def test_alpha(layer, alpha):
     model = lq.attach(nn.Sequential(layer), 4, first_last=None)
     weight = model[0].parametrizations.weight.original
-    assert module_capacity([model[0]]) == pytest.approx(4 * alpha * weight.numel())
+    assert capacity(model, [model[0]]) == pytest.approx(4 * alpha * weight.numel())
 
 
 def chain(count, chained=None, blocks=None):
@@ -47,7 +53,7 @@ def chain(count, chained=None, blocks=None):
     names = "abcdefghij"[:count]
     units = [Unit((name,), is_block=blocks is None or name in blocks) for name in names]
     direct = tuple(k - 1 if k and (chained is None or name in chained) else None for k, name in enumerate(names))
-    lies = tuple(Lies(0, 1) for _ in names)
+    lies = tuple(SampleLayout(0, 1) for _ in names)
     needs = tuple(frozenset({k - 1} if k else ()) for k in range(count))
     return units, Flow(direct, needs, tuple((found,) for found in lies), lies, ())
 
@@ -119,7 +125,7 @@ def resnet18():
 
 def test_resnet18_as_the_authors_list_it(resnet18):
     work = resnet18
-    scores = [module_capacity(unit.bind(work.model)) for unit in work.units]
+    scores = [capacity(work.model, unit.bind(work.model)) for unit in work.units]
     found, merges = merge_units(work.units, work.flow, scores, 2, "modcap")
     merged = [unit.name for unit in found if len(unit.modules) > 1 and unit.is_block]
     assert merged == ["layer1.1+layer2.0", "layer2.1+layer3.0"]

@@ -15,10 +15,7 @@ from torch import nn
 import lq
 from lq.attachment.float_models import float_copy
 from lq.errors import StateError
-from lq.reconstruction.capture import Batches
 from lq.reconstruction.progress import _checksum
-from lq.reconstruction.reconstruct import _Work
-from lq.reconstruction.storage import Storage
 from tests.helpers import assert_same
 from tests.models import state as state_of
 from tests.reconstruction.networks import quantized, samples
@@ -323,27 +320,6 @@ def test_another_teacher_and_another_forward(tmp_path):
         run(prepared()[0], data, resume=path, teacher=teacher)
     with pytest.raises(StateError, match="belongs to another reconstruction: its forward is 'None', here it is"):
         run(prepared()[0], data, resume=path, forward=lambda model, batch: model(batch * 2))
-
-
-def test_ranks_in_another_order():
-    """What each of two ranks adds to the sum depends on its number: data that change ranks are other data."""
-    model, data = prepared()
-    sent = {}
-    for rank, batches in enumerate((data[:1], data[1:2])):
-        for place in (0, 1):
-            work = _Work(
-                model,
-                model,
-                Batches(batches, Storage(torch.device("cpu"), 1 << 20), digest=True),
-                None,
-                Storage(torch.device("cpu"), 1 << 20),
-                None,
-                lambda tensor, _, key=(rank, place): sent.setdefault(key, tensor),
-                2,
-                0,
-            )
-            work._over_ranks(work.data.digest, place)
-    assert not torch.equal(sent[0, 0] + sent[1, 1], sent[0, 1] + sent[1, 0])
 
 
 def test_every_flipped_bit_is_found_or_does_not_matter(whole, tmp_path):

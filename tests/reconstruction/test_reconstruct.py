@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
+from lq.attachment.float_models import float_copy
 from lq.attachment.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
 from lq.errors import DataError, PatternError, SpecError, StateError
 from lq.reconstruction import Annealed, LpLoss
@@ -63,7 +64,7 @@ def check_levels(model):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_comes_nearer_to_the_float_network(name):
     model, data = prepared()
-    twin = lq.training.distillation.float_copy(model)
+    twin = float_copy(model)
     before = distance(model, twin, data)
     found = run(model, data, **METHODS[name])
     assert all(0 <= unit.after <= unit.before for unit in found.units)
@@ -75,7 +76,7 @@ def test_every_method_comes_nearer_to_the_float_network(name):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_every_network(kind):
     model, data = prepared(kind, skip=False)
-    twin = lq.training.distillation.float_copy(model)
+    twin = float_copy(model)
     before = distance(model, twin, data)
     found = run(model, data, units=BY_NAME.get(kind, "block"), drop=0.0, iterations=60)
     assert all(unit.after <= unit.before for unit in found.units)
@@ -102,7 +103,7 @@ def test_units_in_order_with_their_names():
 
 def test_a_unit_reads_the_network_quantized_so_far_and_aims_at_the_float_one():
     model, data = prepared("pooling and flatten", skip=False)
-    twin = lq.training.distillation.float_copy(model)
+    twin = float_copy(model)
     x, seen = torch.cat(data), {}
 
     def watch(steps, name):
@@ -227,7 +228,7 @@ def test_a_teacher_that_was_given_is_left_alone(training):
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3)).eval()
     data = [samples((8,), 16)]
     quantized(model, data)
-    teacher = lq.training.distillation.float_copy(model).requires_grad_(True).train(training)
+    teacher = float_copy(model).requires_grad_(True).train(training)
     before = {**traces(teacher), "state": {k: v.clone() for k, v in teacher.state_dict().items()}}
     reference = run(copy.deepcopy(model), data, units="layer", iterations=5, loss="fisher")
     found = run(model, data, units="layer", iterations=5, teacher=teacher, loss="fisher")

@@ -8,7 +8,8 @@ from torch import nn
 import lq
 from lq.attachment.float_models import float_copy
 from lq.errors import PatternError, SpecError, StateError
-from lq.reconstruction.units import Unit, find_units, weighted_layers
+from lq.reconstruction.quantized_model import QuantizedModel
+from lq.reconstruction.units import Unit, find_units
 from tests.models import Block, Loop, Residual, UNet
 from tests.reconstruction.networks import NETWORKS, Basic, ResNet, network, samples
 
@@ -18,7 +19,7 @@ def cut(model, x, units="layer"):
     lq.attach(model.eval(), 4, first_last=None)
     twin = float_copy(model)
     with torch.no_grad():
-        return model, find_units(model, twin, units, lambda: twin(x), x)
+        return model, find_units(QuantizedModel(model), twin, units, lambda: twin(x), x)
 
 
 def names(found):
@@ -26,7 +27,7 @@ def names(found):
 
 
 def layers_of(model, unit):
-    known = weighted_layers(model)
+    known = QuantizedModel(model).weighted
     return [n for n in known for module in unit.modules if n == module or n.startswith(f"{module}.") or not module]
 
 
@@ -43,7 +44,7 @@ def order_of_calls(model, x):
 
 
 def layers(model):
-    return [(name, model.get_submodule(name)) for name in weighted_layers(model)]
+    return [(name, model.get_submodule(name)) for name in QuantizedModel(model).weighted]
 
 
 def check(model, x, found):
@@ -287,7 +288,7 @@ def test_nothing_to_reconstruct():
     model = lq.attach(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), None, 4).eval()
     twin = float_copy(model)
     with pytest.raises(StateError, match="Sequential has no layer with a quantized weight, so that there is nothing"):
-        find_units(model, twin, "layer", lambda: twin(x), x)
+        find_units(QuantizedModel(model), twin, "layer", lambda: twin(x), x)
     shared = nn.Linear(8, 8)
     with pytest.raises(StateError, match="no layer of Sequential runs once in a forward: there is no unit"):
         cut(nn.Sequential(shared, nn.ReLU(), shared), x)

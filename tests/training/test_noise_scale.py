@@ -9,7 +9,7 @@ from torch import nn
 import lq
 from lq.attachment.sites import quantizers
 from lq.quantizer.estimators import NoiseScale
-from lq.quantizer.quantizer import middle
+from lq.quantizer.levels import middle
 from lq.training.noise_scale import Penalty, SizeBudget, Targets, WidthLearner, target_widths
 
 NAMES = ["0.weight", "2.weight", "2.input", "4.weight", "4.input"]

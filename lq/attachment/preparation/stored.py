@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.attachment.folding import fold_checkpoint
+from lq.attachment.folded import fold_checkpoint
 from lq.attachment.preparation.parts import Pair, Rescaling
 from lq.attachment.sites import INPUT, WEIGHT_STATE, float_weight
 from lq.errors import DataError, StateError

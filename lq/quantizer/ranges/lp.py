@@ -1,12 +1,11 @@
 r"""L_p: the range whose grid is nearest to the values, ``argmin sum_i w_i * |Q(v_i) - v_i| ** p``.
 
-The rule of BRECQ and QDrop with p = 2.4; p = 2 is the mean squared error. Candidates are shrinks of the min-max range.
-The published codes walk over channels and candidates in Python; here all channels go through each candidate at once,
-two-sided ranges with a zero point are searched one end at a time (high, low, high, low), then by their step for each
-zero point nearby, instead of on a plane, and every seventh candidate is tried before the neighbours of the best: a
-quarter of the work. On the weights of ResNet-20, EfficientNet-Lite0 and ViT-Tiny at 1 to 6 bits it misses the best
-candidate for 1 channel in 100 at most (at 4 bits), which costs these up to 9 % of their error, and 0.02 % on average
-over all channels.
+The rule of BRECQ and QDrop with p = 2.4; p = 2 is the mean squared error. Candidates are shrinks of the min-max range,
+with all zero points where these are free. The published codes round all values for each candidate. Here the values of
+a row are counted in bins once for its width; one matrix product turns counts into errors of all candidates
+(`lq.quantizer.ranges.estimates`), and the values themselves decide between the best few where that could matter. Short
+rows, widths above 8 bits or between whole numbers, and steps that are powers of two are searched directly
+(`lq.quantizer.ranges.direct`).
 
 What deviates, for activations: an error counts relative to the size of its row, ``w = (max(rms, median rms)) ** -p``
 with the root mean square of the token (or sample) the value comes from. A few huge tokens, as vision transformers have
@@ -15,20 +14,28 @@ on it is never clearly worse and often much better: at W8A8 the KL to the float 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lq.errors import SpecError
+from lq.quantizer.ranges.direct import BLOCK, DirectSearch, errors
+from lq.quantizer.ranges.estimates import LONG, bins_of, by_parts, by_table
 from lq.quantizer.ranges.rule import Levels, Samples
 
-# Values that are worked on at a time: they should stay in a cache.
-_BLOCK = 1 << 17
-
-# Zero points tried on either side of the one that the search of the ends has found: all that 2 bits have.
-_ZEROS = 3
+# Rows of fewer values are searched directly; so are rows with a free zero point below the second number.
+_SHORT, _SHORT_WITH_ZERO = 64, 128
+# With a free zero point, widths up to this have a table of all of them.
+_TABLE_BITS = 4
+# Between how many candidates the values decide, for rows of fewer values than a number; the longer, the better are
+# estimates.
+_DECIDE = ((LONG // 2, 4), (LONG, 2), (math.inf, 1))
+_DECIDE_WITH_ZERO = ((4096, 8), (math.inf, 2))
+# Values and bins that are worked on at a time.
+_ROWS = 1 << 18
+# Steps between candidates that are tried at the best zero point.
+_BETWEEN = (-2 / 3, -1 / 3, 1 / 3, 2 / 3)
 
 
 @dataclass(frozen=True)
@@ -56,53 +63,66 @@ class Lp:
             distinct, index = values[0].unique(return_inverse=True)
             weights = torch.zeros_like(distinct).index_add_(0, index, weights)
             values = distinct.expand(len(values), -1)
-        rows = max(1, _BLOCK // max(values.shape[1], 1))
-        found = [
-            self._fit(block, replace(levels, bits=bits), weights)
-            for block, bits in zip(values.split(rows), levels.bits.split(rows), strict=True)
-        ]
-        low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
+        low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+        with torch.autocast(values.device.type, enabled=False):
+            for bits in levels.bits.unique().tolist():  # rows of a width share their grids
+                rows = (levels.bits == bits).nonzero()[:, 0]
+                size = self._rows_at_a_time(float(bits), values.shape[1], levels)
+                for block in rows.split(size):
+                    some = values[block[0] : block[-1] + 1] if len(rows) == len(values) else values[block]
+                    own = replace(levels, bits=levels.bits[block])
+                    low[block], high[block] = self._best(some, low[block], high[block], own, weights)
         return low, high
 
-    def _fit(self, values: Tensor, levels: Levels, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The best range of each row of `values`."""
-        low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
-        buffer = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-
-        def error(low: Tensor, high: Tensor) -> Tensor:
-            distance = levels.dequantized(values, *levels.fit(low, high), out=buffer).sub_(values).abs_().pow_(self.p)
-            return distance.sum(1) if weights is None else distance @ weights
-
-        if levels.symmetric or not levels.signed:
-            shrink = self._search(lambda s: error(s * low, s * high), like=low)
-            return shrink * low, shrink * high
-        best_low, best_high = low, high
-        for _ in range(2):
-            best_high = self._search(lambda s: error(best_low, s * high), like=low) * high  # noqa: B023
-            best_low = self._search(lambda s: error(s * low, best_high), like=low) * low  # noqa: B023
-        return self._best_zero(low, high, best_low, best_high, levels, error)
-
-    def _best_zero(
-        self,
-        low: Tensor,
-        high: Tensor,
-        best_low: Tensor,
-        best_high: Tensor,
-        levels: Levels,
-        error: Callable[[Tensor, Tensor], Tensor],
+    def _best(
+        self, values: Tensor, low: Tensor, high: Tensor, levels: Levels, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The best step for each zero point near the one found: one end at a time cannot move both past a level."""
-        least, top = error(best_low, best_high), levels.top
-        widest = (high - low) / top.clamp(min=1)
-        found = levels.fit(best_low, best_high)[1]
-        for distance in range(-_ZEROS, _ZEROS + 1):
-            zero = (found + distance).clamp(min=0).minimum(top)
-            step = self._search(lambda s: error(-zero * s * widest, (top - zero) * s * widest), like=low) * widest  # noqa: B023
-            now = error(-zero * step, (top - zero) * step)
+        """The best range of rows of one width, given their ends."""
+        bits, length = float(levels.bits[0]), values.shape[1]
+        if bits == 0:
+            return low, high
+        if self._is_direct(bits, length, levels):
+            return DirectSearch(self.p, self.candidates)(values, low, high, levels, weights)
+        unit, zero = levels.fit(low, high)
+        counts = _DECIDE_WITH_ZERO if levels.zero_is_free else _DECIDE
+        count = next(count for end, count in counts if length < end)
+        if levels.zero_is_free and bits > _TABLE_BITS:
+            zeros, shrinks = by_parts(values, levels, unit, weights, self.p, self.candidates, count)
+        else:
+            zeros, shrinks = by_table(values, levels, unit, zero, weights, self.p, self.candidates, count)
+        if not levels.zero_is_free:
+            return self._decide(values, levels, shrinks * low[:, None], shrinks * high[:, None], weights)
+        widest, last = ((high - low) / levels.top)[:, None], levels.top[:, None]  # 0 where all values are
+        steps = shrinks * widest
+        low, high = self._decide(values, levels, -zeros * steps, (last - zeros) * steps, weights)
+        step, zero = levels.fit(low, high)
+        between = torch.tensor((0.0, *_BETWEEN)).to(unit) / self.candidates
+        steps = (step[:, None].where(widest > 0, 0.0) + between * widest).clamp(min=0)
+        return self._decide(values, levels, -zero[:, None] * steps, last.sub(zero[:, None]) * steps, weights)
+
+    def _rows_at_a_time(self, bits: float, length: int, levels: Levels) -> int:
+        """So many that their values, or their bins, stay in a cache."""
+        direct = self._is_direct(bits, length, levels)
+        return max(1, BLOCK // max(length, 1)) if direct else max(1, _ROWS // max(length, bins_of(int(bits), length)))
+
+    def _is_direct(self, bits: float, length: int, levels: Levels) -> bool:
+        """Whether rows of this width and length are searched directly."""
+        short = length < (_SHORT_WITH_ZERO if levels.zero_is_free else _SHORT)
+        return short or bits % 1 > 0 or bits > 8 or levels.power_of_two
+
+    def _decide(
+        self, values: Tensor, levels: Levels, low: Tensor, high: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of a few ranges for each row, (C, n) each, the one with the least error."""
+        best_low, best_high = low[:, 0], high[:, 0]
+        if low.shape[1] == 1:
+            return best_low, best_high
+        least = torch.full_like(best_low, torch.inf)
+        for now_low, now_high in zip(low.unbind(1), high.unbind(1), strict=True):
+            now = errors(values, levels, now_low, now_high, self.p, weights)
             better = now < least
             least = torch.where(better, now, least)
-            best_low = torch.where(better, -zero * step, best_low)
-            best_high = torch.where(better, (top - zero) * step, best_high)
+            best_low, best_high = torch.where(better, now_low, best_low), torch.where(better, now_high, best_high)
         return best_low, best_high
 
     def _weights(self, samples: Samples) -> Tensor | None:
@@ -116,23 +136,3 @@ class Lp:
             median = ordered[int((share < 0.5).sum())]
             weights = weights * torch.maximum(samples.sizes, median).double() ** -self.p
         return (weights / weights.sum()).to(samples.values.dtype)
-
-    def _search(self, error: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-        """The shrink of least `error` for each row, all together: a coarse search, then a fine one near its best."""
-        stride = max(1, math.isqrt(self.candidates // 2))
-        best = torch.full_like(like, float(self.candidates))
-        least = torch.full_like(like, torch.inf)
-
-        def consider(candidate: Tensor) -> None:
-            nonlocal best, least
-            now = error(candidate / self.candidates)
-            better = now < least
-            best, least = torch.where(better, candidate, best), torch.where(better, now, least)
-
-        for i in range(self.candidates, 0, -stride):
-            consider(torch.full_like(like, float(i)))
-        centre = best
-        for offset in range(stride - 1, -stride, -1):
-            if offset:
-                consider((centre + offset).clamp(1, self.candidates))
-        return best / self.candidates

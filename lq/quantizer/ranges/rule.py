@@ -64,6 +64,11 @@ class Levels:
     power_of_two: bool = False
 
     @property
+    def zero_is_free(self) -> bool:
+        """Whether the zero point follows the range."""
+        return self.signed and not self.symmetric
+
+    @property
     def top(self) -> Tensor:
         """Highest code, ``2**bits - 1``; shape (C,)."""
         return torch.exp2(self.bits) - 1

@@ -34,8 +34,8 @@ class Correlation:
     def add(self, x: Tensor) -> None:
         """Count an input of the layer."""
         rows = self._vectors(x.detach().float())
-        found = rows.transpose(1, 2) @ rows
-        self.total = found if self.total is None else self.total + found
+        product = rows.transpose(1, 2) @ rows
+        self.total = product if self.total is None else self.total + product
 
     def _vectors(self, x: Tensor) -> Tensor:
         """What the weights of one output are multiplied by, (groups, vectors, N)."""
@@ -84,6 +84,6 @@ def error_feedback(values: Tensor, correlation: Tensor, low: Tensor, high: Tenso
         levels[:, j : j + 1] = torch.minimum(torch.maximum((column - shift).round() + shift, least), most)
         error = (column - levels[:, j : j + 1]) / upper[j, j]
         rest[:, j + 1 :] -= error * upper[j, j + 1 :]
-    found = torch.empty_like(levels)
-    found[:, order] = levels
-    return found
+    in_order = torch.empty_like(levels)
+    in_order[:, order] = levels
+    return in_order

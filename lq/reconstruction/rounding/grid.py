@@ -46,12 +46,12 @@ class WeightGrid:
 
     def _flat(self, parts: Sequence[Bound], device: torch.device | None) -> Tensor:
         """One number for each weight, of one for each tensor or for each of its channels."""
-        found = [torch.zeros(0, device=device)]
+        flat = [torch.zeros(0, device=device)]
         for part, quantizer, weight in zip(parts, self.quantizers, self.weights, strict=True):
             like = quantizer.layout.split(weight)
             spread = quantizer.layout.spread(torch.as_tensor(part, dtype=torch.float32, device=device), weight)
-            found.append(spread.expand(like.shape).reshape(-1))
-        return torch.cat(found)
+            flat.append(spread.expand(like.shape).reshape(-1))
+        return torch.cat(flat)
 
     @property
     def bounds(self) -> tuple[Bound, Bound, Bound]:

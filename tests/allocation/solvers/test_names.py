@@ -86,9 +86,9 @@ def test_units_do_not_matter(name, loss, cost):
 def test_large_problems_take_little_time(name, seconds):
     problem, taken = realistic(6, 5000), []
     for _ in range(3):  # the least of a few: other work on the machine is not the solver's
-        start = time.perf_counter()
+        start = time.process_time()
         solution = solver(name)(problem)
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
         if taken[-1] < seconds:
             break
     assert min(taken) < seconds

@@ -9,7 +9,7 @@ from torch import nn
 import lq
 from lq.attachment.sites import float_weight, layers
 from lq.callbacks import FineTune, Quantize
-from lq.callbacks.trainer.untrained import untrained_weights
+from lq.callbacks.trainer.untrained import UntrainedWeights, untrained_weights
 from tests.helpers import QUIET, Tiny, assert_same, fit, loader, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
@@ -214,3 +214,15 @@ def test_a_linear_probe_is_silent():
 def test_nothing_is_told_without_training():
     made = trainer([Late(by_class)], max_epochs=0)
     made.fit(tiny(), loader())
+
+
+def test_optimizers_are_looked_at_once_for_each_training():
+    module = lq.attach(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 4)
+    optimizers = [torch.optim.SGD([layer.bias for layer in module], lr=0.1)]
+    looks = UntrainedWeights()
+    looks.look(module, optimizers)  # none has begun
+    for _ in range(2):
+        looks.expect()
+        with pytest.warns(UserWarning, match="no optimizer holds the weight of 0, 1, while"):
+            looks.look(module, optimizers)
+        looks.look(module, optimizers)

@@ -7,8 +7,8 @@ import torch
 
 import lq
 import lq.quantizer.functional
+from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.estimators import ESTIMATORS, EWGS, LSQ, AdaptiveEWGS, LSQPlus, NoiseScale, estimator
-from lq.quantizer.quantizer import ActivationQuantizer
 from lq.quantizer.spec import QuantSpec
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
@@ -188,7 +188,7 @@ def fractional(kind, width):
     with torch.no_grad():
         quantizer.bits.fill_(width)
         if quantizer._symmetric:
-            quantizer.zero_point.copy_(lq.quantizer.quantizer.middle(quantizer.bits))
+            quantizer.zero_point.copy_(lq.quantizer.levels.middle(quantizer.bits))
     quantizer.refresh()
     return quantizer, 1.3 * x + 0.013, grad  # away from the bounds, some beyond them
 
@@ -245,10 +245,10 @@ def test_noise_leaves_no_trace_and_repeats():
 
 def test_widths_go_on_without_a_jump():
     widths = torch.cat([torch.linspace(0, 8, 2001)])
-    middles = lq.quantizer.quantizer.middle(widths)
+    middles = lq.quantizer.levels.middle(widths)
     assert (middles.diff() >= 0).all() and middles.diff().max() < 0.4
     whole = torch.tensor([0.0, 1.0, 2.0, 3.0, 8.0])
-    assert lq.quantizer.quantizer.middle(whole).tolist() == [0.0, 0.5, 2.0, 4.0, 128.0]
+    assert lq.quantizer.levels.middle(whole).tolist() == [0.0, 0.5, 2.0, 4.0, 128.0]
     x = torch.linspace(-3, 3, 601).expand(1, -1)
     made = WeightQuantizer(QuantSpec(3, signed=True), ChannelLayout(1), "w")
     made.calibrate(x)

@@ -1,4 +1,4 @@
-"""The command lq: what it shows, what it writes, and how it fails."""
+"""lq show and lq export: what they show, what they write, and how they fail."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from lq.cli import main
 from tests.attachment.test_folding import randomize
 from tests.export.exported import assert_close, run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def build(width=8, outputs=3, bias=True):
