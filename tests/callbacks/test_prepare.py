@@ -121,7 +121,8 @@ def test_wrong_arguments():
 
 
 def test_nothing_to_look_with(monkeypatch):
-    monkeypatch.setattr("lq.callbacks.quantize.example_of", lambda *_: None)
+    for module in ("quantize", "trainer.structure"):
+        monkeypatch.setattr(f"lq.callbacks.{module}.example_of", lambda *_: None)
     with pytest.raises(lq.DataError, match=r"Quantize\(prepare='auto'\) has to run Normed to see what reads its norms"):
         fit(normed(), [Quantize(4, 4, prepare="auto")], max_epochs=0)
 
