@@ -51,6 +51,8 @@ class SiteOptions:
             (what a layer norm reads stays float); needs a structure.
         symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own,
             which at few bits is nearer to the weights (BRECQ, QDrop).
+        range: rule that finds ranges, for widths given as numbers: "auto", "minmax", "percentile", "lp", "lsq" or
+            "output" (see `QuantSpec`); "output" needs `lq.calibrate` for weights, too.
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
             The network's own input stays float.
         include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.
@@ -76,6 +78,7 @@ class SiteOptions:
     share_concats: bool = False
     integer: bool = False
     symmetric: bool = True
+    range: str = "auto"
     first_last: int | None = 8
     include: Sequence[str] | str | None = None
     exclude: Sequence[str] | str | None = None
@@ -99,11 +102,11 @@ class SiteOptions:
 
     def weight_spec(self, width: Width) -> QuantSpec | None:
         """The spec of a weight of that width; None: it stays float."""
-        return None if width is None else weight_spec(width, self.symmetric)
+        return None if width is None else weight_spec(width, self.symmetric, self.range)
 
     def activation_spec(self, width: Width) -> QuantSpec | None:
         """The spec of an activation of that width; None: it stays float."""
-        return None if width is None else activation_spec(width)
+        return None if width is None else activation_spec(width, self.range)
 
     @property
     def needs_structure(self) -> str:

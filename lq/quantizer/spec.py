@@ -48,8 +48,9 @@ class QuantSpec:
         per_channel: one step per output channel instead of one per tensor.
         symmetric: the zero of the grid is fixed; otherwise a zero point follows the data (if they have both signs).
         signed: whether values have both signs; None looks at the data.
-        range: rule that picks the clipping range, an object or one of "auto", "minmax", "percentile", "lp", "lsq".
-            "auto" takes min-max at 8 bits and more and the L_p error with p = 2.4 below.
+        range: rule that picks the clipping range, an object or one of "auto", "minmax", "percentile", "lp", "lsq",
+            "output". "auto" takes min-max at 8 bits and more and the L_p error with p = 2.4 below; "output" goes on
+            from there by the error of what the layer or product gives (`lq.calibration.output_ranges`).
         power_of_two: round each step to a power of two.
 
     Raises:
@@ -94,14 +95,15 @@ class QuantSpec:
         return replace(self, bits=raised if isinstance(self.bits, tuple) else raised[0])
 
 
-def weight_spec(value: int | QuantSpec, symmetric: bool = True) -> QuantSpec:
+def weight_spec(value: int | QuantSpec, symmetric: bool = True, range: str | RangeRule = "auto") -> QuantSpec:
     """A spec for weights: per output channel, signed; with a zero point for each channel unless symmetric."""
-    return value if isinstance(value, QuantSpec) else QuantSpec(value, symmetric=symmetric, signed=True)
+    return value if isinstance(value, QuantSpec) else QuantSpec(value, symmetric=symmetric, signed=True, range=range)
 
 
-def activation_spec(value: int | QuantSpec) -> QuantSpec:
+def activation_spec(value: int | QuantSpec, range: str | RangeRule = "auto") -> QuantSpec:
     """A spec for activations: per tensor; unsigned if the data are, else with a zero point."""
-    spec = value if isinstance(value, QuantSpec) else QuantSpec(value, per_channel=False, symmetric=False)
-    if spec.per_channel:
+    if not isinstance(value, QuantSpec):
+        return QuantSpec(value, per_channel=False, symmetric=False, range=range)
+    if value.per_channel:
         raise SpecError("activations are quantized per tensor; use QuantSpec(..., per_channel=False)")
-    return spec
+    return value

@@ -30,6 +30,7 @@ from lq.attachment.interception import call_quantizers, watched_calls
 from lq.attachment.padded import padded
 from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, is_attached, quantizers, require_attached, weight_quantizer
+from lq.attachment.tapping import rounded, tapped
 from lq.calibration.calibration import needs_calibration
 from lq.errors import DataError, StateError
 from lq.quantizer.histogram import Reduce
@@ -38,7 +39,7 @@ from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.reconstruction.storage import memory_in_bytes
 from lq.report.comparison.closeness import unpacked
 from lq.report.comparison.result import Comparison, LayerComparison, Part
-from lq.report.comparison.units import RESULT, Unit, find_units, rounded, tapped
+from lq.report.comparison.units import RESULT, Unit, find_units
 from lq.structure.forward import Forward, run
 from lq.structure.recomputation import without_recomputation
 from lq.structure.samples import batch_size
