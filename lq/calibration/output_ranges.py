@@ -39,14 +39,14 @@ from lq.structure.forward import Forward, run, tensors_of
 from lq.structure.places import call_of
 from lq.structure.recomputation import without_recomputation
 
-#: Samples that ranges are found on, and rows of them for a linear layer.
-SAMPLES, ROWS = 32, 2048
+#: Samples that ranges are found on; of them, rows for a linear layer, and samples for products and convolutions.
+SAMPLES, ROWS, FEW = 32, 1024, 8
 
 # Logarithms to base 2 of the factors on a range, for each round: of activations, of weights.
 _ROUNDS = (
-    (torch.linspace(-5, 2, 15), torch.linspace(-1, 0.25, 11)),
-    (torch.linspace(-0.375, 0.375, 7), torch.linspace(-0.1, 0.1, 5)),
-    (torch.linspace(-0.12, 0.12, 5), torch.linspace(-0.05, 0.05, 5)),
+    (torch.linspace(-5, 3, 9), torch.linspace(-1, 0.25, 6)),
+    (torch.linspace(-0.75, 0.75, 7), torch.linspace(-0.15, 0.15, 5)),
+    (torch.linspace(-0.15, 0.15, 5), torch.linspace(-0.05, 0.05, 3)),
 )
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -130,7 +130,7 @@ class _Stage:
     def __init__(self, units: Sequence[_Unit], kind: type[Quantizer], offsets: Tensor, batches: int) -> None:
         self.offsets = offsets.tolist()
         self.units = {unit.name: unit for unit in units}
-        self.samples, self.rows = max(SAMPLES // batches, 1), max(ROWS // batches, 1)
+        self.few, self.rows = max(FEW // batches, 1), max(ROWS // batches, 1)
         self.searched: dict[Quantizer, list[_Unit]] = {}
         self.inside = False
         for unit in units:
@@ -211,9 +211,8 @@ class _Stage:
 
 
 def _least(total: Tensor) -> Tensor:
-    """Index of the least error in each column; where candidates are equal, the middle one (none moves)."""
-    order = sorted(range(len(total)), key=lambda index: abs(index - len(total) // 2))
-    return torch.tensor(order)[total[order].argmin(0)]
+    """Index of the least error in each column; of equal ones, the first."""
+    return total.argmin(0)
 
 
 def _moved(quantizer: Quantizer, log2_step: Tensor, offset: float | Tensor) -> Tensor:
@@ -254,12 +253,12 @@ def _listening(model: nn.Module, stage: _Stage) -> Iterator[None]:
             args, kwargs = _some(stage, module, args, kwargs)
             stage.visit([unit], lambda: module(*_copied(args), **_copied(kwargs)))
 
-    def call(module: nn.Module, keys: tuple[str, ...], compute: Callable[[], Any]) -> Any:
+    def call(module: nn.Module, keys: tuple[str, ...], compute: Callable[..., Any]) -> Any:
         prefix = names.get(id(module))
         units = [stage.units.get(f"{prefix}.{key}".lstrip(".")) for key in keys if prefix is not None]
         chain = [unit for unit in units if unit is not None]
         if not stage.inside and any(unit.errors for unit in chain):
-            stage.visit(chain, compute)
+            stage.visit(chain, partial(compute, stage.few))
         return compute()
 
     with ExitStack() as stack:
@@ -288,5 +287,5 @@ def _some(stage: _Stage, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any
         x = x.reshape(-1, x.shape[-1])
         return (x[:: max(len(x) // stage.rows, 1)],), kwargs
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and x.ndim == 4:
-        return (x[: stage.samples],), kwargs
+        return (x[: stage.few],), kwargs
     return args, kwargs

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import lq
 from lq.attachment.sites import activation_quantizers, input_quantizer, quantizers, weight_quantizer
-from lq.calibration.output_ranges import SAMPLES
+from lq.calibration.output_ranges import FEW, SAMPLES
 from tests.quantizer.test_histogram import Ranks
 
 INPUT = lq.QuantSpec(4, per_channel=False, symmetric=False, range="output")
@@ -65,7 +65,7 @@ def test_channels_of_weights(layer, shape):
     torch.manual_seed(1)
     with torch.no_grad():
         layer.weight.copy_(torch.randn_like(layer.weight) ** 3)
-    x = images(SAMPLES, *shape)
+    x = images(FEW, *shape)
     dim = 1 if len(shape) > 2 or isinstance(layer, nn.Conv1d) else -1
     errors = []
     x = x * torch.logspace(0, 2, x.shape[1]).view(-1, *[1] * (x.ndim - 2))  # weights of the last count most
