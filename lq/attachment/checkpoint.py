@@ -18,7 +18,7 @@ from lq.attachment.folding import fold_pair, unfold_for
 from lq.attachment.pairs import is_norm
 from lq.attachment.placement import attach_sites
 from lq.attachment.preparation.stored import is_marker, made_biases, match
-from lq.attachment.saved_plan import kind_of, planned_by, site_of
+from lq.attachment.saved_plan import LOG2, kind_of, planned_by, site_of
 from lq.attachment.scheme import PlannedSite
 from lq.attachment.sites import float_weight, is_attached, quantizers
 from lq.errors import DataError
@@ -173,7 +173,7 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     entries = {}
     for key, value in state_dict.items():
         name, _, last = key.rpartition(".")
-        if last in (*_STATE, FINAL, "_extra_state") and site_of(name) is not None:
+        if last in (*_STATE, LOG2, FINAL, "_extra_state") and site_of(name) is not None:
             continue
         if is_marker(key):
             continue
@@ -210,7 +210,7 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     plan = _once(plan, modules)
     present = _once(planned_by(model.state_dict()), modules)
-    kinds = [{name: (p.owner, p.spec.per_channel) for name, p in sites.items()} for sites in (present, plan)]
+    kinds = [{n: (p.owner, p.spec.per_channel, p.spec.levels) for n, p in sites.items()} for sites in (present, plan)]
     if kinds[0] == kinds[1]:
         return
     if is_attached(model):

@@ -53,6 +53,8 @@ class SiteOptions:
             which at few bits is nearer to the weights (BRECQ, QDrop).
         range: rule that finds ranges, for widths given as numbers: "auto", "minmax", "percentile", "lp", "lsq" or
             "output" (see `QuantSpec`); "output" needs `lq.calibrate` for weights, too.
+        probabilities: levels of what a softmax gives, as attention weighs values by: "uniform", or "log2", which halve
+            (`QuantSpec`): most probabilities are tiny. Engines compute those in float. Needs a structure.
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
             The network's own input stays float.
         include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.
@@ -79,6 +81,7 @@ class SiteOptions:
     integer: bool = False
     symmetric: bool = True
     range: str = "auto"
+    probabilities: Literal["uniform", "log2"] = "uniform"
     first_last: int | None = 8
     include: Sequence[str] | str | None = None
     exclude: Sequence[str] | str | None = None
@@ -91,6 +94,8 @@ class SiteOptions:
             check_bits(self.first_last)
         if self.skip not in (True, False, "auto"):
             raise SpecError(f"skip={self.skip!r} is unknown; use True, False or 'auto'")
+        if self.probabilities not in ("uniform", "log2"):
+            raise SpecError(f"probabilities={self.probabilities!r} is unknown; use 'uniform' or 'log2'")
         for pattern, override in (self.overrides or {}).items():
             if not isinstance(override, Mapping) or not override or set(override) - {"weights", "activations"}:
                 raise SpecError(
@@ -113,6 +118,8 @@ class SiteOptions:
         """The first option that was given and needs a structure, such as ``skip=True``; empty if there is none."""
         if self.skip:
             return f"skip={self.skip!r}"
+        if self.probabilities != "uniform":
+            return f"probabilities={self.probabilities!r}"
         return "share_concats=True" if self.share_concats else "integer=True" if self.integer else ""
 
     def read_structure(self) -> Structure | None:
@@ -124,7 +131,9 @@ class SiteOptions:
     def with_structure(self, structure: Structure | None) -> Self:
         """These options with the structure of a model; without those that need one if none is known."""
         if structure is None:
-            return replace(self, structure=None, skip=False, share_concats=False, integer=False)
+            return replace(
+                self, structure=None, skip=False, share_concats=False, integer=False, probabilities="uniform"
+            )
         return replace(self, structure=structure)
 
 

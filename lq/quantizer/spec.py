@@ -7,7 +7,7 @@ special: 0 bits is a pruned channel (exactly zero), 1 bit a two-level one (``-s/
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from lq.errors import SpecError
 from lq.files.schema import MismatchError
@@ -52,9 +52,10 @@ class QuantSpec:
             "output". "auto" takes min-max at 8 bits and more and the L_p error with p = 2.4 below; "output" goes on
             from there by the error of what the layer or product gives (`lq.calibration.output_ranges`).
         power_of_two: round each step to a power of two.
+        levels: "uniform", or "log2", which halve (`lq.quantizer.log2_quantizer`): of activations that are not negative.
 
     Raises:
-        SpecError: for a width that does not exist, or widths per channel without ``per_channel``.
+        SpecError: for a width that does not exist, widths per channel without ``per_channel``, or other levels.
 
     >>> QuantSpec(4).bits
     4
@@ -70,8 +71,13 @@ class QuantSpec:
     signed: bool | None = None
     range: str | RangeRule = "auto"
     power_of_two: bool = False
+    levels: Literal["uniform", "log2"] = "uniform"
 
     def __post_init__(self) -> None:
+        if self.levels not in ("uniform", "log2"):
+            raise SpecError(f"levels={self.levels!r} is unknown; use 'uniform' or 'log2'")
+        if self.levels == "log2" and self.per_channel:
+            raise SpecError("levels='log2' is for activations, which are quantized per tensor; set per_channel=False")
         if isinstance(self.bits, Sequence) and not isinstance(self.bits, str):
             if not self.per_channel:
                 raise SpecError(f"{len(self.bits)} widths were given for one tensor; set per_channel=True")
