@@ -2,7 +2,9 @@
 
 import pytest
 
+import lq
 from lq.export import export_onnx
+from tests.export.damage import saved_model
 from tests.export.exported import calibrated
 from tests.export.nets import FILES, File
 from tests.models import state
@@ -27,3 +29,12 @@ def files(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A model and the content of its packed file."""
+    model = saved_model()
+    path = tmp_path_factory.mktemp("saved") / "model.safetensors"
+    lq.save(model, path)
+    return model, path.read_bytes()
