@@ -8,7 +8,7 @@ import torch
 import lq
 from lq.attachment.sites import is_attached
 from lq.errors import DataError
-from tests.attachment.test_attach import images, small
+from tests.attachment.networks import images, small
 from tests.export.files import grids, integers, state
 from tests.helpers import assert_same
 

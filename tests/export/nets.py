@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lq
-from tests.attachment.test_attach import images, small
+from tests.attachment.networks import images, small
 from tests.attachment.test_folding import convnet, randomize
 from tests.export.exported import activations, depthwise, nudged, pictures, weights
 from tests.models import EXAMPLES

@@ -10,7 +10,7 @@ from torch import nn
 
 import lq
 from lq.errors import DataError
-from tests.attachment.test_attach import small
+from tests.attachment.networks import small
 from tests.export.damage import QUICK, outcome, saved_model
 from tests.export.files import build, parse, signed, state
 from tests.helpers import assert_same

@@ -8,7 +8,7 @@ import torch
 import lq
 from lq.attachment.sites import float_weight, quantizers, weight_quantizer
 from lq.callbacks import FineTune, Quantize
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 from tests.export.files import QUIETLY, parse, round_trip
 from tests.helpers import Tiny, assert_same, fit, steps, tiny
 

@@ -21,7 +21,7 @@ import lq
 from lq.attachment.sites import activation_quantizers
 from lq.errors import DataError
 from lq.export import export_onnx
-from tests.attachment.test_attach import images, quantized
+from tests.attachment.networks import images, quantized
 from tests.attachment.test_folding import norms
 from tests.export.exported import (
     assert_close,

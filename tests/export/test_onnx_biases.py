@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lq.export import export_onnx
-from tests.attachment.test_attach import images
+from tests.attachment.networks import images
 from tests.attachment.test_folding import norms
 from tests.export.exported import assert_close, biases, calibrated, constants, kinds, multiplied, nodes, relative, types
 from tests.export.nets import OF_TORCH, few

@@ -7,7 +7,7 @@ from torch import nn
 import lq
 from lq.errors import DataError, StateError
 from lq.export import export_onnx
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 from tests.export.exported import calibrated
 from tests.export.nets import OF_TORCH, convolutions, few
 

@@ -8,7 +8,7 @@ from torch import nn
 import lq
 from lq.attachment.sites import weight_quantizer
 from lq.export import export_onnx
-from tests.attachment.test_attach import images, quantized
+from tests.attachment.networks import images, quantized
 from tests.export.exported import (
     assert_close,
     calibrated,

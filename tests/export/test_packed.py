@@ -8,7 +8,7 @@ from torch import nn
 import lq
 from lq.attachment.sites import float_weight, quantizers, weight_quantizer
 from lq.errors import DataError, StateError
-from tests.attachment.test_attach import LAYERS, every_layer, images, layer_and_input, quantized, small
+from tests.attachment.networks import LAYERS, every_layer, images, layer_and_input, quantized, small
 from tests.attachment.test_folding import convnet, norms, randomize
 from tests.export.exported import activations, weights
 from tests.export.files import QUIETLY, calibrated, round_trip, state

@@ -7,7 +7,7 @@ import pytest
 
 import lq
 from lq.errors import DataError
-from tests.attachment.test_attach import small
+from tests.attachment.networks import small
 from tests.export.damage import DAMAGE, flip_in_header, outcome
 
 

@@ -8,7 +8,7 @@ import lq
 from lq.attachment.sites import input_quantizer, quantizers, weight_quantizer
 from lq.callbacks import LearnNoiseScale, Quantize
 from lq.export.integers import settled_zero_point
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 from tests.export.exported import activations, weights
 from tests.export.files import QUIETLY, calibrated, round_trip
 from tests.helpers import fit, tiny

@@ -10,7 +10,7 @@ from torch import nn
 import lq
 from lq.attachment.sites import is_attached
 from lq.errors import DataError
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 from tests.export.damage import NO_PACKED_FILE, outcome
 from tests.export.files import build, parse, signed
 

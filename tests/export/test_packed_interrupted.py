@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lq
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 from tests.export.damage import saved_model
 from tests.export.files import state
 from tests.helpers import assert_same

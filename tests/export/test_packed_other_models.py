@@ -11,7 +11,7 @@ from torch import nn
 import lq
 from lq.attachment.sites import is_attached
 from lq.errors import DataError
-from tests.attachment.test_attach import small
+from tests.attachment.networks import small
 from tests.export.damage import NO_PACKED_FILE, QUICK
 from tests.export.files import state
 from tests.helpers import assert_same

@@ -7,7 +7,7 @@ from torch import nn
 
 import lq
 from lq.attachment.sites import float_weight, weight_quantizer
-from tests.attachment.test_attach import quantized
+from tests.attachment.networks import quantized
 from tests.export.files import QUIETLY, grids, integers
 from tests.helpers import assert_same
 

@@ -12,7 +12,7 @@ import lq
 from lq.errors import DataError
 from lq.export import export_onnx
 from lq.export.running import can_read
-from tests.attachment.test_attach import images
+from tests.attachment.networks import images
 from tests.export.exported import calibrated, kinds, pictures, relative, session
 from tests.export.nets import FILES, NO_EDGES, OF_TORCH, convolutions, few, of
 from tests.helpers import assert_same
