@@ -27,7 +27,8 @@ def depth(options: argparse.Namespace) -> None:
 
     net = VisionTransformer(64, 8, embed_dim=192, depth=options.blocks, num_heads=3, num_classes=10).eval()
     batches = list(torch.randn(options.images, 3, 64, 64).split(32))
-    lq.attach(net, 4, 4, structure=lq.inspect(net, batches[0][:2]), skip=True, symmetric=False)
+    structure = lq.inspect(net, batches[0][:2])
+    lq.attach(model=net, weights=4, activations=4, structure=structure, skip=True, symmetric=False)
     lq.calibrate(net, batches[:2])
     steps: dict[str, float] = {}
 
@@ -36,7 +37,7 @@ def depth(options: argparse.Namespace) -> None:
         yield from iterations
         steps[name] = time.perf_counter() - start
 
-    found = lq.reconstruct(net, batches, iterations=options.iterations, watch=watch)
+    found = lq.reconstruct(model=net, batches=batches, iterations=options.iterations, watch=watch)
     blocks = [unit for unit in found.units if unit.name.startswith("blocks.")]
     fit = [steps[unit.name] for unit in blocks]
     rest = [unit.seconds - seconds for unit, seconds in zip(blocks, fit, strict=True)]

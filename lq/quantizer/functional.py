@@ -61,6 +61,7 @@ def fake_quantize(
             rounded.
         changed: whether code behind it may change the result in place; then it is not used in backward.
 
+    >>> import math
     >>> x = torch.tensor([0.3, 5.0], requires_grad=True)
     >>> log2_step = torch.tensor(-1.0, requires_grad=True)
     >>> fake_quantize(x, log2_step, -2, 1).sum().backward()
