@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from real_data import Batches, load
 from torch import Tensor, nn
 
 import lq
+from real_data import Batches, load
 
 #: Preparation, range rule and levels of probabilities of each row; all before reconstruction.
 STEPS: dict[str, tuple[dict[str, Any] | None, str, str]] = {

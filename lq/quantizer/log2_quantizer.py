@@ -20,8 +20,8 @@ from torch import Tensor
 from lq.errors import SpecError
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.estimators import Estimator, estimator
-from lq.quantizer.functional import Bound, step_size
 from lq.quantizer.ranges import Samples
+from lq.quantizer.rounding import Bound, step_size
 from lq.quantizer.spec import QuantSpec, check_bits
 
 
