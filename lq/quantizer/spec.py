@@ -6,7 +6,7 @@ special: 0 bits is a pruned channel (exactly zero), 1 bit a two-level one (``-s/
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lq.errors import SpecError
@@ -71,7 +71,7 @@ class QuantSpec:
     signed: bool | None = None
     range: str | RangeRule = "auto"
     power_of_two: bool = False
-    levels: Literal["uniform", "log2"] = "uniform"
+    levels: Literal["uniform", "log2"] = field(default="uniform", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.levels not in ("uniform", "log2"):
