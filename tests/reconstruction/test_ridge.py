@@ -12,8 +12,8 @@ from lq.reconstruction.options import RunOptions
 from lq.reconstruction.reconstruct import reconstruct
 from lq.reconstruction.ridge import Regression, ridge_changes
 from lq.reconstruction.rounding import WeightGrid
+from tests.reconstruction.fitting import Unit
 from tests.reconstruction.networks import ResNet, quantized, samples
-from tests.reconstruction.test_engine import Unit
 
 
 def by_numpy(ours, theirs, weight, share=0.01):
