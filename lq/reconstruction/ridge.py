@@ -8,6 +8,9 @@ change of the weight W, (C, N), that brings the outputs nearest to each other is
 Sums over all samples are kept, two matrices (N, N) for each group of a layer, never the rows themselves. Layers of a
 unit are solved for one after the other, the others as they are by then, none of them rounded.
 
+A layer that has seen fewer rows than five times N is left as it is: the head of a classifier, of which a sample is one
+row, would learn the samples by heart.
+
 Source: Zhong et al., ERQ, ICML 2024, its first step. Deviates: lambda is a hundredth of the mean diagonal of ``X~^T
 X~``. The second step, rounding half of the weights and making up for it with the rest, is what error feedback does.
 """
@@ -29,6 +32,8 @@ from lq.reconstruction.rounding.feedback import Correlation
 
 # Share of the mean diagonal that lambda is.
 _LAMBDA = 0.01
+# Rows for each of the N inputs of a layer, below which it is left as it is.
+_LEAST = 5
 
 
 class Regression:
@@ -40,11 +45,13 @@ class Regression:
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         self._rows = Correlation(layer)
+        self.rows = 0  # seen, on all ranks
         self.sums: Tensor | None = None  # of X~^T X~ and X~^T (X - X~); (2, groups, N, N)
 
     def add(self, quantized: Tensor, whole: Tensor) -> None:
         """Count an input of the layer, in the quantized and in the float network."""
         ours, theirs = (self._rows.vectors(x.detach().float()) for x in (quantized, whole))
+        self.rows += ours.shape[1]
         sums = torch.stack([ours.transpose(1, 2) @ other for other in (ours, theirs - ours)]).double()
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -73,7 +80,9 @@ def ridge_changes(problem: Problem, grid: WeightGrid, options: RunOptions) -> Te
         for i, (_, weight) in enumerate(weights):
             layer = layers.get(id(weight))
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                changed[i] = changed[i] + _regression(problem, layer, options).change(weight)
+                found = _regression(problem, layer, options)
+                if found.sums is not None and found.rows >= _LEAST * found.sums.shape[-1]:
+                    changed[i] = changed[i] + found.change(weight)
     flat = [(new - old.detach().float()).reshape(-1) for new, (_, old) in zip(changed, weights, strict=True)]
     return (torch.cat(flat) if flat else torch.zeros_like(grid.values)) / grid.step
 
@@ -91,6 +100,7 @@ def _regression(problem: Problem, layer: nn.Linear | nn.Conv2d, options: RunOpti
         for x, y in zip(ours, floats, strict=True):
             regression.add(x, y)
     if regression.sums is not None and options.reduce is not None:
+        regression.rows = int(options.reduce(regression.sums.new_tensor(float(regression.rows)), "sum"))
         regression.sums = options.reduce(regression.sums, "sum")
     return regression
 

