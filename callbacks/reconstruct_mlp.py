@@ -109,13 +109,13 @@ class ReconstructMLP(ModuleCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """What was done; ReLUs and weights are in the module's own state."""
-        return {"reconstruction": None if self.reconstruction is None else asdict(self.reconstruction)}
+        return {"mlps": None if self.reconstruction is None else asdict(self.reconstruction)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was done."""
         super().load_state_dict(state_dict)
-        saved = state_dict["reconstruction"]
+        saved = state_dict["mlps"]
         if saved is None:
             self.reconstruction = None
         else:
