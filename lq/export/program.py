@@ -158,6 +158,9 @@ def exported(
         try:
             with torch.no_grad():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+                if sizes:  # torch lets pass sizes that have to fit each other
+                    larger, more = arguments(map_tensors(given, lambda x: _doubled(x, sizes)))
+                    program.module()(*larger, **more)
             for module in program.graph_module.modules():
                 for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                     node.meta.pop("stack_trace", None)  # where the model's code lies on this machine
@@ -165,6 +168,14 @@ def exported(
         except Exception as error:  # noqa: BLE001  # torch has no one class for what cannot be exported
             reason = reason or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return None, reason
+
+
+def _doubled(x: Tensor, sizes: Collection[str]) -> Tensor:
+    """Images twice as high, or wide, or both; other tensors as they are."""
+    for axis, name in SIZES.items():
+        if name in sizes and x.ndim == IMAGES:
+            x = torch.cat([x, x], axis)
+    return x
 
 
 def _free_dimensions(

@@ -200,7 +200,7 @@ TARGETS: dict[str, Target] = {
                 True,
                 False,
                 "their zero elsewhere than in the middle",
-                f"activations=8 or {_EIGHT}",
+                f'activations=8 with target="tensorrt", or {_EIGHT}',
                 zeros=("lowest", "anywhere"),
             ),
         ),
