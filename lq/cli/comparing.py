@@ -6,6 +6,7 @@ For example::
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lq.cli.sampling import TypedParser, add_data, batches, parsed
 from lq.cli.timm_module import load_weights
 from lq.cli.usage import UsageError
 from lq.errors import DataError
+from lq.export.packed import SUFFIX
 from lq.report.comparison import Comparison, compare, float_reference
 
 # What a comparison is written as, by how the file's name ends.
@@ -27,6 +29,11 @@ _WRITERS: dict[str, Callable[[Comparison, Path], object]] = {
     ".json": lambda found, path: write(path, found.to_json()),
     ".png": Comparison.plot,
 }
+
+# What is said of a packed file that is compared with itself.
+_LEVELS = (
+    "a packed file holds rounded weights only, which lose nothing by being rounded: give the float ones by --reference"
+)
 
 
 def run(name: str, arguments: list[str]) -> str:
@@ -54,7 +61,8 @@ def run(name: str, arguments: list[str]) -> str:
         "--reference",
         type=str | None,
         default=None,
-        help="file of the float weights before reconstruction or training changed them; else those of the model",
+        help="file of the float weights before reconstruction, training or packing changed them; else those of the "
+        "model",
     )
     add_data(parser, "to compare on", 64)
     parser.add_argument("--most", type=int | None, default=None, help="layers to show; all by default")
@@ -71,6 +79,8 @@ def run(name: str, arguments: list[str]) -> str:
     given = list(batches(options, model))
     model.to(options.device)
     found = compare(model, given, reference=_reference(model, options, given[0]))
+    if options.reference is None and Path(options.source).suffix == SUFFIX:
+        found = replace(found, notes=(*found.notes, _LEVELS))
     if out is not None:
         _WRITERS[out.suffix](found, out)
     return str(found.table(options.most))
