@@ -222,8 +222,9 @@ def _translated(
             program, cannot = exported(standard, example, sizes)
             by_sample = "aten.conv" in cause and "sym_size" in cause
             reason = cannot or ("a convolution has a group for each sample" if by_sample else cause)
-    which = f" for images of any {' and '.join(sizes)} (dynamic=)" if sizes else ""
-    raise DataError(f"torch.export cannot export {name}{which}: {reason}")
+    which = f" for images of any {' and '.join(sizes)}" if sizes else ""
+    more = "; give a larger example, on which no size on the way is 1, or leave them out of dynamic=" if sizes else ""
+    raise DataError(f"torch.export cannot export {name}{which}: {reason}{more}")
 
 
 def _written(proto: Any, opset: int, target: Target | None) -> Graph:

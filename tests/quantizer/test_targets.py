@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,21 @@ def test_a_table_of_opsets_and_types():
 
 def test_long_lists_are_cut():
     assert listed("abc") == "a, b, c" and listed("abcde") == "a, b, c and 2 more"
+
+
+def test_the_page_has_the_table():
+    """Each engine is a column of docs/targets.md."""
+    page = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    table = {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows}
+    for name, target in TARGETS.items():
+        column = {title: cells[f'`"{name}"`'] for title, cells in table.items()}
+        assert column["tried"].startswith(target.tried or "no")
+        assert "{} to {}".format(*target.opsets) in column["opsets, and the one by default"]
+        assert column["opsets, and the one by default"].endswith(str(target.opset or "21, or 25 for 2 bits"))
+        assert column["smallest type of a stored weight"] == f"{target.least_stored} bits"
+        for of_weights, tensors in ((True, "weights"), (False, "activations")):
+            for refused, verdict in ((True, "refused"), (False, "in float")):
+                rules = [r for r in target.rules if (r.of_weights, r.refused) == (of_weights, refused)]
+                said = column[f"{tensors} {verdict}"]
+                assert len(said.split(";")) == len(rules) if rules else said == "-"
