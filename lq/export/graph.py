@@ -279,6 +279,8 @@ class Graph:
             return self._constant(name, ((codes.astype(np.int32) - centre) * factors).astype(np.int8)), factors
         self.stored[kind] += codes.size
         stored = self._constant(name, codes.astype(_type(kind)))
+        if kind == "int8" and not (factors != 1).any():
+            return stored, factors
         levels = self._insert(node, "Cast", [stored], f"{name}_int32", to="INT32")
         if centre.any():
             centred = [levels, self._constant(f"{name}_zero_points", centre)]
