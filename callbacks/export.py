@@ -57,7 +57,7 @@ class ExportModel(ModuleCallback):
         samples: int = 64,
         opset: int | None = None,
         target: TargetName | None = None,
-        dynamic: Sequence[Dynamic] = ("batch",),
+        dynamic: Dynamic | Sequence[Dynamic] = "batch",
         input_names: Sequence[str] | None = None,
         output_names: Sequence[str] | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class ExportModel(ModuleCallback):
             raise SpecError(f"ExportModel({str(path)!r}): the name should end in one of {', '.join(FORMATS)}")
         target_of(target)
         given = {"target": target, "input_names": input_names, "output_names": output_names}
-        given["dynamic"] = None if tuple(dynamic) == ("batch",) else dynamic
+        given["dynamic"] = None if dynamic == "batch" else dynamic
         of_onnx = [name for name, value in given.items() if value is not None]
         if of_onnx and Path(path).suffix != ".onnx":
             raise SpecError(

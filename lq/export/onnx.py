@@ -103,7 +103,7 @@ def export_onnx(
     check: bool | Iterable[Example] = True,
     opset: int | None = None,
     target: TargetName | None = None,
-    dynamic: Sequence[Dynamic] = ("batch",),
+    dynamic: Dynamic | Sequence[Dynamic] = "batch",
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> OnnxReport:
@@ -126,8 +126,8 @@ def export_onnx(
             onnxruntime can read that. Weights of more than 4 bits, and activations of any width, can go down to 13.
         target: the engine that the file is for: "onnxruntime", "openvino" or "tensorrt" (by its documents, not tried);
             None: written as for onnxruntime, without a look at what the engine does not run (`lq.quantizer.targets`).
-        dynamic: which dimensions are free: "batch" (of all inputs, where the model allows that), "height", "width" (of
-            images; an error where it does not). An empty list fixes all.
+        dynamic: the dimensions that are free, one or a list: "batch" (of all inputs, where the model allows that),
+            "height", "width" (of images; an error where it does not). An empty list fixes all.
         input_names: names of the file's inputs, in order; by default those of the parameters.
         output_names: names of its outputs, in order; by default those that torch gives.
 
@@ -187,7 +187,7 @@ def export_onnx(
     return report
 
 
-def _checked(dynamic: Sequence[Dynamic], example: Example) -> Sequence[Dynamic]:
+def _checked(dynamic: Dynamic | Sequence[Dynamic], example: Example) -> Sequence[Dynamic]:
     """The free dimensions that were asked for, if there are such.
 
     Raises:
@@ -195,15 +195,16 @@ def _checked(dynamic: Sequence[Dynamic], example: Example) -> Sequence[Dynamic]:
         DataError: if the example has no images.
     """
     known = get_args(Dynamic)
-    if isinstance(dynamic, str) or not set(dynamic) <= set(known):
-        raise SpecError(f"dynamic={dynamic!r}: expected a list of some of {', '.join(known)}")
+    free: Sequence[Dynamic] = (dynamic,) if isinstance(dynamic, str) else dynamic
+    if not set(free) <= set(known):
+        raise SpecError(f"dynamic={dynamic!r}: expected one of {', '.join(known)}, or a list of them")
     shapes = [x.ndim for x in tree_leaves(arguments(example)) if isinstance(x, Tensor)]
-    if set(dynamic) - {"batch"} and IMAGES not in shapes:
+    if set(free) - {"batch"} and IMAGES not in shapes:
         raise DataError(
-            f"dynamic={list(dynamic)}: no input has {IMAGES} dimensions, samples, channels, height and width; "
+            f"dynamic={list(free)}: no input has {IMAGES} dimensions, samples, channels, height and width; "
             "leave height and width out"
         )
-    return dynamic
+    return free
 
 
 def _translated(
