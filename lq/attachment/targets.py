@@ -6,6 +6,7 @@ warning. The rules are in `lq.quantizer.targets`.
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from lq.attachment.scheme import PlannedSite
 from lq.attachment.sites import quantizers
 from lq.errors import NoEffectWarning
 from lq.quantizer.levels import middle
+from lq.quantizer.log2_quantizer import Log2Quantizer
 from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.targets import Grid, Target, Zero, target_of
 
@@ -65,10 +67,10 @@ def grid_of(quantizer: Quantizer) -> Grid | None:
         return None
     widths = tuple(int(width) for width in bits.round().unique().tolist())
     if not quantizer.calibrated and quantizer.spec is not None:
-        return Grid(quantizer.is_weight, widths, Grid.of(quantizer.spec, is_weight=quantizer.is_weight).zeros)
+        return replace(Grid.of(quantizer.spec, is_weight=quantizer.is_weight), widths=widths)
     at_middle = bool(((zero_point - middle(bits)).abs() < 0.5)[kept].all())  # half a level
     zero: Zero = "middle" if at_middle else "anywhere" if bool(zero_point[kept].any()) else "lowest"
-    return Grid(quantizer.is_weight, widths, frozenset([zero]))
+    return Grid(quantizer.is_weight, widths, frozenset([zero]), isinstance(quantizer, Log2Quantizer))
 
 
 def _left_in_float(grids: Mapping[str, Grid], options: SiteOptions, target: Target) -> list[str]:

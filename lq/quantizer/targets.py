@@ -42,11 +42,13 @@ class Grid:
         is_weight: whether the tensor is a weight.
         widths: its widths in bits; several if channels differ.
         zeros: where its zero may lie; one place if that is known.
+        halves: whether its levels halve (``levels="log2"``), which files have as operators in float.
     """
 
     is_weight: bool
     widths: tuple[int, ...]
     zeros: frozenset[Zero]
+    halves: bool = False
 
     @classmethod
     def of(cls, spec: QuantSpec, *, is_weight: bool) -> "Grid":
@@ -57,7 +59,7 @@ class Grid:
         """
         free: Zero = "middle" if spec.symmetric else "anywhere"
         zeros: dict[bool | None, set[Zero]] = {None: {"lowest", free}, True: {free}, False: {"lowest"}}
-        return cls(is_weight, spec.widths, frozenset(zeros[spec.signed]))
+        return cls(is_weight, spec.widths, frozenset(zeros[spec.signed]), spec.levels == "log2")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Rule:
         instead: which option to give.
         widths: widths in bits that it is about.
         zeros: places of zero that it is about.
+        halves: whether it is about levels that halve, and those alone.
     """
 
     refused: bool
@@ -79,10 +82,13 @@ class Rule:
     instead: str
     widths: tuple[int, ...] = WIDTHS
     zeros: tuple[Zero, ...] = ("lowest", "middle", "anywhere")
+    halves: bool = False
 
     def hits(self, grid: Grid) -> bool:
         """Whether a grid is one of these: refused ones if they may be, others if they are for certain."""
-        if grid.is_weight != self.of_weights or not set(grid.widths) & set(self.widths):
+        if (grid.is_weight, grid.halves) != (self.of_weights, self.halves):
+            return False
+        if not set(grid.widths) & set(self.widths):
             return False
         return bool(grid.zeros & set(self.zeros)) if self.refused else grid.zeros <= set(self.zeros)
 
@@ -142,6 +148,8 @@ class Target:
 _EIGHT = "QuantSpec(8, per_channel=False, symmetric=True, signed=True)"
 _FIRST = "the first layer, which reads the network's input"
 
+_HALVES = Rule(False, False, "levels that halve", 'levels="uniform", probabilities="uniform"', halves=True)
+
 #: All engines, by name.
 TARGETS: dict[str, Target] = {
     "onnxruntime": Target(
@@ -150,6 +158,7 @@ TARGETS: dict[str, Target] = {
         rules=(
             Rule(False, True, "16 bits", "weights=8 or fewer", widths=(16,)),
             Rule(False, False, "16 bits", "activations=8 or fewer", widths=(16,)),
+            _HALVES,
             Rule(
                 False,
                 False,
@@ -168,6 +177,7 @@ TARGETS: dict[str, Target] = {
         rules=(
             Rule(False, True, "16 bits", "weights=8 or fewer", widths=(16,)),
             Rule(False, False, "16 bits", "activations=8 or fewer", widths=(16,)),
+            _HALVES,
             Rule(
                 False,
                 True,
@@ -195,6 +205,7 @@ TARGETS: dict[str, Target] = {
                 "symmetric=True, or QuantSpec(..., symmetric=True, signed=True)",
                 zeros=("lowest", "anywhere"),
             ),
+            _HALVES,
             Rule(True, False, "other widths than 8 bits", "activations=8", widths=tuple({*WIDTHS} - {8})),
             Rule(
                 True,

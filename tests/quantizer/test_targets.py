@@ -82,6 +82,10 @@ def test_what_the_others_run(target):
         ("openvino", weight(7, symmetric=False), ""),
         ("openvino", activation(8, **INT8), ""),
         ("tensorrt", activation(8, **INT8), ""),
+        *(
+            (name, activation(4, levels="log2"), "1 activation has levels that halve (x): use levels=")
+            for name in TARGETS
+        ),
     ],
 )
 def test_what_is_computed_in_float(target, grid, said):
