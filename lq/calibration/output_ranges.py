@@ -49,6 +49,10 @@ _ROUNDS = (
     (torch.linspace(-0.15, 0.15, 5), torch.linspace(-0.05, 0.05, 3)),
 )
 
+FLOAT_ACTS = False
+# Tokens with less of the mean energy count less than others.
+_LITTLE = 1e-3
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -148,10 +152,11 @@ class _Stage:
         try:
             with torch.no_grad():
                 exact = _outputs(compute())
+                weights = [_weight_of_rows(units[-1], y) for y in exact]
                 for unit in units:
-                    unit.norm += sum(float(y.double().square().sum()) for y in exact)
+                    unit.norm += sum(weight.numel() for weight in weights)
                     for quantizer in unit.errors:
-                        self._try(quantizer, unit, parts, exact, compute)
+                        self._try(quantizer, unit, parts, list(zip(exact, weights, strict=True)), compute)
         finally:
             self.inside = False
 
@@ -160,17 +165,18 @@ class _Stage:
         quantizer: Quantizer,
         unit: _Unit,
         parts: Sequence[Quantizer],
-        exact: Sequence[Tensor],
+        exact: Sequence[tuple[Tensor, Tensor]],
         compute: Callable[[], Any],
     ) -> None:
         begin = quantizer.log2_step.clone()
         by_channel = quantizer.is_weight and quantizer.bits.ndim > 0
         try:
-            with tapped({part: partial(rounded, part) for part in parts}):
+            chosen = [quantizer] if FLOAT_ACTS and quantizer.is_weight else parts
+            with tapped({part: partial(rounded, part) for part in chosen}):
                 for index, offset in enumerate(self.offsets):
                     quantizer.log2_step.copy_(_moved(quantizer, begin, offset))
-                    for y, value in zip(exact, _outputs(compute()), strict=True):
-                        squares = value.float().sub_(y).square_()
+                    for (y, weight), value in zip(exact, _outputs(compute()), strict=True):
+                        squares = value.float().sub_(y).square_().mul_(weight)
                         dim = _channel_dim(unit, squares)
                         rows = squares.movedim(dim, 0).reshape(squares.shape[dim], -1)
                         found = rows.sum(1) if by_channel else rows.sum()
@@ -223,6 +229,13 @@ def _moved(quantizer: Quantizer, log2_step: Tensor, offset: float | Tensor) -> T
 def _channels_known(part: Quantizer, unit: _Unit) -> bool:
     """Whether it is known which channel of the output is whose step."""
     return not part.is_weight or part.bits.ndim == 0 or isinstance(unit.layer, (nn.Linear, *_CONVOLUTIONS))
+
+
+def _weight_of_rows(unit: _Unit, output: Tensor) -> Tensor:
+    """The reciprocal of the energy of each token (of a convolution: sample), so that all count the same."""
+    dims = list(range(1, output.ndim)) if isinstance(unit.layer, _CONVOLUTIONS) else [-1]
+    energy = output.square().sum(dims, keepdim=True) if output.ndim else output.square()
+    return 1 / (energy + _LITTLE * energy.mean()).clamp(min=torch.finfo(energy.dtype).tiny)
 
 
 def _channel_dim(unit: _Unit, output: Tensor) -> int:
