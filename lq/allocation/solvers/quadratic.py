@@ -29,7 +29,8 @@ from lq.errors import SpecError
 _SWEEPS = 4
 _HALVINGS = 14
 _SPAN = 64.0  # prices are searched within this factor of the additive one
-_EXCHANGES = 400
+_ROUNDS = 100
+_PAIRS = 1 << 22  # of options, up to which all exchanges are tried
 _TANGENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -85,8 +86,8 @@ class Quadratic:
         """No choice within the limits loses less, by tangents at shares of this choice's sum of terms."""
         total = self._chosen(choice).sum(0)
         square = float(total @ total)
-        rest = self.problem.losses - self.share * np.where(self.problem.exists, (self.terms**2).sum(2), 0.0)
-        slope = 2 * self.share * (self.terms @ total)
+        rest = self.problem.losses - self.share * np.einsum("iwn,iwn->iw", self.terms, self.terms)
+        slope = 2 * self.share * (self.terms @ total.astype(self.terms.dtype))
         found = []
         for part in _TANGENTS:
             tangent = Problem(rest + part * slope, self.problem.costs, self.problem.limits, self.problem.names)
@@ -132,8 +133,9 @@ def minimize(quadratic: Quadratic, start: Ints) -> Solution:
     """
     problem = quadratic.problem
     prices = dual_prices(problem)
-    candidates = [start, *_priced(quadratic, start, prices)] if prices.any() else [start]
-    best = min((_filled(quadratic, choice) for choice in candidates[-1:] + [start]), key=quadratic.loss)
+    found = [start, *_priced(quadratic, start, prices)]
+    found = [_upgraded(quadratic, choice) for choice in (found[0], *found[1:][-2:])]
+    best = min((_exchanged(quadratic, choice) for choice in found), key=quadratic.loss)
     loss = quadratic.loss(best)
     return Solution(best, loss, problem.totals(best), min(quadratic.bound(best), loss))
 
@@ -171,43 +173,63 @@ def _descend(quadratic: Quadratic, choice: Ints, paid: Floats) -> Ints:
     return choice
 
 
-def _filled(quadratic: Quadratic, choice: Ints) -> Ints:
-    """Upgrades that fit and exchanges of two items, the best first, until none helps."""
-    problem, terms = quadratic.problem, quadratic.terms
-    rows = np.arange(len(choice))
-    choice = choice.copy()
-    for _ in range(_EXCHANGES):
+def _upgraded(quadratic: Quadratic, choice: Ints) -> Ints:
+    """Take options that fit and lose less, as many at a time as lose less together."""
+    problem, rows = quadratic.problem, np.arange(len(choice))
+    price = dual_prices(problem)
+    loss = quadratic.loss(choice)
+    for _ in range(_ROUNDS):
         marginal = quadratic.marginal(choice)
-        change = marginal - marginal[rows, choice][:, None]
+        gain = marginal[rows, choice][:, None] - marginal
         extra = problem.costs - problem.costs[:, rows, choice][:, :, None]
         left = problem.ceilings - problem.totals(choice)
-        fits = problem.exists & (extra <= left[:, None, None]).all(0)
-        moved = choice.copy()
-        single = int(np.where(fits, change, np.inf).argmin())
-        one, option = divmod(single, change.shape[1])
-        gain = change[one, option]
-        moved[one] = option
-        # exchanges with the item that moves best per cost if it is paid for by another
-        for i, a in _promising(change, extra, problem):
-            step = terms[i, a].astype(np.float64) - terms[i, choice[i]]
-            both = change + change[i, a] + 2 * quadratic.share * (
-                (terms @ step) - (terms[rows, choice] @ step)[:, None]
-            )
-            allowed = problem.exists & (extra + extra[:, i, a][:, None, None] <= left[:, None, None]).all(0)
-            allowed[i] = False
-            allowed[rows, choice] = False
-            other, b = divmod(int(np.where(allowed, both, np.inf).argmin()), both.shape[1])
-            if allowed[other, b] and both[other, b] < gain:
-                gain, moved = both[other, b], choice.copy()
-                moved[i], moved[other] = a, b
-        if not gain < -1e-12 * abs(quadratic.loss(choice)) or not problem.meets(moved):
-            return choice
-        choice = moved
+        fits = problem.exists & (gain > 0) & (extra <= left[:, None, None]).all(0)
+        paid = np.tensordot(price, extra, 1)
+        rate = np.where(fits, gain, 0.0) / np.maximum(paid, 1e-9 * max(float(paid.max()), 1e-300))
+        option = rate.argmax(1)
+        items = np.flatnonzero(fits.any(1))
+        items = items[(-rate[items, option[items]]).argsort(kind="stable")]
+        count = len(items)
+        while count:
+            moved = choice.copy()
+            moved[items[:count]] = option[items[:count]]
+            if problem.meets(moved) and quadratic.loss(moved) < loss * (1 - 1e-12):
+                break
+            count //= 2
+        if not count:
+            break
+        choice, loss = moved, quadratic.loss(moved)
     return choice
 
 
-def _promising(change: Floats, extra: Floats, problem: Problem, most: int = 64) -> list[tuple[int, int]]:
-    """Moves of an item that lose least, the first of which an exchange may consist."""
-    values = np.where(problem.exists & (extra != 0).any(0), change, np.inf)
-    order = values.ravel().argsort(kind="stable")[:most]
-    return [divmod(int(k), change.shape[1]) for k in order if np.isfinite(values.ravel()[k])]
+def _exchanged(quadratic: Quadratic, choice: Ints) -> Ints:
+    """The best move of one item, or of two together, until none helps; of choices that are not large."""
+    problem, terms = quadratic.problem, quadratic.terms
+    items, options = problem.losses.shape
+    if (items * options) ** 2 > _PAIRS:
+        return choice
+    flat = terms.reshape(items * options, -1).astype(np.float64)
+    products = 2 * quadratic.share * (flat @ flat.T)
+    owner, costs = np.repeat(np.arange(items), options), problem.costs.reshape(len(problem.costs), -1)
+    apart = owner[:, None] != owner
+    while True:
+        now = np.arange(items) * options + choice
+        from_now = now[owner]
+        marginal = quadratic.marginal(choice)
+        change = (marginal - marginal[np.arange(items), choice][:, None]).ravel()
+        change = np.where(problem.exists.ravel(), change, np.inf)
+        extra, left = costs - costs[:, from_now], problem.ceilings - problem.totals(choice)
+        both = change[:, None] + change + products - products[:, from_now] - products[from_now]
+        both += products[np.ix_(from_now, from_now)]
+        fits = apart.copy()
+        for spent, room in zip(extra, left, strict=True):
+            fits &= spent[:, None] + spent <= room
+        # an item that stays makes a move of one
+        one, other = divmod(int(np.where(fits, both, np.inf).argmin()), len(change))
+        moved = choice.copy()
+        for option in (one, other):
+            moved[owner[option]] = option % options
+        loss = quadratic.loss(choice)
+        if not fits[one, other] or not problem.meets(moved) or not quadratic.loss(moved) < loss - 1e-12 * abs(loss):
+            return choice
+        choice = moved
