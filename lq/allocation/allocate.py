@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lq.allocation.budget import Budget, Costs, parse_budget
-from lq.allocation.crossed import crossed
 from lq.allocation.counting import Choice, Counting, Limit
+from lq.allocation.crossed import crossed
 from lq.allocation.solvers import Problem
 from lq.allocation.solvers import solver as solver_of
 from lq.allocation.solvers.products import merge

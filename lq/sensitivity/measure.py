@@ -136,7 +136,9 @@ def measure_sensitivity(
         first = list(itertools.islice(batches, 1))
         layout = _layout(model, first[0], chosen, forward, batch_dim) if first else FIRST
         torch.manual_seed(seed)
-        found = chosen.measure(model, tensors, itertools.chain(first, batches), Reading(forward, layout, group, reduce, cross_terms))
+        found = chosen.measure(
+            model, tensors, itertools.chain(first, batches), Reading(forward, layout, group, reduce, cross_terms)
+        )
     unseen = [tensor.name for tensor in tensors if not tensor.seen]
     if unseen:
         warnings.warn(

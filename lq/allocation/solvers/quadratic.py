@@ -1,4 +1,4 @@
-r"""A knapsack whose losses have cross terms: ``f(x) = sum_i losses[i, x_i] + share * sum_{i != j} v[i, x_i] . v[j, x_j]``.
+r"""A knapsack with cross terms: ``f(x) = sum_i losses[i, x_i] + share * sum_{i != j} v[i, x_i] . v[j, x_j]``.
 
 With the terms ``v[i, a]`` of sensitivity (``g_n . Δ_i(a)`` of each sample over ``sqrt(2 N)``) this is CLADO's quadratic
 program (Deng et al., Mixed-Precision Quantization with Cross-Layer Dependencies, equation 5) with the Gauss-Newton
@@ -6,15 +6,16 @@ matrix, which is positive semi-definite. Terms of few samples make chance look l
 many choices seeks out: off-diagonal entries are multiplied by ``share``, of which Schäfer and Strimmer (2005) say how
 large it should be (`share_of`).
 
-From the additive choice, items choose in turn at a price of the cost (coordinate descent); the price is halved and
-doubled until the limit is nearly met; then exchanges of two items and upgrades that fit, until none helps.
+From the additive choice, items choose in turn at a price of the costs (coordinate descent); factors of the price are
+bisected until the limits are nearly met; then come upgrades that fit and, of few items, exchanges of two.
 
 The bound: ``|u|^2 >= 2 u . u0 - |u0|^2`` for every ``u0``, so that for the sum ``u`` of the chosen terms ::
 
     f(x) >= sum_i (losses[i, x_i] - share * |v[i, x_i]|^2 + 2 share * v[i, x_i] . u0) - share * |u0|^2
 
 which is additive in the items, and bounded as such (`lq.allocation.solvers.dual`). The best of some ``u0`` counts; with
-``u0 = 0`` it is ``1 - share`` of the additive bound. The additive bound itself is no floor: cross terms may be negative.
+``u0 = 0`` it is ``1 - share`` of the additive bound. The additive bound itself is no floor: cross terms may be
+negative.
 """
 
 from collections.abc import Iterator
@@ -185,7 +186,8 @@ def _upgraded(quadratic: Quadratic, choice: Ints) -> Ints:
         left = problem.ceilings - problem.totals(choice)
         fits = problem.exists & (gain > 0) & (extra <= left[:, None, None]).all(0)
         paid = np.tensordot(price, extra, 1)
-        rate = np.where(fits, gain, 0.0) / np.maximum(paid, 1e-9 * max(float(paid.max()), 1e-300))
+        least = 1e-9 * paid.max() if paid.max() > 0 else 1.0  # of upgrades that are free, the most gain
+        rate = np.where(fits, gain, 0.0) / np.maximum(paid, least)
         option = rate.argmax(1)
         items = np.flatnonzero(fits.any(1))
         items = items[(-rate[items, option[items]]).argsort(kind="stable")]

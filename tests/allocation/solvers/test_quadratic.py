@@ -113,7 +113,11 @@ def test_share_is_that_of_the_sums_over_pairs(shape):
 @pytest.mark.parametrize(
     ("terms", "share", "message"),
     [
-        (np.zeros((2, 1)), 1.0, r"terms of shape \(2, 1\) do not fit losses of shape \(2, 1\); use \(items, options, s"),
+        (
+            np.zeros((2, 1)),
+            1.0,
+            r"terms of shape \(2, 1\) do not fit losses of shape \(2, 1\); use \(items, options, s",
+        ),
         (np.full((2, 1, 3), np.nan), 1.0, "terms have NaN or Inf; use 0"),
         (np.zeros((2, 1, 3)), 1.5, "share=1.5; use a number from 0"),
     ],
