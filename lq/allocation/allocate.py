@@ -2,7 +2,7 @@
 
 The losses of widths add up (to first order: RDO-Q's supplement, equation 6), and so do their costs: the choice is a
 knapsack with multiple choices, which `lq.allocation.solvers` solves and bounds from below. Here tensors become its
-items.
+items. What they lose together counts with ``cross_terms=True`` (`lq.allocation.crossed`).
 """
 
 import json

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lq.allocation.counting import Choice
 from lq.allocation.solvers import Problem, Solution
 from lq.allocation.solvers.products import Merged
-from lq.allocation.solvers.quadratic import Floats, Quadratic, minimize, share_of
+from lq.allocation.solvers.quadratic import Quadratic, minimize, share_of
 from lq.errors import DataError, SpecError
 from lq.sensitivity.table import Sensitivity
 
@@ -34,21 +35,16 @@ def crossed(
             "cross_terms=True does not go with a budget of bit operations by which widths of weights and activations "
             "are chosen together; give activations a mean width, or keep their widths"
         )
-    terms = np.zeros((*problem.losses.shape, _rows(sensitivity)), dtype=np.float32)
+    kept = sensitivity.terms
+    rows = kept[items[0].tensor.name].shape[2]
+    terms = np.zeros((*problem.losses.shape, rows), dtype=np.float32)
     for row, (item, options) in enumerate(zip(items, merged.choices, strict=True)):
-        terms[row, : len(options)] = _terms(sensitivity, item)[options[:, 0]]
+        terms[row, : len(options)] = _terms(kept[item.tensor.name], item, sensitivity.group)[options[:, 0]]
     share = _CAUTION * share_of(terms[np.arange(len(items)), start.choice].astype(np.float64))
     return minimize(Quadratic(problem, terms, share), start.choice)
 
 
-def _rows(sensitivity: Sensitivity) -> int:
-    return next(iter((sensitivity.terms or {}).values())).shape[2]
-
-
-def _terms(sensitivity: Sensitivity, item: Choice) -> Floats:
+def _terms(kept: NDArray[np.float32], item: Choice, group: int) -> NDArray[np.float32]:
     """The terms of an item at each width, (W, rows)."""
-    found = (sensitivity.terms or {})[item.tensor.name]
-    if item.channels is None:
-        total: Floats = found.sum(0)
-        return total
-    return found[item.channels.start // sensitivity.group]
+    found: NDArray[np.float32] = kept.sum(0) if item.channels is None else kept[item.channels.start // group]
+    return found

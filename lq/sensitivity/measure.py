@@ -154,7 +154,7 @@ def measure_sensitivity(
     if found.terms is not None:
         names = [tensor.name for tensor in tensors]
         terms = {name: kept for name, kept in zip(names, found.terms, strict=True) if name not in unseen}
-    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, known, notes, terms)
+    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, known, notes, terms=terms)
 
 
 def _layout(model: nn.Module, batch: Any, metric: Metric, forward: Forward | None, batch_dim: int | None) -> Layout:

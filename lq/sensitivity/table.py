@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -66,7 +66,7 @@ class Sensitivity:
     group: int
     tensors: tuple[TensorSensitivity, ...]
     notes: tuple[str, ...] = ()
-    terms: Mapping[str, NDArray[np.float32]] | None = None
+    terms: Mapping[str, NDArray[np.float32]] | None = field(default=None, kw_only=True)
 
     def __getitem__(self, name: str) -> TensorSensitivity:
         """The tensor of that name.
