@@ -13,12 +13,7 @@ folder in the environment variable LQ_DATA (its pack.py).
 
 import argparse
 import copy
-<<<<<<< HEAD
-import importlib.util
 import itertools
-import os
-=======
->>>>>>> main
 import statistics
 import time
 from collections.abc import Callable, Sequence
