@@ -2,12 +2,17 @@ r"""Ranges by the output: of each layer or product of activations, the range wit
 
 For the input x of a layer with the weight W (or both operands of a product), the step s is chosen by
 
-    argmin_s  sum ||f(Q_s(x), Q(W)) - f(x, W)||^2,
+    argmin_s  sum_t ||f(Q_s(x_t), Q(W)) - f(x_t, W)||^2 / ||f(x_t, W)||^2,
 
-with x as the float network has it and W as it is quantized now; then the step of each output channel of W by the error
-of its channel, with x quantized; three times in turn (PTQ4ViT, Yuan et al., ECCV 2022, arXiv:2111.12293; RepQ-ViT,
-APHQ-ViT). An error of the values themselves says little of attention probabilities: many of them are tiny, and what
-they multiply averages the errors.
+with x as the float network has it, W as it is quantized now, and the sum over tokens t (of convolutions, samples); then
+the step of each output channel of W by the error of its channel, with x in float; three times in turn. The search is
+that of PTQ4ViT (Yuan et al., ECCV 2022, arXiv:2111.12293), whose error is weighed by gradients instead. An error of the
+values themselves says little of attention probabilities: many of them are tiny, and what they multiply averages the
+errors.
+
+What it brings, on ViT-tiny: probabilities of 4 bits alone, uniform, keep 65 instead of 29 of 85 % (100 images); with
+everything at 4 bits, ranges of the second product of attention alone take 12.1 to 19.0 % (200 images). For layers it
+has brought nothing there: take it for products, by ``overrides``.
 
 The candidates are factors of the range that the rule "auto" finds, wide apart at first, then closer around the best.
 All candidates are tried in one pass over the samples, on what a layer reads at that moment; nothing is stored but one
@@ -49,7 +54,6 @@ _ROUNDS = (
     (torch.linspace(-0.15, 0.15, 5), torch.linspace(-0.05, 0.05, 3)),
 )
 
-FLOAT_ACTS = False
 # Tokens with less of the mean energy count less than others.
 _LITTLE = 1e-3
 
@@ -171,7 +175,8 @@ class _Stage:
         begin = quantizer.log2_step.clone()
         by_channel = quantizer.is_weight and quantizer.bits.ndim > 0
         try:
-            chosen = [quantizer] if FLOAT_ACTS and quantizer.is_weight else parts
+            # Weights by their own error alone: behind rounded activations, too small ones would seem best.
+            chosen = [quantizer] if quantizer.is_weight else parts
             with tapped({part: partial(rounded, part) for part in chosen}):
                 for index, offset in enumerate(self.offsets):
                     quantizer.log2_step.copy_(_moved(quantizer, begin, offset))
