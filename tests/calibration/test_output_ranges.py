@@ -61,7 +61,7 @@ def test_input_of_a_linear_layer():
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "x".join(map(str, value)),
 )
 def test_channels_of_weights(layer, shape):
-    """Relative to its token, no channel of the output is farther from the float one, some are nearer, and each has its own step."""
+    """Relative to its token, no channel of the output is farther from the float one, and some are nearer."""
     torch.manual_seed(1)
     with torch.no_grad():
         layer.weight.copy_(torch.randn_like(layer.weight) ** 3)
