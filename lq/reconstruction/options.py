@@ -58,8 +58,8 @@ class Options:
             levels already), "ste" (GLF-Q: the weights themselves, straight through the rounding), or a rounding object
             of `lq.reconstruction.rounding`.
         start: where the rounding starts: at the "float" weights, nearer to what error "feedback" (GPTQ) chooses, or at
-            weights that make up for the error of activations ("ridge", ERQ); with rounding "nearest", that is what they
-            get.
+            weights that make up for the error of activations ("ridge", ERQ; on a ViT at W4A4 it did harm); with
+            rounding "nearest", that is what they get.
         loss: "relative" (the squared error, of tokens relative to the variance of each), "mse" (the squared error as it
             is), "fisher" (BRECQ), "kl" (of logits: the network as one unit), or a function of output, target and
             weights, such as ``LpLoss(2.4)``. Of the network behind the unit: "aph" (APHQ-ViT: errors weighed by the
