@@ -10,12 +10,17 @@ from torch import nn
 from typing_extensions import override
 
 from lq.attachment.sites import require_attached
+from lq.bars import steps
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.data import forward_of, run_example, training_batches
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import DataError, SpecError
 from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
 from lq.export.program import Call, first_samples
 from lq.structure.forward import eval_mode
+
+# What files with these endings are called.
+_KINDS = dict(zip(FORMATS, ("ONNX", "program", "packed"), strict=True))
 
 
 class ExportModel(ModuleCallback):
@@ -77,10 +82,14 @@ class ExportModel(ModuleCallback):
             return
         path = Path(self.path)
         model = network(pl_module, self.part)
-        examples = [] if path.suffix == ".safetensors" else self._examples(trainer, pl_module, model)
-        if not trainer.is_global_zero:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with progress_of(trainer):
+            examples = [] if path.suffix == ".safetensors" else self._examples(trainer, pl_module, model)
+            if trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._export(model, examples, path)
+
+    def _export(self, model: nn.Module, examples: list[Example], path: Path) -> None:
+        """Write the file."""
         first = first_samples(examples[0]) if examples else ()
         if path.suffix == ".onnx":
             self.report = export_onnx(model, first, path, check=examples, opset=self.opset)
@@ -90,6 +99,7 @@ class ExportModel(ModuleCallback):
             rank_zero_info(f"Exported {path}: {path.stat().st_size / 1e6:.2f} MB")
         else:
             rank_zero_info(f"Exported {path}: {save(model, path) / 1e6:.2f} MB")
+        self.files[_KINDS[path.suffix]] = path
 
     def _examples(self, trainer: pl.Trainer, module: pl.LightningModule, part: nn.Module) -> list[Example]:
         """What the part is called with; every rank reads its loader."""
@@ -106,7 +116,7 @@ class ExportModel(ModuleCallback):
         handle = part.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
             with eval_mode(module), torch.no_grad():
-                for batch in batches:
+                for batch in steps(batches, "Reading samples"):
                     forward(module, batch)
         finally:
             handle.remove()

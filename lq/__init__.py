@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lq.attachment.attach import set_estimator as set_estimator
     from lq.attachment.folding import fold_batchnorm as fold_batchnorm
     from lq.attachment.summary import summary as summary
+    from lq.bars import show_progress as show_progress
     from lq.calibration.calibration import calibrate as calibrate
     from lq.calibration.loss_aware import optimize_ranges as optimize_ranges
     from lq.calibration.synthesis import synthesize as synthesize
@@ -93,6 +94,7 @@ _HOME = {
     "Sensitivity": "lq.sensitivity",
     "set_bits": "lq.attachment.attach",
     "set_estimator": "lq.attachment.attach",
+    "show_progress": "lq.bars",
     "SpecError": "lq.errors",
     "StateError": "lq.errors",
     "Structure": "lq.structure.structure",

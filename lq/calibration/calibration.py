@@ -26,6 +26,7 @@ from lq.attachment.sites import (
     weights_at_calls,
 )
 from lq.attachment.stored import find_range
+from lq.bars import steps
 from lq.errors import DataError, NoEffectWarning
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.histogram import Histogram, Reduce
@@ -79,7 +80,7 @@ def calibrate(
         try:
             observed = {name: site.observe() for name, site in sites.items()}
             seen = 0
-            for batch in batches:
+            for batch in steps(batches, "Calibrating"):
                 if seen == 0:
                     _record_macs(model, batch, forward)
                 else:

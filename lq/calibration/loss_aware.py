@@ -42,6 +42,7 @@ from torch.utils import _pytree
 
 from lq.attachment.float_models import float_model
 from lq.attachment.sites import activation_quantizers, quantizers, require_attached
+from lq.bars import ticking
 from lq.calibration.refitting import samples_of
 from lq.errors import DataError, NoEffectWarning, SpecError, StateError
 from lq.quantizer.histogram import Reduce
@@ -158,8 +159,14 @@ def optimize_ranges(
     _check_calibrated(model)
     given = _ranges(model)
     try:
-        with eval_mode(model), without_recomputation(model), torch.no_grad():
-            measure = _Loss(model, batches, loss, forward, reduce)
+        total = evaluations + len(rules) + 2  # with the ranges given, and those of the parabola
+        with (
+            eval_mode(model),
+            without_recomputation(model),
+            torch.no_grad(),
+            ticking("Optimizing ranges", total, unit="evaluation") as begin_one,
+        ):
+            measure = _Loss(model, batches, loss, forward, reduce, begin_one)
             return _optimize(model, measure, rules, evaluations)
     except BaseException:
         _restore(given)
@@ -201,8 +208,10 @@ class _Loss:
         loss: NamedLoss | OutputLoss,
         forward: Forward | None,
         reduce: Reduce | None,
+        begin_one: Callable[[], object],
     ) -> None:
         self.evaluations = 0
+        self._begin_one = begin_one
         self._model, self._loss, self._forward = model, loss, forward
         self._device = next(model.parameters()).device
         self._reduce = reduce or (lambda tensor, _: tensor)
@@ -218,6 +227,7 @@ class _Loss:
     def __call__(self) -> float:
         """The loss, infinite where it is not a number."""
         self.evaluations += 1
+        self._begin_one()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for batch, target in zip(self._batches, self._targets, strict=True):
             total += self._of(run(self._model, batch, self._forward), batch, target).double() * batch_size(batch)

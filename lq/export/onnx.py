@@ -19,6 +19,7 @@ from torch import nn
 
 from lq.attachment.sites import activation_quantizers, quantizers
 from lq.attachment.stored import stay_float
+from lq.bars import at, staged
 from lq.errors import DataError, StateError
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights
@@ -75,6 +76,7 @@ class OnnxReport:
 
 
 @one_at_a_time
+@staged("Exporting", "translating", "simplifying", "checking")
 def export_onnx(
     model: nn.Module,
     example: Example,
@@ -126,6 +128,7 @@ def export_onnx(
     proto = made.model_proto
     if of_torch not in [found.version for found in proto.opset_import if found.domain == ""]:
         raise DataError(f"opset={opset} is not one that torch {torch.__version__} exports")
+    at("simplifying")
     graph = Graph(proto)
     graph.optimize(two_bits=opset >= OPSET_OF_INT2, four_bits=opset >= OPSET)
     graph.write()
@@ -142,6 +145,7 @@ def export_onnx(
             f"inputs of {listed} are float: onnxruntime may round them to 8 bits by itself; "
             "with activations=8, integer=True they are rounded in the model too"
         )
+    at("checking")
     with _taken_over(model, graph, notes), whole_file(path) as unfinished:
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq.bars import parts
 from lq.errors import DivergenceError
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.functional import fake_quantize
@@ -55,7 +56,7 @@ def fit_unit(problem: Problem, options: RunOptions, *, seed: int, before: float 
     curve = torch.zeros(min(_POINTS, options.iterations), device=device)
     taken = 0
     with fit.taps():
-        for step in options.watch(range(options.iterations if fit.parameters else 0), problem.name):
+        for step in options.watch(parts(range(options.iterations if fit.parameters else 0)), problem.name):
             loss = fit.step(step, order[step])
             curve[step * len(curve) // options.iterations] = loss
             taken = step + 1

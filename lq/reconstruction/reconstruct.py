@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from lq.attachment.sites import require_attached
+from lq.bars import Iterations, steps
 from lq.calibration.calibration import needs_calibration
 from lq.errors import StateError
 from lq.options import takes
@@ -38,6 +39,9 @@ from lq.reconstruction.quantizers import UnitQuantizers, quantizers_of
 from lq.reconstruction.ranges import refit_ranges_if_better
 from lq.reconstruction.report import Reconstruction, UnitReport
 from lq.reconstruction.units import Unit
+
+# Iterations that give most of what more of them give (docs/results.md), to say what they would take.
+_FEWER = 2000
 
 
 @takes(RunOptions, keyword_only=True)
@@ -105,7 +109,8 @@ def _losses_of_search(networks: Networks, blocks: Sequence[Unit]) -> list[float]
     )
     state = [*model.named_parameters(), *model.named_buffers()]
     before = {name: tensor.detach().clone() for name, tensor in state}
-    reports = _fit_units(networks, blocks, quantizers_of(networks.quantized, blocks), search, Progress.none())
+    quantizers = quantizers_of(networks.quantized, blocks)
+    reports = _fit_units(networks, blocks, quantizers, search, Progress.none(), "Choosing units")
     losses = [report.after for report in reports]
     model.load_state_dict(before, strict=False)
     return losses
@@ -117,13 +122,17 @@ def _fit_units(
     quantizers: Sequence[UnitQuantizers],
     options: RunOptions,
     progress: Progress,
+    title: str = "Reconstructing",
 ) -> Iterator[UnitReport]:
     """Fit one unit after the other; those that `progress` has are taken from there."""
     quantized, floats = networks.captures(units)
     weighted = getattr(options.loss_function, "weighted", False)
     weights = squared_gradients(floats, options) if weighted else [None] * len(units)
     blocks = networks.units("block") if options.regularization else []
-    for k, unit in enumerate(units):
+    costs = [0.0 if k < progress.finished else cost for k, cost in enumerate(_costs(quantizers))]
+    each = Iterations(options.iterations, _FEWER)
+    shown = steps(units, title, unit="unit", name=lambda unit: unit.name, costs=costs, iterations=each)
+    for k, unit in enumerate(shown):
         begin = time.perf_counter()
         inputs, float_inputs = quantized.inputs(k), floats.inputs(k)
         targets = floats.finish(k, float_inputs)
@@ -139,6 +148,13 @@ def _fit_units(
             progress.keep(report, quantizers[k])
         quantized.pass_on(k, inputs)
         yield report
+
+
+def _costs(quantizers: Sequence[UnitQuantizers]) -> list[float]:
+    """About what a step of each unit costs: its multiplications, and an eighth of the mean for what else is done."""
+    macs = [sum(quantizer.macs or 0.0 for quantizer, _ in unit.weights) for unit in quantizers]
+    least = sum(macs) / len(macs) / 8
+    return [count + least for count in macs] if least else [1.0] * len(macs)
 
 
 def _inner_outputs(networks: Networks, unit: Unit, blocks: Sequence[Unit]) -> InnerOutputs | None:

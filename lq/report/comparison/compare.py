@@ -30,6 +30,7 @@ from lq.attachment.interception import call_quantizers, watched_calls
 from lq.attachment.padded import padded
 from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, is_attached, quantizers, require_attached, weight_quantizer
+from lq.bars import steps
 from lq.calibration.calibration import needs_calibration
 from lq.errors import DataError, StateError
 from lq.quantizer.histogram import Reduce
@@ -102,7 +103,7 @@ def compare(
             stack.enter_context(context)
         stack.enter_context(without_recomputation(model, given))
         stack.enter_context(work.hooked())
-        for batch in batches:
+        for batch in steps(batches, "Comparing"):
             samples += batch_size(batch)
             work.batch(lambda which, batch=batch: run(which, batch, forward))  # type: ignore[misc]
         if not samples and reduce is None:
