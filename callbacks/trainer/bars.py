@@ -63,11 +63,12 @@ class RichDisplay:
 
     def say(self, text: str) -> None:
         """Show a line above the bars."""
-        for bar in self._open:
-            bar.progress.stop()
+        own = [bar.progress for bar in self._open if not bar.lent]
+        for progress in own:
+            progress.stop()
         rank_zero_info(text)
-        for bar in self._open:
-            bar.progress.start()
+        for progress in own:
+            progress.start()
 
 
 class _RichBar:
@@ -77,7 +78,7 @@ class _RichBar:
         self.lent = running is not None and running.live.is_started
         self.progress: Any = running if self.lent else self._new()
         self.begun = time.monotonic()
-        self.task = self.progress.add_task("", total=1.0, visible=False, clock="")
+        self.task = self.progress.add_task("", total=100, visible=False, clock="")
         if not self.lent:
             self.progress.start()
 
@@ -105,10 +106,9 @@ class _RichBar:
         clock = _clock(taken)
         if share:
             clock += f" • {_clock(taken / share * (1 - share))}"
-        total = 1.0 if share is not None or self.lent else None  # the Trainer's columns want a number
-        self.progress.update(
-            self.task, description=text, completed=share or 0.0, total=total, clock=clock, visible=True, refresh=True
-        )
+        done, total = int(100 * (share or 0.0)), 100 if share is not None or self.lent else None
+        self.progress.update(self.task, description=text, completed=done, total=total, clock=clock, visible=True)
+        self.progress.refresh()
 
     def close(self) -> None:
         """Take it away."""

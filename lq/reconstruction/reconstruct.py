@@ -129,7 +129,10 @@ def _fit_units(
     weighted = getattr(options.loss_function, "weighted", False)
     weights = squared_gradients(floats, options) if weighted else [None] * len(units)
     blocks = networks.units("block") if options.regularization else []
-    costs = [0.0 if k < progress.finished else cost for k, cost in enumerate(_costs(quantizers))]
+    costs = [
+        0.0 if k < progress.finished else cost
+        for k, cost in enumerate(_costs(quantizers, options.batch_size // options.ranks))
+    ]
     each = Iterations(options.iterations, _FEWER)
     shown = steps(units, title, unit="unit", name=lambda unit: unit.name, costs=costs, iterations=each)
     for k, unit in enumerate(shown):
@@ -150,11 +153,18 @@ def _fit_units(
         yield report
 
 
-def _costs(quantizers: Sequence[UnitQuantizers]) -> list[float]:
-    """About what a step of each unit costs: its multiplications, and an eighth of the mean for what else is done."""
-    macs = [sum(quantizer.macs or 0.0 for quantizer, _ in unit.weights) for unit in quantizers]
-    least = sum(macs) / len(macs) / 8
-    return [count + least for count in macs] if least else [1.0] * len(macs)
+def _costs(quantizers: Sequence[UnitQuantizers], samples: int) -> list[float]:
+    """About what a step on so many samples costs for each unit, in multiplications: those that it has, and its weights.
+
+    Measured on one core of a CPU (ResNet-18, MobileNet-V2): learning the rounding takes 80 ns a weight, as long as 400
+    multiplications forward and backward.
+    """
+    found = []
+    for unit in quantizers:
+        macs = sum(quantizer.macs or 0.0 for quantizer, _ in unit.weights)
+        found.append(samples * macs + 400 * sum(weight.numel() for _, weight in unit.weights))
+    least = sum(found) / len(found) / 20  # what else is done
+    return [count + least for count in found] if least else [1.0] * len(found)
 
 
 def _inner_outputs(networks: Networks, unit: Unit, blocks: Sequence[Unit]) -> InnerOutputs | None:
