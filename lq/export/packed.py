@@ -27,14 +27,15 @@ from lq.attachment.running import CALLS
 from lq.attachment.sites import float_weight, require_attached
 from lq.attachment.stored import read_from, stay_float, stored_weights
 from lq.errors import DataError
-from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other, Part
+from lq.export.entries import ORIGINAL, WEIGHT, Codes, Grid, Other, Part
+from lq.export.index import Index
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
 from lq.files import require_file, whole_file
 from lq.quantizer.final_widths import warn_if_unfinished
-from lq.quantizer.functional import step_size
 from lq.quantizer.levels import middle
 from lq.quantizer.quantizer import Quantizer
+from lq.quantizer.rounding import step_size
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
 from lq.structure.sources import Source

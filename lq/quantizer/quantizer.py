@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from lq.errors import SpecError
 from lq.quantizer.estimators import STE, Estimator, estimator
 from lq.quantizer.final_widths import FinalWidths
-from lq.quantizer.functional import Bound, step_size, transforms_active
+from lq.quantizer.functional import transforms_active
 from lq.quantizer.histogram import raise_if_not_finite
 from lq.quantizer.levels import middle, without_rounding_error
 from lq.quantizer.ranges import Levels, Samples, range_rule
+from lq.quantizer.rounding import Bound, step_size
 from lq.quantizer.spec import QuantSpec, check_bits
 
 #: The parts of a grid, by the names that they have in a state dict.

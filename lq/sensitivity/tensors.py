@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lq.attachment.sites import quantizers
 from lq.errors import StateError
 from lq.quantizer.activation_quantizer import ActivationQuantizer
-from lq.quantizer.functional import round_to_grid
+from lq.quantizer.rounding import round_to_grid
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.sensitivity.contraction import by_sample
 from lq.structure.channels import ChannelLayout
