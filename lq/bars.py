@@ -345,7 +345,7 @@ class _Speed:
 def duration(seconds: float) -> str:
     """Time in words, roughly.
 
-    >>> [duration(seconds) for seconds in (40, 1080, 5400, 11000, 200000)]
+    >>> [duration(seconds) for seconds in (40, 1080, 5400, 10800, 200000)]
     ['40 s', '18 min', '1.5 h', '3 h', '2.3 days']
     """
     for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
