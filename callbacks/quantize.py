@@ -21,12 +21,14 @@ from lq.attachment.attach import attach_by, detach
 from lq.attachment.options import QuantizeOptions
 from lq.attachment.sites import activation_quantizers, is_attached, layers
 from lq.attachment.summary import summary
+from lq.attachment.targets import check_model
 from lq.calibration.calibration import needs_calibration
 from lq.callbacks.trainer.averages import keep_averages_exact
 from lq.callbacks.trainer.checkpoints import save_result
 from lq.callbacks.trainer.data import calibrate_on_training_data
 from lq.callbacks.trainer.folding import fold_planned, folds, warn_of_folded
 from lq.callbacks.trainer.per_module import ModuleCallback
+from lq.callbacks.trainer.preparation import Preparation
 from lq.callbacks.trainer.preparing import (
     initialise_lazy_layers,
     is_uninitialised,
@@ -43,6 +45,7 @@ from lq.callbacks.trainer.untrained import UntrainedWeights, build_as_float
 from lq.errors import StateError
 from lq.options import takes
 from lq.quantizer.final_widths import warn_if_unfinished
+from lq.quantizer.targets import target_of
 from lq.structure.structure import Structure
 
 
@@ -69,6 +72,7 @@ class Quantize(ModuleCallback):
         self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
         self._untrained = UntrainedWeights()
         self._fitted = False
+        self.preparation: Preparation | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -98,12 +102,16 @@ class Quantize(ModuleCallback):
         check_parametrizations(pl_module)
         if not needs_calibration(pl_module):
             return
+        if self.preparation is not None:
+            self.preparation.apply(trainer, pl_module, self.options)
         calibrate_on_training_data(trainer, pl_module, self.options.calibration_samples, self.options.forward)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at what is folded and what will be pruned, and soon at the optimizers."""
+        """Look at what is folded, what will be pruned and the widths of now, and soon at the optimizers."""
+        if (target := target_of(self.options.target)) is not None:
+            check_model(pl_module, target)
         warn_of_folded(pl_module)
         check_zeros(trainer, pl_module)
         self._untrained.expect()
@@ -178,6 +186,9 @@ class Quantize(ModuleCallback):
         if folds(options, trainer, stage) and fold_planned(module, options, inspection) and inspection.example:
             inspection = inspect_module(trainer, module, options)  # tensors flow from other modules now
         self._structure = inspection.structure
+        if options.prepare and stage == "fit":
+            example = inspection.example or example_of(trainer, module, options)
+            self.preparation = Preparation(module, example, options.with_structure(self._structure))
         attach_by(module, options.with_structure(self._structure))
         tell_unseen(module, self._structure)
         if stage != "fit":

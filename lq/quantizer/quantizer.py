@@ -104,9 +104,8 @@ class Quantizer(FinalWidths):
         self.estimator = chosen
         for part in PARTS:
             self._make_learned(part, part in chosen.learns and not (part == "zero_point" and self._spec_is_symmetric))
-        self._buffers = {
-            part: self._buffers[part] for part in PARTS if part in self._buffers
-        }  # in the order of a new one
+        parts = {part: self._buffers[part] for part in PARTS if part in self._buffers}
+        self._buffers = {**parts, **self._buffers}  # in the order of a new one
 
     def _make_learned(self, part: str, learned: bool) -> None:
         """Have a part of the grid be a Parameter or a buffer; one that is so already stays the same tensor."""

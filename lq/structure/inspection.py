@@ -239,10 +239,13 @@ class _Builder:
             covered = tuple(dict.fromkeys(c for c in covers if c)) if all(covers) and site.role == "activation" else ()
             key = tuple(dict.fromkeys(id(value) for value in read))
             shares = first.get(key) if site.role == "activation" else None
+            probabilities = site.role == "activation" and all(source_of(value).is_softmax for value in read)
             if site.role == "activation":
                 first.setdefault(key, name)
             concat = next((groups[id(v)] for value in read for v in chain(value) if id(v) in groups), None)
-            self.sites[name] = replace(site, shares=shares, concat=concat, covered_by=covered)
+            self.sites[name] = replace(
+                site, shares=shares, concat=concat, covered_by=covered, probabilities=probabilities
+            )
 
     def _sources(self) -> None:
         """Keep sources below the modules that make the calls, and say whether only calls with a site read them."""

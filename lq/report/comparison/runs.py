@@ -12,13 +12,14 @@ from torch.utils import _pytree
 from lq.attachment.interception import call_quantizers, watched_calls
 from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import float_weight, quantizers, weight_quantizer
+from lq.attachment.tapping import rounded, tapped
 from lq.errors import DataError
 from lq.quantizer.histogram import Reduce
 from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.report.comparison.closeness import unpacked
 from lq.report.comparison.result import Comparison, LayerComparison, Part
-from lq.report.comparison.units import RESULT, Unit, find_units, rounded, tapped
+from lq.report.comparison.units import RESULT, Unit, find_units
 
 # How much is written of names in notes.
 _FEW = 4
