@@ -4,7 +4,6 @@ It runs in ``on_fit_start``, after `Quantize` has calibrated and before optimize
 it is all that happens. What was allocated is in the callback's state, so that a resumed run measures nothing.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from lq.attachment.attach import set_bits
 from lq.attachment.sites import activation_quantizers, require_attached
 from lq.attachment.summary import summary
 from lq.calibration.calibration import needs_calibration
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.callbacks.trainer.reports import report_path, write_text
@@ -137,7 +137,7 @@ class AllocateBits(ModuleCallback):
                 q.seen is None and q.calibrated for q in activation_quantizers(pl_module).values()
             ):
                 self._calibrate(trainer, pl_module)  # their ranges came from a checkpoint, without the values behind
-            with isolate_rng():
+            with isolate_rng(), progress_of(trainer):
                 allocation = self._allocate(trainer, pl_module)
         else:
             allocation = (
@@ -165,13 +165,13 @@ class AllocateBits(ModuleCallback):
 
     def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Allocation:
         batches = training_batches(trainer, self.samples, "Measuring sensitivity")
-        first = next(iter(batches), None)
+        first = batches.peek()
         metric = metric_of(self.sensitivity)
         if isinstance(metric, Fisher | HawqV2) and metric.loss is None and getattr(metric, "labels", "data") == "data":
             metric = replace(metric, loss=_loss_of(module, first))
         self.sensitivity_table = measure_sensitivity(
             module,
-            [] if first is None else itertools.chain([first], batches),
+            batches,
             metric,
             group=self.group,
             activations=self.activations is not None,
@@ -206,13 +206,11 @@ class AllocateBits(ModuleCallback):
         """Show, log and save what was allocated."""
         size = summary(module)
         rank_zero_info(f"Allocated: {allocation.table().notes[0]}. {type(module).__name__}: {size.total()}")
-        values = {
+        self.numbers = {
             "allocation/average_bits": size.average_bits,
             "allocation/bytes": float(size.bytes),
             "allocation/expected_loss": allocation.loss,
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
         path = report_path(trainer, "allocation.json", self.save_to)
         if path is not None:
             write_text(path, allocation.to_json())

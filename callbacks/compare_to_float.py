@@ -17,6 +17,7 @@ from typing_extensions import override
 from lq.attachment.float_view import as_float
 from lq.attachment.sites import quantizers, require_attached
 from lq.callbacks.reconstruct import Reconstruct
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.data import forward_of, reduce_over, training_batches
 from lq.callbacks.trainer.figures import log_figure, log_scalars
 from lq.callbacks.trainer.per_module import ModuleCallback
@@ -89,7 +90,7 @@ class CompareToFloat(ModuleCallback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare, show, log and save."""
-        with isolate_rng():
+        with isolate_rng(), progress_of(trainer):
             self.comparison = compare(
                 pl_module,
                 training_batches(trainer, self.samples, "Comparing"),

@@ -12,7 +12,9 @@ from typing_extensions import override
 
 from lq.attachment.sites import require_attached
 from lq.attachment.targets import check_model
+from lq.bars import steps
 from lq.callbacks.quantize import Quantize
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.data import forward_of, run_example, training_batches
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import DataError, SpecError
@@ -21,6 +23,9 @@ from lq.export.onnx import Dynamic
 from lq.export.program import Call, first_samples
 from lq.quantizer.targets import Target, TargetName, target_of
 from lq.structure.forward import eval_mode
+
+# What files with these endings are called.
+_KINDS = dict(zip(FORMATS, ("ONNX", "program", "packed"), strict=True))
 
 
 class ExportModel(ModuleCallback):
@@ -104,10 +109,14 @@ class ExportModel(ModuleCallback):
             return
         path = Path(self.path)
         model = network(pl_module, self.part)
-        examples = [] if path.suffix == ".safetensors" else self._examples(trainer, pl_module, model)
-        if not trainer.is_global_zero:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with progress_of(trainer):
+            examples = [] if path.suffix == ".safetensors" else self._examples(trainer, pl_module, model)
+            if trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._export(trainer, model, examples, path)
+
+    def _export(self, trainer: pl.Trainer, model: nn.Module, examples: list[Example], path: Path) -> None:
+        """Write the file."""
         first = first_samples(examples[0]) if examples else ()
         if path.suffix == ".onnx":
             target = self._target(trainer)
@@ -128,6 +137,7 @@ class ExportModel(ModuleCallback):
             rank_zero_info(f"Exported {path}: {path.stat().st_size / 1e6:.2f} MB")
         else:
             rank_zero_info(f"Exported {path}: {save(model, path) / 1e6:.2f} MB")
+        self.files[_KINDS[path.suffix]] = path
 
     def _target(self, trainer: pl.Trainer) -> Target | None:
         """The engine of an ONNX file: that of this callback, or of the one that quantizes."""
@@ -151,7 +161,7 @@ class ExportModel(ModuleCallback):
         handle = part.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
             with eval_mode(module), torch.no_grad():
-                for batch in batches:
+                for batch in steps(batches, "Reading samples"):
                     forward(module, batch)
         finally:
             handle.remove()

@@ -20,6 +20,7 @@ from lq.calibration.calibration import needs_calibration
 from lq.calibration.loss_aware import OptimizedRanges, check_arguments, optimize_ranges
 from lq.calibration.network_loss import NamedLoss, OutputLoss
 from lq.callbacks.trainer.averages import give_to_averages
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import SpecError, StateError
@@ -79,7 +80,7 @@ class OptimizeRanges(ModuleCallback):
         if any(q.seen is None and q.calibrated for q in activation_quantizers(pl_module).values()):
             # their ranges came from a checkpoint, without the values behind
             calibrate_on_training_data(trainer, pl_module, self.samples, self.forward)
-        with isolate_rng():
+        with isolate_rng(), progress_of(trainer):
             optimized = optimize_ranges(
                 pl_module,
                 training_batches(trainer, self.samples, "Optimizing ranges"),
@@ -91,9 +92,7 @@ class OptimizeRanges(ModuleCallback):
         give_to_averages(trainer, pl_module)
         self.optimized = optimized
         rank_zero_info(f"Optimized ranges of {type(pl_module).__name__}: {optimized}")
-        values = {"ranges/loss_before": optimized.before, "ranges/loss_after": optimized.after}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        self.numbers = {"ranges/loss_before": optimized.before, "ranges/loss_after": optimized.after}
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from lq.callbacks.trainer.preparing import (
     require_values,
 )
 from lq.callbacks.trainer.pruning import check_parametrizations, check_zeros, prune_float_weights, warn_of_lost_zeros
+from lq.callbacks.trainer.result import tell_result
 from lq.callbacks.trainer.same import require_same
 from lq.callbacks.trainer.structure import example_of, inspect_module, tell_unseen
 from lq.callbacks.trainer.surroundings import check_order, check_strategy, copying_callbacks, put_running_last
@@ -70,6 +71,7 @@ class Quantize(ModuleCallback):
         self._structure: Structure | None = None  # what quantizers were attached by
         self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
         self._untrained = UntrainedWeights()
+        self._fitted = False
         self.preparation: Preparation | None = None
 
     @override
@@ -130,6 +132,7 @@ class Quantize(ModuleCallback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what no ModelCheckpoint has saved: a network that is not trained, or is changed after training."""
+        self._fitted = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.global_step == 0:
@@ -167,9 +170,12 @@ class Quantize(ModuleCallback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module's own hook."""
+        """Leave the module's own hook; say what came of the fit, now that all callbacks are done with it."""
         super().teardown(trainer, pl_module, stage)
         leave_checkpoints_alone(pl_module)
+        if self._fitted:
+            tell_result(trainer, pl_module)
+        self._fitted = False
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         require_values(module)

@@ -6,7 +6,6 @@ kept in a file, from which a run that was killed goes on.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +20,9 @@ from lq.attachment.float_models import float_copy
 from lq.attachment.sites import require_attached
 from lq.calibration.calibration import needs_calibration
 from lq.callbacks.trainer.averages import give_to_averages
-from lq.callbacks.trainer.data import forward_of, progress_bar, reduce_over, training_batches
+from lq.callbacks.trainer.bars import progress_of
+from lq.callbacks.trainer.data import forward_of, reduce_over, training_batches
+from lq.callbacks.trainer.figures import log_figure
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.callbacks.trainer.reports import report_path, write_text
 from lq.errors import StateError
@@ -153,7 +154,7 @@ class Reconstruct(ModuleCallback):
             options |= {"iterations": 1, "search_iterations": 1, "resume": None}
         elif self.resume is not None:
             options["resume"] = _numbered(Path(self.resume), len(earlier))
-        with isolate_rng():
+        with isolate_rng(), progress_of(trainer):
             self.reconstruction = reconstruct(
                 module,
                 training_batches(trainer, self.samples, "Reading samples"),
@@ -163,7 +164,6 @@ class Reconstruct(ModuleCallback):
                 reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
                 ranks=trainer.world_size,
                 rank=trainer.global_rank,
-                watch=lambda steps, name: _shown(trainer, steps, name),
             )
         give_to_averages(trainer, module, weights=True)
         self._report(trainer, self.reconstruction, len(earlier))
@@ -180,13 +180,10 @@ class Reconstruct(ModuleCallback):
         """Show, log and save what was done."""
         rank_zero_info(f"Reconstructed: {'; '.join(reconstruction.table().notes)}")
         name = f"reconstruction-{earlier + 1}" if earlier else "reconstruction"
-        for index, unit in enumerate(reconstruction.units):
-            values = {
-                f"{name}/loss_before": unit.before,
-                f"{name}/loss_after": unit.after,
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=index)
+        for part in ("before", "after"):
+            losses = [float(getattr(unit, part)) for unit in reconstruction.units]
+            self.numbers[f"{name}/loss_{part}"] = sum(losses) / max(len(losses), 1)
+        log_figure(trainer, name, reconstruction.figure)
         path = report_path(trainer, "reconstruction.json", self.save_to)
         if path is not None:
             path = _numbered(path, earlier)
@@ -213,7 +210,3 @@ def _float_copy(module: pl.LightningModule) -> nn.Module:
         return float_copy(module)
     finally:
         module._trainer = attached
-
-
-def _shown(trainer: pl.Trainer, steps: Iterable[int], name: str) -> Iterable[int]:
-    return progress_bar(trainer, steps, f"Reconstructing {name}", unit="step")

@@ -5,7 +5,6 @@ pass. A checkpoint of what came of it has a mark for each ReLU, by which a run w
 `lq.load` puts it back; a plain module refuses the checkpoint.
 """
 
-from collections.abc import Iterable
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,9 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lq.attachment.relu import marked, put_relus_of, relus_in
+from lq.bars import steps
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.trainer.averages import give_to_averages
-from lq.callbacks.trainer.data import forward_of, progress_bar, reduce_over, training_batches
+from lq.callbacks.trainer.bars import progress_of
+from lq.callbacks.trainer.data import forward_of, reduce_over, training_batches
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import NoEffectWarning, StateError
 from lq.options import after, takes
@@ -94,15 +95,16 @@ class ReconstructMLP(ModuleCallback):
         options: MLPOptions = self.options
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             options = replace(options, iterations=1)
-        self.reconstruction = reconstruct_mlps(
-            pl_module,
-            training_batches(trainer, self.options.samples, "Reading samples"),
-            options,
-            forward=forward_of(trainer, pl_module, self.options.forward, autocast=False),
-            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
-            ranks=trainer.world_size,
-            watch=lambda steps, name: _shown(trainer, steps, name),
-        )
+        with progress_of(trainer):
+            self.reconstruction = reconstruct_mlps(
+                pl_module,
+                training_batches(trainer, self.options.samples, "Reading samples"),
+                options,
+                forward=forward_of(trainer, pl_module, self.options.forward, autocast=False),
+                reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+                ranks=trainer.world_size,
+                watch=lambda items, name: steps(items, f"Reconstructing {name}", unit="step"),
+            )
         give_to_averages(trainer, pl_module, weights=True)
         _tell(pl_module, self.reconstruction)
 
@@ -143,7 +145,3 @@ def _tell(module: pl.LightningModule, found: MLPReconstruction) -> None:
         f"ReconstructMLP: {len(found.mlps)} GELUs of {type(module).__name__} are ReLUs now; mean error of their MLPs, "
         f"relative to the variance: {before:.3g} without fitting, {after:.3g} fitted{f'; left: {left}' if left else ''}"
     )
-
-
-def _shown(trainer: pl.Trainer, steps: Iterable[int], name: str) -> Iterable[int]:
-    return progress_bar(trainer, steps, f"Reconstructing {name}", unit="step")

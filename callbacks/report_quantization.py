@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lq.attachment.float_models import float_model
@@ -22,6 +21,7 @@ from lq.callbacks.trainer.figures import log_figure, log_scalars
 from lq.callbacks.trainer.gathering import gather
 from lq.callbacks.trainer.noting import Notes
 from lq.callbacks.trainer.per_module import ModuleCallback
+from lq.callbacks.trainer.report_figures import figures_of
 from lq.callbacks.trainer.reports import report_path
 from lq.errors import SpecError
 from lq.report.html import History, Report, write_report
@@ -121,12 +121,13 @@ class ReportQuantization(ModuleCallback):
                 "report/bytes": float(report.summary["bytes"]),
                 "report/average_bits": float(report.summary["average_bits"]),
             }
-            log_figure(trainer, "report/bits", lambda: _bits_figure(report))
         log_scalars(trainer, values)
+        for name, draw in figures_of(report).items():
+            log_figure(trainer, f"report/{name}", draw)
         path = report_path(trainer, "quantization.html", self.save_to)
         if path is not None:
             write_report(report, path)
-            rank_zero_info(f"Report: {path}")
+            self.files["report"] = path
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -153,18 +154,3 @@ class ReportQuantization(ModuleCallback):
         )
         if found is not None:
             self._accuracy[name], self._measured_on = found
-
-
-def _bits_figure(report: Report) -> Any:
-    from matplotlib.figure import Figure
-
-    layers = [] if report.summary is None else report.summary["layers"]
-    figure = Figure(figsize=(max(6.0, 0.18 * len(layers) + 2), 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(range(len(layers)), [min(layer["average_bits"], 32.0) for layer in layers], label="weight")
-    found = [(i, layer["input_bits"]) for i, layer in enumerate(layers) if layer["input_bits"] is not None]
-    axes.plot([i for i, _ in found], [width for _, width in found], "o", color="tab:orange", label="input")
-    axes.set_xticks(range(len(layers)), [layer["name"] for layer in layers], rotation=90, fontsize="x-small")
-    axes.set_ylabel("bits")
-    axes.legend()
-    return figure

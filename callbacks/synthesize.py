@@ -7,7 +7,6 @@ run that finds all in its checkpoint makes none.
 
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +21,7 @@ from lq.attachment.sites import common_module, is_attached, layers
 from lq.calibration.batchnorm import batchnorms
 from lq.calibration.synthesis import check_sizes, require_statistics, synthesize
 from lq.callbacks.quantize import Quantize
-from lq.callbacks.trainer.data import progress_bar
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import SpecError, StateError
 
@@ -181,17 +180,17 @@ class SynthesizeData(ModuleCallback):
             copy.load_state_dict(trainer.strategy.broadcast(copy.state_dict()))  # DDP takes rank 0's weights too
         has_forward = type(copy).forward is not pl.LightningModule.forward
         one_batch: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
-        images = synthesize(
-            copy if has_forward else common_module(copy)[1],
-            self._shape_for(module),
-            self.batch_size * trainer.world_size if one_batch else self.samples,
-            batch_size=min(self.batch_size, max(2, self.samples // trainer.world_size)),  # every rank has a share
-            iterations=1 if one_batch else self.iterations,
-            seed=self.seed,
-            rank=trainer.global_rank,
-            ranks=trainer.world_size,
-            progress=partial(progress_bar, trainer, title="Synthesizing"),
-        )
+        with progress_of(trainer):
+            images = synthesize(
+                copy if has_forward else common_module(copy)[1],
+                self._shape_for(module),
+                self.batch_size * trainer.world_size if one_batch else self.samples,
+                batch_size=min(self.batch_size, max(2, self.samples // trainer.world_size)),  # every rank has a share
+                iterations=1 if one_batch else self.iterations,
+                seed=self.seed,
+                rank=trainer.global_rank,
+                ranks=trainer.world_size,
+            )
         self._copy = None
         return images.cpu()
 

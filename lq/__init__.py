@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lq.attachment.preparation.prepare import Preparation as Preparation
     from lq.attachment.preparation.prepare import prepare as prepare
     from lq.attachment.summary import summary as summary
+    from lq.bars import show_progress as show_progress
     from lq.calibration.calibration import calibrate as calibrate
     from lq.calibration.loss_aware import optimize_ranges as optimize_ranges
     from lq.calibration.synthesis import synthesize as synthesize
@@ -97,6 +98,7 @@ _HOME = {
     "Sensitivity": "lq.sensitivity",
     "set_bits": "lq.attachment.attach",
     "set_estimator": "lq.attachment.attach",
+    "show_progress": "lq.bars",
     "SpecError": "lq.errors",
     "StateError": "lq.errors",
     "Structure": "lq.structure.structure",

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 # What each package of lq imports of the others, from the ground up: each names only packages above it.
 MAY_IMPORT = {
     "errors": "",
+    "bars": "",
     "files": "errors",
     "options": "",
     "tables": "",
@@ -29,13 +30,13 @@ MAY_IMPORT = {
     "structure": "errors files tables",
     "quantizer": "errors files structure",
     "attachment": "errors files options tables structure quantizer",
-    "calibration": "errors structure quantizer attachment",
-    "sensitivity": "errors files tables structure quantizer attachment",
-    "allocation": "errors files tables structure quantizer attachment sensitivity",
+    "calibration": "bars errors structure quantizer attachment",
+    "sensitivity": "bars errors files tables structure quantizer attachment",
+    "allocation": "bars errors files tables structure quantizer attachment sensitivity",
     "training": "errors structure quantizer attachment",
-    "reconstruction": "errors files options tables structure quantizer attachment calibration allocation",
-    "export": "errors files structure quantizer attachment",
-    "report": "errors files tables structure quantizer attachment calibration reconstruction",
+    "reconstruction": "bars errors files options tables structure quantizer attachment calibration allocation",
+    "export": "bars errors files structure quantizer attachment",
+    "report": "bars errors files tables structure quantizer attachment calibration reconstruction",
     "sites": "attachment",
     "cli": "errors files tables configuration structure quantizer attachment calibration sensitivity allocation export "
     "report",

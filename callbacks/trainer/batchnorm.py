@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 
 from lq.calibration.batchnorm import batchnorms, reestimate_batchnorm
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.data import forward_of, reduce_over, training_batches
 from lq.errors import NoEffectWarning
 
@@ -44,11 +45,12 @@ class BatchNormStatistics:
         """Measure them on training data, once for each step that training may end at."""
         if not self.samples or self.measured_at == trainer.global_step or not batchnorms(module):
             return
-        reestimate_batchnorm(
-            module,
-            training_batches(trainer, self.samples, "Measuring BatchNorm"),
-            forward=forward_of(trainer, module, None),
-            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
-            ranks=trainer.world_size,
-        )
+        with progress_of(trainer):
+            reestimate_batchnorm(
+                module,
+                training_batches(trainer, self.samples, "Measuring BatchNorm"),
+                forward=forward_of(trainer, module, None),
+                reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+                ranks=trainer.world_size,
+            )
         self.measured_at = trainer.global_step

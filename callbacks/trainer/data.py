@@ -5,9 +5,9 @@ Reading them leaves no trace (`lq.callbacks.trainer.streams`): a run sees the sa
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from lq.attachment.sites import common_module
 from lq.calibration.calibration import calibrate
 from lq.callbacks.trainer.averages import give_to_averages
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.steps import Way, called, run_forward, run_step, way_of
 from lq.callbacks.trainer.streams import combined, make_returnable, mode_of, reading, small_batch
 from lq.errors import DataError
 from lq.structure.forward import Forward, run
 from lq.structure.samples import batch_size
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -38,7 +37,34 @@ class BatchSource(Protocol):
         """A small batch to look at the module with, on the CPU, before there are others."""
 
 
-def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[Any]:
+class TrainingBatches(Iterator[Any]):
+    """Batches, and about how many are left.
+
+    Args:
+        source: the batches.
+        expected: gets their number when the first has come.
+    """
+
+    def __init__(self, source: Generator[Any], expected: list[int]) -> None:
+        self._source, self._expected = source, expected  # no more: the source must end when nobody has this any longer
+        self._ahead: list[Any] = []
+        self._taken = 0
+
+    def __next__(self) -> Any:
+        batch = self._ahead.pop() if self._ahead else next(self._source)
+        self._taken += 1
+        return batch
+
+    def __length_hint__(self) -> int:
+        return max(self._expected[0] - self._taken, 0) if self._expected else 0
+
+    def peek(self) -> Any:
+        """The first of what comes; None: nothing does."""
+        self._ahead = list(itertools.islice(self._source, 1))
+        return self._ahead[0] if self._ahead else None
+
+
+def training_batches(trainer: pl.Trainer, samples: int, title: str) -> TrainingBatches:
     """At least `samples` training samples (over all ranks) in batches, on the device; fewer if the loader ends.
 
     The Trainer's ``limit_train_batches``, ``overfit_batches`` and ``fast_dev_run`` hold here too. A `BatchSource` among
@@ -47,8 +73,14 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
     Args:
         trainer: a trainer that is fitting.
         samples: number of samples over all ranks.
-        title: shown by the progress bar, if the Trainer has one.
+        title: of what reads them, for messages.
     """
+    expected: list[int] = []
+    return TrainingBatches(_read(trainer, samples, title, expected), expected)
+
+
+def _read(trainer: pl.Trainer, samples: int, title: str, expected: list[int]) -> Generator[Any]:
+    """The batches; `expected` gets their number when the first has come."""
     producer = _batch_source(trainer)
     if producer is not None:
         yield from producer.source_batches(trainer, samples)
@@ -66,7 +98,10 @@ def training_batches(trainer: pl.Trainer, samples: int, title: str) -> Iterator[
     share, seen, read = math.ceil(samples / trainer.world_size), 0, 0
     with isolate_rng(), reading(loader, title):
         limit = None if math.isinf(trainer.num_training_batches) else int(trainer.num_training_batches)
-        for loaded, _, index in itertools.islice(progress_bar(trainer, iter(loader), title), limit):
+        for loaded, _, index in itertools.islice(iter(loader), limit):
+            if not read:
+                whole = -(-share // max(batch_size(loaded), 1))
+                expected.append(whole if limit is None else min(whole, limit))
             converted = trainer.precision_plugin.convert_input(loaded)
             batch = module._on_before_batch_transfer(converted, dataloader_idx=index)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=index)
@@ -147,12 +182,13 @@ def calibrate_on_training_data(
     trainer: pl.Trainer, module: pl.LightningModule, samples: int, forward: Forward | None
 ) -> None:
     """Find the ranges of all quantizers on training samples, on all ranks together, for averages of the module too."""
-    calibrate(
-        module,
-        training_batches(trainer, samples, "Calibrating"),
-        forward=forward_of(trainer, module, forward),
-        reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
-    )
+    with progress_of(trainer):
+        calibrate(
+            module,
+            training_batches(trainer, samples, "Calibrating"),
+            forward=forward_of(trainer, module, forward),
+            reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
+        )
     give_to_averages(trainer, module)
 
 
@@ -164,13 +200,3 @@ def reduce_over(trainer: pl.Trainer) -> Callable[[Tensor, str], Tensor]:
 def _batch_source(trainer: pl.Trainer) -> BatchSource | None:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, BatchSource)), None)
-
-
-def progress_bar(trainer: pl.Trainer, items: Iterable[T], title: str, unit: str = "batch") -> Iterable[T]:
-    """`items` behind a progress bar, where the Trainer shows any."""
-    bar = trainer.progress_bar_callback
-    if bar is None or not getattr(bar, "is_enabled", True) or not trainer.is_global_zero:
-        return items
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc=title, unit=unit, leave=False)

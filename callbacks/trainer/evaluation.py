@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lq.bars import steps
+from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.streams import make_returnable, mode_of, reading
 from lq.quantizer.histogram import Reduce
 from lq.structure.forward import Forward, eval_mode, named_parts, tensors_of
@@ -59,8 +61,8 @@ def accuracy_of(
     share = -(-samples // trainer.world_size)
     batches = validation_batches(trainer)
     try:
-        with eval_mode(module), torch.no_grad():
-            for batch in batches:
+        with eval_mode(module), torch.no_grad(), progress_of(trainer):
+            for batch in steps(batches, "Measuring accuracy"):
                 classes = classes_in(batch)
                 if classes is None:
                     break

@@ -8,6 +8,7 @@ the module that is being restored.
 
 import copy
 import weakref
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,8 @@ from typing_extensions import override
 
 from lq.callbacks.recipe import unfold_recipes
 from lq.callbacks.trainer.averages import keep_averages_exact
+from lq.callbacks.trainer.figures import log_scalars
+from lq.callbacks.trainer.shown import call_of
 
 
 class _Known:
@@ -42,7 +45,13 @@ class ModuleCallback(pl.Callback):
     """Base of callbacks that keep something of the module they ran on.
 
     Subclasses set all of it in `_begin`, to what it is before there is a module; they call the ``setup``, ``teardown``
-    and ``load_state_dict`` of this class where they have their own.
+    and ``load_state_dict`` of this class where they have their own, and its ``on_fit_end`` if they have ``numbers``.
+
+    Attributes:
+        numbers: what it has found before or while training, for the loggers. They are logged when fit is over, in a row
+            after those of training: a row at a step of training would be merged with that one's, or end the curves of
+            loggers whose steps must rise.
+        files: what it has written in this run: kind and path.
     """
 
     #: Whether it has changed the network after training, in this run: later than checkpoints are saved.
@@ -54,6 +63,11 @@ class ModuleCallback(pl.Callback):
         self._of_module = tuple(vars(self))
         self._known = _Known()
         self._running = False
+        self.numbers: dict[str, float] = {}
+        self.files: dict[str, Path] = {}
+
+    def __repr__(self) -> str:
+        return call_of(self)
 
     def _begin(self) -> None:
         """Set the attributes that are about one module."""
@@ -64,6 +78,13 @@ class ModuleCallback(pl.Callback):
         unfold_recipes(trainer, pl_module)
         self._turn_to(pl_module)
         self._running, self.changed_after_training = True, False
+        if stage == "fit":
+            self.numbers, self.files = {}, {}
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the numbers."""
+        log_scalars(trainer, self.numbers)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

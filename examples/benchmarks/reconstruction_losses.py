@@ -6,8 +6,8 @@ the folder in the environment variable LQ_DATA (its pack.py); test labels are fo
     python examples/benchmarks/reconstruction_losses.py
     python examples/benchmarks/reconstruction_losses.py --runs mse,adaround mse,ste --iterations 100
 
-A run is a loss, a rounding and, if it is not "float", a start: "aph,adaround", "mse,ste,ridge". "nearest" is what they
-start from. CPU seconds are those of reconstruction alone, on one thread.
+A run is a loss, a rounding and, if it is not "float", a start: "aph,adaround", "mse,ste,feedback". "nearest" is what
+they start from. CPU seconds are those of reconstruction alone, on one thread.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import lq
 from lq.reconstruction import APHLoss, DPLRLoss
 from lq.structure.outputs import kl_divergence
 
-RUNS = ("mse,adaround", "aph,adaround", "dplr,adaround", "global,adaround", "mse,ste", "mse,adaround,ridge")
+RUNS = ("mse,adaround", "aph,adaround", "dplr,adaround", "global,adaround", "mse,ste")
 
 
 def load(name: str, images: int, tests: int) -> tuple[nn.Module, list[Tensor], list[tuple[Tensor, Tensor]]]:

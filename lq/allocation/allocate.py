@@ -24,6 +24,7 @@ from lq.allocation.solvers import Problem
 from lq.allocation.solvers import solver as solver_of
 from lq.allocation.solvers.products import merge
 from lq.attachment.sites import quantizers
+from lq.bars import stage
 from lq.errors import DataError, NoEffectWarning, SpecError
 from lq.files import named, parse_json, read_text, schema
 from lq.quantizer.spec import check_bits, width_in_file
@@ -215,9 +216,10 @@ def allocate(
     problem = Problem(merged.losses, merged.costs, left, names)
     for limit, least, greatest in zip(limits, problem.least_costs, problem.greatest_costs, strict=True):
         limit.check(float(least), float(greatest))
-    found = solver_of(solver)(problem)
-    if cross_terms:
-        found = crossed(problem, found, merged, items, sensitivity)
+    with stage("Allocating", f"{len(merged.losses)} choices"):
+        found = solver_of(solver)(problem)
+        if cross_terms:
+            found = crossed(problem, found, merged, items, sensitivity)
     chosen = [sensitivity.widths[i] for i in merged.unmerged(found.choice)]
     weights, widths_of_activations = _widths(items, chosen)
     return Allocation(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lq.bars import steps
 from lq.errors import DataError
 from lq.quantizer.histogram import Reduce
 from lq.structure.forward import Forward, eval_mode, run
@@ -47,7 +48,7 @@ def reestimate_batchnorm(
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative mean
                 norm.train()
-            for batch in batches:
+            for batch in steps(batches, "Measuring BatchNorm"):
                 run(model, batch, forward)
                 seen += 1
             done = seen > 0

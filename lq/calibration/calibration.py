@@ -26,6 +26,7 @@ from lq.attachment.sites import (
     weights_at_calls,
 )
 from lq.attachment.stored import find_range
+from lq.bars import steps
 from lq.calibration.output_ranges import SAMPLES, by_output, fit_to_outputs
 from lq.errors import DataError, NoEffectWarning
 from lq.quantizer.activation_quantizer import ActivationQuantizer
@@ -81,7 +82,7 @@ def calibrate(
             observed = {name: site.observe() for name, site in sites.items()}
             seen = 0
             some = _Some() if any(map(by_output, quantizers(model))) else None
-            for batch in batches:
+            for batch in steps(batches, "Calibrating"):
                 if some is not None:
                     some.add(batch)
                 if seen == 0:

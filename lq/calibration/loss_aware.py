@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.attachment.sites import activation_quantizers, quantizers, require_attached
+from lq.bars import ticking
 from lq.calibration.network_loss import NamedLoss, NetworkLoss, OutputLoss
 from lq.calibration.powell import search_factors
 from lq.calibration.refitting import samples_of
@@ -140,8 +141,14 @@ def optimize_ranges(
     _check_calibrated(model)
     given = _ranges(model)
     try:
-        with eval_mode(model), without_recomputation(model), torch.no_grad():
-            measure = NetworkLoss(model, batches, loss, forward, reduce)
+        total = evaluations + len(rules) + 2  # with the ranges given, and those of the parabola
+        with (
+            eval_mode(model),
+            without_recomputation(model),
+            torch.no_grad(),
+            ticking("Optimizing ranges", total, unit="evaluation") as begin_one,
+        ):
+            measure = NetworkLoss(model, batches, loss, forward, reduce, begin_one)
             return _optimize(model, measure, rules, evaluations)
     except BaseException:
         _restore(given)

@@ -33,8 +33,10 @@ class NetworkLoss:
         loss: NamedLoss | OutputLoss,
         forward: Forward | None,
         reduce: Reduce | None,
+        begin_one: Callable[[], object] = lambda: None,
     ) -> None:
         self.evaluations = 0
+        self._begin_one = begin_one  # told of each
         self._model, self._loss, self._forward = model, loss, forward
         self._device = next(model.parameters()).device
         self._reduce = reduce or (lambda tensor, _: tensor)
@@ -50,6 +52,7 @@ class NetworkLoss:
     def __call__(self) -> float:
         """The loss, infinite where it is not a number."""
         self.evaluations += 1
+        self._begin_one()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for batch, target in zip(self._batches, self._targets, strict=True):
             total += self._of(run(self._model, batch, self._forward), batch, target).double() * batch_size(batch)

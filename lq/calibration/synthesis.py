@@ -29,10 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from lq.attachment.sites import is_attached
+from lq.bars import Iterations, parts, steps
 from lq.calibration.batchnorm import batchnorms
 from lq.errors import DataError, SpecError, StateError
 from lq.structure.forward import eval_mode, run
 from lq.structure.recomputation import without_recomputation
+
+# Iterations that made images as good (see above), to say what they would take.
+_FEWER = 100
 
 #: A mean and a standard deviation, each of shape (C,).
 Statistics = tuple[Tensor, Tensor]
@@ -79,8 +83,8 @@ def synthesize(
     """
     check_sizes(samples=samples, batch_size=batch_size, iterations=iterations, ranks=ranks)
     require_statistics(model, "lq.synthesize")
-    parts = torch.arange(samples).tensor_split(math.ceil(samples / batch_size))  # of about the same size
-    seeds = torch.randint(2**62, (len(parts),), generator=torch.Generator().manual_seed(seed)).tolist()
+    sizes = torch.arange(samples).tensor_split(math.ceil(samples / batch_size))  # of about the same size
+    seeds = torch.randint(2**62, (len(sizes),), generator=torch.Generator().manual_seed(seed)).tolist()
     like = next(buffer for norm in batchnorms(model) for buffer in norm.buffers() if buffer.is_floating_point())
     made = [like.new_empty(0, *shape)]
     with (
@@ -90,8 +94,9 @@ def synthesize(
         torch.enable_grad(),
         _observed(model) as seen,
     ):
-        for k in progress(range(rank, len(parts), ranks)):
-            noise = torch.randn(len(parts[k]), *shape, generator=torch.Generator().manual_seed(seeds[k])).to(like)
+        share, each = range(rank, len(sizes), ranks), Iterations(iterations, _FEWER)
+        for k in progress(steps(share, "Synthesizing", iterations=each)):
+            noise = torch.randn(len(sizes[k]), *shape, generator=torch.Generator().manual_seed(seeds[k])).to(like)
             made.append(_optimised(noise, lambda x: _distance(model, x, seen), iterations, lr))
     images = torch.cat(made)
     if not images.isfinite().all():
@@ -133,7 +138,7 @@ def _optimised(images: Tensor, loss: Callable[[Tensor], Tensor], iterations: int
     """`images` after steps of Adam on their loss; nothing waits for the device."""
     images.requires_grad_()
     optimizer = torch.optim.Adam([images], lr)
-    for iteration in range(iterations):
+    for iteration in parts(range(iterations)):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * iteration / iterations)) / 2
         (images.grad,) = torch.autograd.grad(loss(images), images)
         optimizer.step()

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from lq.attachment.sites import activation_quantizers, quantizers
 from lq.attachment.stored import stay_float
 from lq.attachment.targets import check_model
+from lq.bars import at, staged
 from lq.errors import DataError, SpecError, StateError
 from lq.export.engines import with_signed_codes
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
@@ -95,6 +96,7 @@ class OnnxReport:
 
 
 @one_at_a_time
+@staged("Exporting", "translating", "simplifying", "checking")
 def export_onnx(
     model: nn.Module,
     example: Example,
@@ -161,6 +163,7 @@ def export_onnx(
     proto = made.model_proto
     if of_torch not in [found.version for found in proto.opset_import if found.domain == ""]:
         raise DataError(f"opset={opset} is not one that torch {torch.__version__} exports")
+    at("simplifying")
     graph = _written(proto, opset, engine)
     parameters = [value.name for value in proto.graph.input]
     rename(proto, input_names, output_names)
@@ -173,6 +176,7 @@ def export_onnx(
             f"inputs of {listed(left)} are float: onnxruntime may round them to 8 bits by itself; "
             "with activations=8, integer=True they are rounded in the model too"
         )
+    at("checking")
     with _taken_over(model, graph, notes), whole_file(path) as unfinished:
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lq.bars import at, staged
 from lq.errors import DataError
 from lq.export.standard import standard_form
 from lq.files import file_for_torch, whole_file
@@ -50,6 +51,7 @@ Example = Tensor | Sequence[Any] | Mapping[str, Any] | Call
 
 
 @one_at_a_time
+@staged("Exporting", "translating", "writing")
 def export_program(model: nn.Module, example: Example, path: str | Path | None = None) -> ExportedProgram:
     """A quantized model as an `ExportedProgram`: integer weights, quantize and dequantize operators, any batch size.
 
@@ -78,6 +80,7 @@ def export_program(model: nn.Module, example: Example, path: str | Path | None =
     if program is None:
         raise DataError(f"torch.export cannot export {type(model).__name__}: {reason}")
     if path is not None:
+        at("writing")
         with whole_file(Path(path)) as unfinished, file_for_torch(unfinished) as file:
             torch.export.save(program, file)
     return program

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lq.bars import parts
 from lq.errors import DataError
 from lq.export.program import Example, arguments, map_tensors
 from lq.structure.forward import eval_mode
@@ -62,7 +63,7 @@ def compare(model: nn.Module, path: Path, batches: list[Example], parameters: Se
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             products = _products(options.optimized_model_filepath)
         names = [value.name for value in session.get_inputs()]
-        for batch in batches:
+        for batch in parts(batches):
             args, kwargs = arguments(map_tensors(batch, lambda x: x.to(device)))
             with eval_mode(model), torch.no_grad():
                 expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]

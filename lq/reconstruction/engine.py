@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq.bars import parts
 from lq.errors import DivergenceError
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.reconstruction.capture import call
@@ -24,7 +25,6 @@ from lq.reconstruction.objective import over
 from lq.reconstruction.options import RunOptions
 from lq.reconstruction.problem import Problem, Solution, mean_loss
 from lq.reconstruction.quantizers import tapped
-from lq.reconstruction.ridge import ridge_changes
 from lq.reconstruction.rounding import WeightGrid
 
 # Points of a loss curve.
@@ -46,8 +46,6 @@ def fit_unit(problem: Problem, options: RunOptions, *, seed: int, before: float 
     grid = WeightGrid(problem.quantizers.weights)
     if options.start == "feedback":
         grid.prefer(feedback_levels(problem, grid, options))
-    elif options.start == "ridge":
-        grid.values = grid.values + ridge_changes(problem, grid, options)
     device = problem.inputs.device
     if before is None:
         before = mean_loss(problem, options)
@@ -59,7 +57,7 @@ def fit_unit(problem: Problem, options: RunOptions, *, seed: int, before: float 
     curve = torch.zeros(min(_POINTS, options.iterations), device=device)
     taken = 0
     with fit.taps():
-        for step in options.watch(range(options.iterations if fit.parameters else 0), problem.name):
+        for step in options.watch(parts(range(options.iterations if fit.parameters else 0)), problem.name):
             loss = fit.step(step, order[step])
             curve[step * len(curve) // options.iterations] = loss * fit.first
             taken = step + 1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lq.bars import steps
 from lq.reconstruction.capture import Capture, Outputs
 from lq.reconstruction.options import RunOptions
 from lq.reconstruction.storage import Stored
@@ -43,7 +44,7 @@ def squared_gradients(capture: Capture, options: RunOptions) -> list[Outputs]:
 
         return hook
 
-    for start, _, batch in batches:
+    for start, _, batch in steps(batches, "Measuring gradients", total=len(batches.sizes)):
         outputs.clear()
         with ExitStack() as stack:
             for k, unit in enumerate(units):

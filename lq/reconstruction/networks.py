@@ -1,6 +1,7 @@
 """The quantized network, the float one, and the batches that both run on: what all units have in common."""
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lq.attachment.float_models import float_copy
 from lq.attachment.padded import padded
+from lq.bars import steps
 from lq.errors import DataError
 from lq.reconstruction.capture import Batches, Capture
 from lq.reconstruction.flow import Flow, find_flow
@@ -42,15 +44,18 @@ class Networks:
         self.model = model
         self.options = options
         self.float_model = float_copy(model) if options.teacher is None else options.teacher
+        known = operator.length_hint(batches)
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
+        left = operator.length_hint(rest)
         if not first:
             raise DataError(
                 "reconstruction got no batches: the loader is empty; give lq.reconstruct at least one batch"
             )
         layout = _layout(self.float_model, first[0], options.forward)
         hashed = options.resume is not None
-        self.batches = Batches(itertools.chain(first, rest), storage, digest=hashed, layout=layout)
+        read = steps(itertools.chain(first, rest), "Reading samples", total=known or (1 + left if left else None))
+        self.batches = Batches(read, storage, digest=hashed, layout=layout)
         self.example = self.batches.example(2)
         self.quantized = QuantizedModel(model)
 

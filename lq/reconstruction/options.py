@@ -28,9 +28,8 @@ from lq.structure.forward import Forward
 #: Units by their granularity, or by name: modules, chains of them as lists.
 Units = Granularity | Literal["mixed"] | Sequence[str | Sequence[str]]
 
-#: Where the rounding starts: at the float weights, nearer to what error feedback chooses, or where ridge regression
-#: makes up for the error of activations.
-Start = Literal["float", "feedback", "ridge"]
+#: Where the rounding starts: at the float weights, or nearer to what error feedback chooses.
+Start = Literal["float", "feedback"]
 
 #: What becomes of the activations of a unit while it is fitted.
 Activations = Literal["learned", "quantized", "float"]
@@ -57,9 +56,8 @@ class Options:
         rounding: "nearest", "adaround", "softmax" (NWQ), "wide_softmax" (also one level down: where weights are
             levels already), "ste" (GLF-Q: the weights themselves, straight through the rounding), or a rounding object
             of `lq.reconstruction.rounding`.
-        start: where the rounding starts: at the "float" weights, nearer to what error "feedback" (GPTQ) chooses, or at
-            weights that make up for the error of activations ("ridge", ERQ; on a ViT at W4A4 it did harm); with
-            rounding "nearest", that is what they get.
+        start: where the rounding starts: at the "float" weights, or nearer to what error "feedback" (GPTQ) chooses;
+            with rounding "nearest", that is what they get.
         loss: "relative" (the squared error, of tokens relative to the variance of each), "mse" (the squared error as it
             is), "fisher" (BRECQ), "kl" (of logits: the network as one unit), or a function of output, target and
             weights, such as ``LpLoss(2.4)``. Of the network behind the unit: "aph" (APHQ-ViT: errors weighed by the

@@ -94,6 +94,11 @@ class Progress:
         del progress._units[progress._finished :]
         return progress
 
+    @property
+    def finished(self) -> int:
+        """Number of units that are finished."""
+        return self._finished
+
     def restored(self, k: int) -> UnitReport | None:
         """Put a finished unit into the model and return its report; None if it is not finished."""
         if k >= self._finished or self.model is None:

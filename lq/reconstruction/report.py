@@ -82,10 +82,18 @@ class Reconstruction:
         return self.table().__rich__()
 
     def plot(self, path: str | Path, others: Mapping[str, "Reconstruction"] | None = None) -> None:
-        """Draw the loss of every unit, as in figure 1 of MRECG's supplement, into a file; needs matplotlib.
+        """Draw the loss of every unit into a file; needs matplotlib.
 
         Args:
             path: an image file.
+            others: reconstructions of the same network to compare with, by their label.
+        """
+        self.figure(others).savefig(path)
+
+    def figure(self, others: Mapping[str, "Reconstruction"] | None = None) -> Any:
+        """A figure of matplotlib with the loss of every unit, as in figure 1 of MRECG's supplement.
+
+        Args:
             others: reconstructions of the same network to compare with, by their label.
         """
         from matplotlib.figure import Figure
@@ -106,7 +114,7 @@ class Reconstruction:
             axes.set_yscale("log")
         axes.set_ylabel("reconstruction loss")
         axes.legend()
-        figure.savefig(path)
+        return figure
 
 
 # What a saved reconstruction looks like.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.attachment.float_models import float_model
+from lq.bars import parts
 from lq.errors import SpecError
 from lq.sensitivity.reading import Reading, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
@@ -54,7 +55,7 @@ class BruteForce:
                 if labelled is not None and not labelled.any():
                     sums.ignored += len(labelled)
                     continue
-                sums.add([self._values(tensor, output, reading.group) for tensor in tensors], labelled)
+                sums.add([self._values(tensor, output, reading.group) for tensor in parts(tensors)], labelled)
         return sums.found(1.0, reading.reduce)
 
     def _values(self, tensor: MeasuredTensor, output: "_Output", group: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lq.attachment.float_models import float_model
+from lq.bars import parts
 from lq.errors import SpecError, StateError
 from lq.sensitivity.metrics import Loss, grouped, signs
 from lq.sensitivity.reading import Reading, log_likelihood
@@ -96,7 +97,7 @@ class HawqV2:
         if not reached:
             raise StateError("the loss has no second derivative with respect to any quantized tensor")
         count, mean = 0, torch.zeros(len(taps), dtype=torch.float64)
-        while count < self.vectors:
+        for _ in parts(range(self.vectors)):
             vectors = [signs(leaf) for leaf in leaves]
             products = torch.autograd.grad(
                 [gradients[i] for i in reached],

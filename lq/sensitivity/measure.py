@@ -1,6 +1,7 @@
 """`measure_sensitivity`: what each width of each tensor of a quantized model costs, by the metric of choice."""
 
 import itertools
+import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from torch import nn
 
 from lq.attachment.float_models import float_model
 from lq.attachment.sites import require_attached
+from lq.bars import steps
 from lq.errors import DataError, NoEffectWarning, SpecError
 from lq.quantizer.histogram import Reduce
 from lq.quantizer.spec import check_bits
@@ -132,13 +134,16 @@ def measure_sensitivity(
     if not tensors:
         raise SpecError("neither weights nor activations of the model are quantized as asked; nothing can be measured")
     with torch.random.fork_rng(), without_recomputation(model):
+        count = operator.length_hint(batches)
         batches = iter(batches)
         first = list(itertools.islice(batches, 1))
         layout = _layout(model, first[0], chosen, forward, batch_dim) if first else FIRST
         torch.manual_seed(seed)
-        found = chosen.measure(
-            model, tensors, itertools.chain(first, batches), Reading(forward, layout, group, reduce, cross_terms)
-        )
+        reading = Reading(forward, layout, group, reduce, cross_terms)
+        left = operator.length_hint(batches)
+        total = count or (len(first) + left if left else None)
+        every = steps(itertools.chain(first, batches), "Measuring sensitivity", total=total)
+        found = chosen.measure(model, tensors, every, reading)
     unseen = [tensor.name for tensor in tensors if not tensor.seen]
     if unseen:
         warnings.warn(

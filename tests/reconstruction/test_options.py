@@ -49,7 +49,7 @@ def test_one_that_is_set_on_a_callback_is_checked():
     [
         ({"units": "blocks"}, r"units='blocks' is unknown; use one of \('layer', .*\), or a list of module names"),
         ({"units": 3}, "units=3 is unknown"),
-        ({"start": ["float"]}, r"start=\['float'\] is unknown; use one of \('float', 'feedback', 'ridge'\)"),
+        ({"start": ["float"]}, r"start=\['float'\] is unknown; use one of \('float', 'feedback'\)"),
         ({"metric": None}, r"metric=None is unknown; use one of \('modcap', 'loss'\)"),
         ({"activation_mode": "none"}, "activation_mode='none' is unknown"),
         ({"iterations": 0}, "iterations=0 must be at least 1"),

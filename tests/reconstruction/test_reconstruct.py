@@ -29,7 +29,7 @@ METHODS = {
     },
     "kl": {"units": "network", "loss": "kl"},
     "aph": {"loss": "aph", "drop": "annealed", "regularization": 0.5, "units": "mixed", "merges": 1},
-    "dplr": {"loss": "dplr", "start": "ridge", "over_first": True},
+    "dplr": {"loss": "dplr", "start": "feedback", "over_first": True},
     "dplr, network": {"loss": "dplr", "units": "network", "activation_mode": "quantized"},
     "global": {"loss": "global", "units": "layer", "activation_mode": "float", "drop": 0.0},
     "ste": {"rounding": "ste", "loss": "global", "drop": 0.0, "step_lr": None, "bias_lr": 1e-3},
@@ -123,7 +123,7 @@ def test_losses_of_the_network_go_on_from_a_file(loss, tmp_path):
     rest = run(again, data, loss=loss, iterations=6, resume=path)
     assert [unit.after for unit in rest.units] == [unit.after for unit in found.units]
     assert_same(dict(again.state_dict()), dict(whole.state_dict()))
-    for other in ({"loss": "mse"}, {"over_first": True}, {"rounding": "ste"}, {"start": "ridge"}):
+    for other in ({"loss": "mse"}, {"over_first": True}, {"rounding": "ste"}, {"start": "feedback"}):
         with pytest.raises(StateError, match="belongs to another reconstruction: its method is"):
             run(prepared()[0], data, **{"loss": loss, "iterations": 6, "resume": path, **other})
 

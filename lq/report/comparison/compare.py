@@ -26,6 +26,7 @@ from lq.attachment.float_models import copy_model, float_model
 from lq.attachment.float_view import as_float
 from lq.attachment.padded import padded
 from lq.attachment.sites import is_attached, quantizers, require_attached
+from lq.bars import steps
 from lq.calibration.calibration import needs_calibration
 from lq.errors import DataError, StateError
 from lq.quantizer.histogram import Reduce
@@ -92,7 +93,7 @@ def compare(
             stack.enter_context(context)
         stack.enter_context(without_recomputation(model, given))
         stack.enter_context(work.hooked())
-        for batch in batches:
+        for batch in steps(batches, "Comparing"):
             samples += batch_size(batch)
             work.batch(lambda which, batch=batch: run(which, batch, forward))  # type: ignore[misc]
         if not samples and reduce is None:
