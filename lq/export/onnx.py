@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from lq.attachment.sites import activation_quantizers, quantizers
 from lq.attachment.stored import stay_float
@@ -164,10 +165,16 @@ def _translated(standard: nn.Module, example: Example, opset: int, name: str) ->
             cause = first_line(error.__cause__ or error)
             if reason:  # already for one batch size
                 raise DataError(f"torch.onnx cannot export {name}: {cause}") from error
+            by_sample = _groups_by_sample(program)
             program, cannot = exported(standard, example, any_batch=False)
-            by_sample = "aten.conv" in cause and "sym_size" in cause
             reason = cannot or ("a convolution has a group for each sample" if by_sample else cause)
     raise DataError(f"torch.export cannot export {name}: {reason}")
+
+
+def _groups_by_sample(program: ExportedProgram) -> bool:
+    """Whether the number of groups of a convolution is computed from a size; ONNX has a constant there."""
+    convolutions = (n for n in program.graph.nodes if n.op == "call_function" and "conv" in str(n.target))
+    return any(isinstance(number, torch.fx.Node) for n in convolutions for number in n.args[3:])
 
 
 def _opset(model: nn.Module, opset: int | None) -> int:
