@@ -17,7 +17,8 @@ from typing_extensions import override
 
 from lq.attachment.sites import activation_quantizers, require_attached
 from lq.calibration.calibration import needs_calibration
-from lq.calibration.loss_aware import NamedLoss, OptimizedRanges, OutputLoss, check_arguments, optimize_ranges
+from lq.calibration.loss_aware import OptimizedRanges, check_arguments, optimize_ranges
+from lq.calibration.network_loss import NamedLoss, OutputLoss
 from lq.callbacks.trainer.averages import give_to_averages
 from lq.callbacks.trainer.data import calibrate_on_training_data, forward_of, reduce_over, training_batches
 from lq.callbacks.trainer.per_module import ModuleCallback

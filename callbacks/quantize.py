@@ -27,6 +27,7 @@ from lq.callbacks.trainer.checkpoints import save_result
 from lq.callbacks.trainer.data import calibrate_on_training_data
 from lq.callbacks.trainer.folding import fold_planned, folds, warn_of_folded
 from lq.callbacks.trainer.per_module import ModuleCallback
+from lq.callbacks.trainer.preparation import Preparation
 from lq.callbacks.trainer.preparing import (
     initialise_lazy_layers,
     is_uninitialised,
@@ -67,6 +68,7 @@ class Quantize(ModuleCallback):
         self._structure: Structure | None = None  # what quantizers were attached by
         self._evaluated: weakref.ref[torch.nn.Module] | None = None  # what an evaluation has attached quantizers to
         self._untrained = UntrainedWeights()
+        self.preparation: Preparation | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -96,6 +98,8 @@ class Quantize(ModuleCallback):
         check_parametrizations(pl_module)
         if not needs_calibration(pl_module):
             return
+        if self.preparation is not None:
+            self.preparation.apply(trainer, pl_module, self.options)
         calibrate_on_training_data(trainer, pl_module, self.options.calibration_samples, self.options.forward)
         rank_zero_info(f"Quantized {type(pl_module).__name__}: {summary(pl_module).total()}")
 
@@ -172,6 +176,9 @@ class Quantize(ModuleCallback):
         if folds(options, trainer, stage) and fold_planned(module, options, inspection) and inspection.example:
             inspection = inspect_module(trainer, module, options)  # tensors flow from other modules now
         self._structure = inspection.structure
+        if options.prepare and stage == "fit":
+            example = inspection.example or example_of(trainer, module, options)
+            self.preparation = Preparation(module, example, options.with_structure(self._structure))
         attach_by(module, options.with_structure(self._structure))
         tell_unseen(module, self._structure)
         if stage != "fit":

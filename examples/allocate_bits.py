@@ -43,7 +43,7 @@ def digits(epochs: int) -> tuple[nn.Module, Batches, Batches]:
 
 def real() -> tuple[nn.Module, Batches, Batches]:
     """ResNet-20 and CIFAR-10 from the data folder."""
-    benchmark = runpy.run_path(str(Path(__file__).with_name("benchmarks") / "allocation.py"))
+    benchmark = runpy.run_path(str(Path(__file__).with_name("benchmarks") / "real_data.py"))
     found: tuple[nn.Module, Batches, Batches] = benchmark["load"]("cifar10_resnet20")
     return found
 

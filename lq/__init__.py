@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lq.attachment.attach import set_bits as set_bits
     from lq.attachment.attach import set_estimator as set_estimator
     from lq.attachment.folding import fold_batchnorm as fold_batchnorm
+    from lq.attachment.preparation.prepare import Preparation as Preparation
+    from lq.attachment.preparation.prepare import prepare as prepare
     from lq.attachment.summary import summary as summary
     from lq.calibration.calibration import calibrate as calibrate
     from lq.calibration.loss_aware import optimize_ranges as optimize_ranges
@@ -83,6 +85,8 @@ _HOME = {
     "OnnxReport": "lq.export",
     "optimize_ranges": "lq.calibration.loss_aware",
     "PatternError": "lq.errors",
+    "Preparation": "lq.attachment.preparation.prepare",
+    "prepare": "lq.attachment.preparation.prepare",
     "QuantSpec": "lq.quantizer.spec",
     "recipe": "lq.configuration.recipe",
     "recipe_names": "lq.configuration.recipe",

@@ -34,29 +34,59 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
+from torch import nn
+
 P = ParamSpec("P")
 O_co = TypeVar("O_co", covariant=True)
+O_contra = TypeVar("O_contra", contravariant=True)
 O = TypeVar("O")  # noqa: E741
 A = TypeVar("A")
-B = TypeVar("B")
+M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 _SECTION = re.compile(r"\w+:{1,2}|>>> .*")
 _ENTRY = re.compile(r"    (\w+): ")
+
+
+# Types of what users call, before and after. Parameters of `Concatenate` have no names, those of these have.
+
+
+class _Changes(Protocol[O_contra]):
+    """A function that changes a model in place."""
+
+    def __call__(self, model: M, options: O_contra) -> M: ...
+
+
+class _ChangesBy(Protocol[P]):
+    def __call__(self, model: M, *args: P.args, **kwargs: P.kwargs) -> M: ...
+
+
+class _Runs(Protocol[O_contra, R_co]):
+    """A function that runs a model on batches."""
+
+    def __call__(self, model: nn.Module, batches: Iterable[Any], options: O_contra) -> R_co: ...
+
+
+class _RunsBy(Protocol[P, R_co]):
+    def __call__(self, model: nn.Module, batches: Iterable[Any], *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 class Taking(Protocol[P, O_co]):
     """Makes a function that is called with options one by one out of one that is called with all of them."""
 
     @overload
-    def __call__(self, function: Callable[[A, O_co], R], /) -> Callable[Concatenate[A, P], R]: ...
+    def __call__(self, function: _Changes[O_co], /) -> _ChangesBy[P]: ...
 
     @overload
-    def __call__(self, function: Callable[[A, B, O_co], R], /) -> Callable[Concatenate[A, B, P], R]: ...
+    def __call__(self, function: _Runs[O_co, R], /) -> _RunsBy[P, R]: ...
+
+    @overload
+    def __call__(self, function: Callable[[A, O_co], R], /) -> Callable[Concatenate[A, P], R]: ...
 
 
 def after(name: str) -> Mapping[str, str]:

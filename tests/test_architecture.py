@@ -43,7 +43,7 @@ MAY_IMPORT = {
 # Packages of interchangeable parts, within those: nothing of models is in them.
 PARTS = {
     "quantizer/ranges": ("lq.errors", "lq.quantizer.ranges"),
-    "quantizer/estimators": ("lq.errors", "lq.quantizer.estimators", "lq.quantizer.functional"),
+    "quantizer/estimators": ("lq.errors", "lq.quantizer.estimators", "lq.quantizer.rounding"),
     "allocation/solvers": ("lq.errors", "lq.allocation.solvers"),
 }
 

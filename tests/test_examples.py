@@ -76,9 +76,12 @@ def test_allocation_of_the_digits_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("LQ_DATA" not in os.environ, reason="LQ_DATA is not set: fine-tuning needs real weights and images")
-def test_benchmark_of_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_of_finetuning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples/benchmarks")
     main = runpy.run_path(str(ROOT / "examples/benchmarks/finetuning.py"), run_name="finetuning")["main"]
-    reader = runpy.run_path(str(ROOT / "examples/benchmarks/allocation.py"), run_name="allocation")["pack"]()
+    reader = runpy.run_path(str(ROOT / "examples/benchmarks/real_data.py"), run_name="real_data")["pack"]()
     for split in ("train", "test"):  # the few exact images instead of decoding 60 000
         pixels, labels = reader.cifar10(split)
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

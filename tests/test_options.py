@@ -183,16 +183,20 @@ def test_command_lines_show_each_option_with_its_text(capsys):
     assert Lunch(**vars(given)).options == Sandwich(cheese="brie")
 
 
+@pytest.mark.slow  # mypy reads torch's types
 def test_type_checkers_see_each_option(tmp_path):
     pytest.importorskip("mypy")
     path = tmp_path / "checked.py"
     path.write_text(
         textwrap.dedent(
             """
+            from collections.abc import Iterable
             from dataclasses import dataclass
-            from typing import TypeVar
+            from typing import Any, TypeVar
+            from torch import nn
             from lq.options import takes
 
+            M = TypeVar("M", bound=nn.Module)
             T = TypeVar("T")
 
             @dataclass(frozen=True)
@@ -207,6 +211,21 @@ def test_type_checkers_see_each_option(tmp_path):
             number: int = same("a")
             same("a", bitz=3)
             same("a", bits="3")
+
+            @takes(Options)
+            def attach(model: M, options: Options) -> M:
+                return model
+
+            @takes(Options, keyword_only=True)
+            def fit(model: nn.Module, batches: Iterable[Any], options: Options) -> float:
+                return 0.5
+
+            layer: nn.Linear = attach(nn.Linear(2, 2), 3)
+            layer = attach(model=layer, bits=3)
+            loss: float = fit(layer, [1], bits=3)
+            loss = fit(model=layer, batches=[1])
+            attach(modle=layer)
+            fit(layer, batches=[1], bits="3")
             """
         ),
         encoding="utf-8",
@@ -218,7 +237,9 @@ def test_type_checkers_see_each_option(tmp_path):
         check=False,
     )
     errors = [line.split("error: ")[1] for line in done.stdout.splitlines() if "error: " in line]
-    assert len(errors) == 3, done.stdout + done.stderr
+    assert len(errors) == 5, done.stdout + done.stderr
     assert 'expected "int"' in errors[0] or "Incompatible types in assignment" in errors[0]
     assert 'Unexpected keyword argument "bitz" for "same"' in errors[1]
     assert 'Argument "bits" to "same" has incompatible type "str"; expected "int"' in errors[2]
+    assert 'Unexpected keyword argument "modle"' in errors[3]
+    assert 'Argument "bits"' in errors[4] and 'has incompatible type "str"; expected "int"' in errors[4]

@@ -106,3 +106,21 @@ def test_vit_tiny() -> None:
     w8a8, w4a8 = losses("vit_tiny_patch16_224", [(8, 8, False), (4, 8, False)])
     assert w8a8 <= 2.2
     assert w4a8 <= 11
+
+
+@pytest.mark.slow
+def test_prepared_vision_transformer() -> None:
+    """Channels behind layer norms at one range: many points at W4A4, with the products of attention in float."""
+    net, calibration, test = load("vit_tiny_patch16_224")
+    calibration, test = calibration[:2], test[:4]
+    before, found = top1(net, test), []
+    for prepared in (False, True):
+        if prepared:
+            lq.prepare(net, calibration)
+            assert abs(top1(net, test) - before) <= 0.5
+        structure = lq.inspect(net, calibration[0][:1])
+        lq.attach(net, 4, 4, structure=structure, exclude=["*.attn.matmul_*"])
+        found.append(top1(lq.calibrate(net, calibration), test))
+        lq.detach(net)
+    print(f"vit_tiny_patch16_224: float {before:.1f}, W4A4 {found[0]:.1f}, prepared {found[1]:.1f}")
+    assert found[1] > found[0] + 5

@@ -8,6 +8,12 @@ from torch.optim.swa_utils import AveragedModel
 from lq.attachment.sites import copy_quantizers, quantizers
 
 
+def averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """The copies of the module that callbacks keep."""
+    found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [a.module if isinstance(a, AveragedModel) else a for a in found if isinstance(a, nn.Module)]
+
+
 def give_to_averages(trainer: pl.Trainer, module: nn.Module, *, weights: bool = False) -> None:
     """Give the copies that were made in ``setup`` the grids, and on request the weights, that `module` has got since.
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lq.attachment.checkpoint import folds_otherwise, rebuild
+from lq.attachment.preparation.stored import is_marker, match
 from lq.attachment.saved_plan import planned_by
 from lq.attachment.sites import is_attached
 from lq.errors import DataError, StateError
@@ -79,6 +80,8 @@ def rebuild_from_checkpoint(module: pl.LightningModule, check: Callable[[pl.Ligh
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         state_dict = checkpoint.get("state_dict", {})
+        if any(map(is_marker, state_dict)):
+            match(module, state_dict)
         if planned_by(state_dict):
             otherwise = folds_otherwise(module, state_dict)
             guessed = check(module, otherwise)

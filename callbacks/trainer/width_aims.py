@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lq.allocation.budget import Costs, parse_budget
 from lq.attachment.summary import WIDTH_BITS
 from lq.errors import BudgetError
-from lq.training.noise_scale import SizeBudget, Targets, WidthLearner
+from lq.training.noise_scale import WidthLearner
+from lq.training.width_goals import SizeBudget, Targets
 
 #: Mean bits, a compression such as "8x", or bytes such as "1.5MB"; None: each width has a target of its own.
 Budget = float | str | None

@@ -10,7 +10,6 @@ The first two need the folder with real weights and images (LQ_DATA, or --data),
 import argparse
 import copy
 import os
-import runpy
 import tempfile
 import time
 import warnings
@@ -24,14 +23,11 @@ from torch import Tensor, nn
 
 import lq
 from lq.attachment.sites import activation_quantizers, quantizers
+from real_data import pack
 
 MODELS = ("cifar10_resnet20", "tf_efficientnet_lite0", "vit_tiny_patch16_224")
 CIFAR = MODELS[0]
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "mixed": (4, 8)}
-
-
-def reader() -> Any:
-    return runpy.run_path(str(Path(__file__).with_name("allocation.py")))["pack"]()
 
 
 def images(source: Any, name: str, card: Any, count: int, train: bool) -> Tensor:
@@ -69,7 +65,7 @@ def paid(model: nn.Module) -> float:
 
 def size(options: argparse.Namespace) -> None:
     """Packed files."""
-    source = reader()
+    source = pack()
     print("| model | widths | float, bytes | paid for | file | file / paid |\n|---|---|---|---|---|---|")
     for name in options.models:
         card = source.load_model(name)[1]
@@ -96,7 +92,7 @@ def agreement(options: argparse.Namespace) -> None:
     """
     import onnxruntime
 
-    source = reader()
+    source = pack()
     columns = "file, MB", "top-1 alike", "alike in float64", "logits differ by up to", "logits up to", "torch.export"
     print(f"| model | widths | {' | '.join(columns)} |\n|---|---|---|---|---|---|---|---|")
     for name in options.models:

@@ -11,11 +11,9 @@ of the errors against the least that brute force over all candidates finds (with
 """
 
 import argparse
-import runpy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import timm
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 import lq
 from lq.quantizer.ranges import Levels, Lp, Samples
 from lq.quantizer.ranges.direct import DirectSearch, errors
+from real_data import pack
 
 KINDS = {"symmetric": (True, True), "unsigned": (True, False), "zero point": (False, True)}
 P, CANDIDATES = 2.4, 100
@@ -82,7 +81,6 @@ def random_rows(kind: str) -> Iterator[tuple[str, list[Tensor]]]:
 
 def real_rows(name: str) -> list[Tensor]:
     """The weights of a real model, by output channel."""
-    pack = runpy.run_path(str(Path(__file__).parent / "allocation.py"), run_name="allocation")["pack"]
     model, _ = pack().load_model(name)
     kinds = (nn.Linear, nn.Conv2d)
     return [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, kinds)]

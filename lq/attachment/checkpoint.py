@@ -17,7 +17,8 @@ from lq.attachment.folded import folded_norms, folded_pairs
 from lq.attachment.folding import fold_pair, unfold_for
 from lq.attachment.pairs import is_norm
 from lq.attachment.placement import attach_sites
-from lq.attachment.saved_plan import kind_of, planned_by, site_of
+from lq.attachment.preparation.stored import is_marker, made_biases, match
+from lq.attachment.saved_plan import LOG2, kind_of, planned_by, site_of
 from lq.attachment.scheme import PlannedSite
 from lq.attachment.sites import float_weight, is_attached, quantizers
 from lq.errors import DataError
@@ -154,6 +155,7 @@ def _lacking(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
     gone = [pair for pair in foldable_pairs(model) if pair.norm not in in_theirs]
     back = {pair: norm for pair, norm in folded_pairs(model).items() if pair.norm in in_theirs}
     norms, biases = {pair.norm for pair in gone}, {f"{pair.conv}.bias" for pair in [*gone, *back]}
+    biases |= made_biases(state_dict) | made_biases(model.state_dict())  # `rebuild` makes them, or takes them off
     ours = {key: value for key, value in ours.items() if key.rpartition(".")[0] not in norms}
     ours |= {f"{pair.norm}.{key}": value for pair, norm in back.items() for key, value in norm.state_dict().items()}
     missing, unknown = (sorted(found - biases) for found in (ours.keys() - theirs.keys(), theirs.keys() - ours.keys()))
@@ -171,7 +173,9 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     entries = {}
     for key, value in state_dict.items():
         name, _, last = key.rpartition(".")
-        if last in (*_STATE, FINAL, "_extra_state") and site_of(name) is not None:
+        if last in (*_STATE, LOG2, FINAL, "_extra_state") and site_of(name) is not None:
+            continue
+        if is_marker(key):
             continue
         if f".{key}".endswith(f".{_ORIGINAL}") and f"{key.removesuffix('original')}0.bits" in state_dict:
             key = f"{key.removesuffix(_ORIGINAL)}weight"  # noqa: PLW2901
@@ -202,10 +206,11 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         for pair in foldable_pairs(model):
             if not _has_statistics(state_dict, pair.norm):
                 fold_pair(model, pair)
+    match(model, state_dict)
     modules = dict(model.named_modules(remove_duplicate=False))
     plan = _once(plan, modules)
     present = _once(planned_by(model.state_dict()), modules)
-    kinds = [{name: (p.owner, p.spec.per_channel) for name, p in sites.items()} for sites in (present, plan)]
+    kinds = [{n: (p.owner, p.spec.per_channel, p.spec.levels) for n, p in sites.items()} for sites in (present, plan)]
     if kinds[0] == kinds[1]:
         return
     if is_attached(model):

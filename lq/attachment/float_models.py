@@ -1,6 +1,7 @@
 """The float model that a quantized one was: a copy without quantizers, or the model itself for a while."""
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -28,21 +29,43 @@ def float_model(model: nn.Module) -> Iterator[None]:
     """The float model: no quantizer rounds, nothing trains, no fused kernel hides a layer; undone afterwards."""
     trained = [p for p in model.parameters() if p.requires_grad]
     taps = [(q, q.tap) for q in quantizers(model)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
         for quantizer, _ in taps:
             quantizer.tap = _pass
-        with eval_mode(model), torch.autocast(_device_type(model), enabled=False):
+        with _NO_FAST_PATH, eval_mode(model), torch.autocast(_device_type(model), enabled=False):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for quantizer, tap in taps:
             quantizer.tap = tap
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+class _NoFastPath:
+    """No fused kernel of torch's attention modules, in any thread, until the last that needs it so is done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_NO_FAST_PATH = _NoFastPath()
 
 
 def _pass(x: Tensor) -> Tensor:

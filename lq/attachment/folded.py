@@ -34,7 +34,7 @@ def remember(model: nn.Module, pair: FoldablePair, folded: FoldedInside) -> None
     parent, local = around(model, pair)
     if "_folded_norms" not in parent.__dict__:
         parent.__dict__["_folded_norms"] = {}
-        parent.register_load_state_dict_pre_hook(_fold_checkpoint)
+        parent.register_load_state_dict_pre_hook(fold_checkpoint)
     parent.__dict__["_folded_norms"][local] = folded
 
 
@@ -52,7 +52,7 @@ def folded_norms(model: nn.Module) -> list[str]:
     return [pair.norm for pair in folded_pairs(model)]
 
 
-def _fold_checkpoint(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def fold_checkpoint(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load-state-dict hook: fold the BatchNorms that a checkpoint still has and `parent` has folded."""
     for pair, folded in parent.__dict__.get("_folded_norms", {}).items():
         conv, norm = f"{prefix}{pair.conv}.", f"{prefix}{pair.norm}."

@@ -29,7 +29,7 @@ def reads_alone(
     Raises:
         DataError: if the model does not take the example.
     """
-    with _eval(model):
+    with running(model):
         traced = trace(model, lambda: run(model, example, forward), example)
     return {pair: reason for pair in pairs if (reason := _against(model, traced, pair)) is not None}
 
@@ -71,7 +71,7 @@ def outputs(model: nn.Module, example: Any, forward: Forward | None) -> list[Ten
 
     handles = [module.register_forward_hook(note) for module in (model, *model.children())]
     try:
-        with _eval(model):
+        with running(model):
             result = _floating(run(model, example, forward))
     finally:
         for handle in handles:
@@ -96,7 +96,7 @@ def _floating(result: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
+def running(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, compiled parts as they are written, random states restored."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):

@@ -51,6 +51,10 @@ class SiteOptions:
             (what a layer norm reads stays float); needs a structure.
         symmetric: zero is the middle level of every weight's grid; False gives each channel a zero point of its own,
             which at few bits is nearer to the weights (BRECQ, QDrop).
+        range: rule that finds ranges, for widths given as numbers: "auto", "minmax", "percentile", "lp", "lsq" or
+            "output" (see `QuantSpec`); "output" needs `lq.calibrate` for weights, too.
+        probabilities: levels of what a softmax gives, as attention weighs values by: "uniform", or "log2", which halve
+            (`QuantSpec`): most probabilities are tiny. Engines compute those in float. Needs a structure.
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
             The network's own input stays float.
         include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.
@@ -76,6 +80,8 @@ class SiteOptions:
     share_concats: bool = False
     integer: bool = False
     symmetric: bool = True
+    range: str = "auto"
+    probabilities: Literal["uniform", "log2"] = "uniform"
     first_last: int | None = 8
     include: Sequence[str] | str | None = None
     exclude: Sequence[str] | str | None = None
@@ -88,6 +94,8 @@ class SiteOptions:
             check_bits(self.first_last)
         if self.skip not in (True, False, "auto"):
             raise SpecError(f"skip={self.skip!r} is unknown; use True, False or 'auto'")
+        if self.probabilities not in ("uniform", "log2"):
+            raise SpecError(f"probabilities={self.probabilities!r} is unknown; use 'uniform' or 'log2'")
         for pattern, override in (self.overrides or {}).items():
             if not isinstance(override, Mapping) or not override or set(override) - {"weights", "activations"}:
                 raise SpecError(
@@ -99,17 +107,19 @@ class SiteOptions:
 
     def weight_spec(self, width: Width) -> QuantSpec | None:
         """The spec of a weight of that width; None: it stays float."""
-        return None if width is None else weight_spec(width, self.symmetric)
+        return None if width is None else weight_spec(width, self.symmetric, self.range)
 
     def activation_spec(self, width: Width) -> QuantSpec | None:
         """The spec of an activation of that width; None: it stays float."""
-        return None if width is None else activation_spec(width)
+        return None if width is None else activation_spec(width, self.range)
 
     @property
     def needs_structure(self) -> str:
         """The first option that was given and needs a structure, such as ``skip=True``; empty if there is none."""
         if self.skip:
             return f"skip={self.skip!r}"
+        if self.probabilities != "uniform":
+            return f"probabilities={self.probabilities!r}"
         return "share_concats=True" if self.share_concats else "integer=True" if self.integer else ""
 
     def read_structure(self) -> Structure | None:
@@ -121,7 +131,9 @@ class SiteOptions:
     def with_structure(self, structure: Structure | None) -> Self:
         """These options with the structure of a model; without those that need one if none is known."""
         if structure is None:
-            return replace(self, structure=None, skip=False, share_concats=False, integer=False)
+            return replace(
+                self, structure=None, skip=False, share_concats=False, integer=False, probabilities="uniform"
+            )
         return replace(self, structure=structure)
 
 
@@ -153,6 +165,8 @@ class QuantizeOptions(SiteOptions):
         fold_bn: fold BatchNorms into the convolutions that are quantized. "auto" folds them if the Trainer fits without
             training (``max_epochs=0``), as post-training work wants it, and keeps them otherwise: training at few bits
             loses points without them, and exports fold those that are left. A checkpoint decides for itself.
+        prepare: rescale, exactly, what norms give and the layers behind read, for few bits (see `lq.prepare`): "auto"
+            where it gets fewer than 8 bits, True everywhere; ``preparation.report`` says what was done.
         calibration_samples: training samples to calibrate on, over all ranks.
         forward: called with the module and a batch to calibrate with. By default the module's
             ``calibration_step(batch)`` if it has one; else its forward on the batch, on the first part of it or, of a
@@ -161,6 +175,7 @@ class QuantizeOptions(SiteOptions):
     """
 
     fold_bn: bool | Literal["auto"] = field(default="auto", kw_only=True, metadata=after("symmetric"))
+    prepare: bool | Literal["auto"] = field(default=False, kw_only=True, metadata=after("fold_bn"))
     calibration_samples: int = field(default=512, kw_only=True)
     forward: Forward | None = field(default=None, kw_only=True)
 
@@ -169,4 +184,6 @@ class QuantizeOptions(SiteOptions):
             raise SpecError(f"calibration_samples={self.calibration_samples}; calibration needs at least 1")
         if self.fold_bn not in (True, False, "auto"):
             raise SpecError(f"fold_bn={self.fold_bn!r} is unknown; use True, False or 'auto'")
+        if self.prepare not in (True, False, "auto"):
+            raise SpecError(f"prepare={self.prepare!r} is unknown; use True, False or 'auto'")
         super().__post_init__()

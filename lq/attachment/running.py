@@ -34,8 +34,9 @@ from lq.structure.site import activation_key, weight_key
 #: Attribute of a module that holds the quantizers of its calls.
 CALLS = "call_quantizers"
 
-#: Runs a call of a module: given the module, the names of its calls, and what computes the result.
-Watch = Callable[[nn.Module, tuple[str, ...], Callable[[], Any]], Any]
+#: Runs a call of a module: given the module, the names of its calls, and what computes the result; given a number, that
+#: of the first so many samples, where they lie along the first dimension of all that is multiplied.
+Watch = Callable[[nn.Module, tuple[str, ...], Callable[..., Any]], Any]
 
 _ATTENTION_SLOTS = {"query": (0, "left"), "key": (0, "right"), "probabilities": (1, "left"), "value": (1, "right")}
 
@@ -136,14 +137,14 @@ class RunningForward:
         call = Call.of(name, args, kwargs)
         key = f"{call.kind}_{self.next(call.kind)}"
 
-        def compute() -> Any:
-            return self._multiplied(function, Call.of(name, args, kwargs), key)
+        def compute(samples: int | None = None) -> Any:
+            return self._multiplied(function, Call.of(name, *_first(samples, args, kwargs)), key)
 
         result = self._multiplied(function, call, key) if RUNNING.watch is None else self._watched((key,), compute)
         self._note_work(key, lambda: call.macs(result))
         return result
 
-    def _watched(self, keys: tuple[str, ...], compute: Callable[[], Any]) -> Any:
+    def _watched(self, keys: tuple[str, ...], compute: Callable[..., Any]) -> Any:
         """The result of a call, or of the calls that a function is made of, in the hands of who watches them."""
         watch = RUNNING.watch
         known = any(call_of(name) in keys for name in self.quantizers)
@@ -187,17 +188,34 @@ class RunningForward:
             self._note_work(f"matmul_{first}", lambda: scores * query.shape[-1])
             self._note_work(f"matmul_{first + 1}", lambda: scores * value.shape[-1])
 
-        def compute() -> Tensor:
+        def compute(samples: int | None = None) -> Tensor:
+            few, named = _first(samples, args, kwargs)
             return attention(
                 lambda slot, x: quantizers[slot](x) if slot in quantizers else x,
                 "probabilities" not in quantizers,
-                *args,
-                **kwargs,
+                *few,
+                **named,
             )
 
         if RUNNING.watch is None:
             return compute()
         return self._watched((f"matmul_{first}", f"matmul_{first + 1}"), compute)  # type: ignore[no-any-return]
+
+
+def _first(
+    samples: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first samples of what a function is called with, if its tensors have them along their first dimension."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim > 2]
+    sizes = {len(t) for t in tensors} - {1}
+    if samples is None or len(tensors) < 2 or len(sizes) != 1:
+        return args, kwargs
+    (size,) = sizes
+
+    def cut(value: Any) -> Any:
+        return value[:samples] if isinstance(value, Tensor) and value.ndim > 2 and len(value) == size else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
 
 
 def _is_torchs(kind: type[nn.Module]) -> bool:

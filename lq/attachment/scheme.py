@@ -150,9 +150,17 @@ def _quantizes(skip: Skip, site: Site) -> bool:
 def _activation_of(site: Site, options: SiteOptions) -> QuantSpec | None:
     """The spec of a tensor that is no weight, before exceptions."""
     spec = options.activation_spec(options.activations)
+    spec = _with_levels(spec, site, options)
     if (site.role == "activation" or _quantizes(options.skip, site)) and not site.network_input:
         return spec
     return spec.at_least(8) if spec is not None and options.integer and not site.normalized else None
+
+
+def _with_levels(spec: QuantSpec | None, site: Site, options: SiteOptions) -> QuantSpec | None:
+    """A spec of an activation, of probabilities with the levels that the options give them."""
+    if spec is None or not site.probabilities or options.probabilities == "uniform":
+        return spec
+    return replace(spec, levels=options.probabilities)
 
 
 def layer_sites(model: nn.Module, include: Sequence[str] | str | None) -> tuple[tuple[Site, ...], set[str]]:
@@ -219,7 +227,7 @@ def _apply_override(
         if site.role == "weight" and "weights" in override:
             specs[site.name] = options.weight_spec(override["weights"])
         elif site.role != "weight" and "activations" in override:
-            specs[site.name] = options.activation_spec(override["activations"])
+            specs[site.name] = _with_levels(options.activation_spec(override["activations"]), site, options)
 
 
 def _with_owners(planned: dict[str, tuple[Site, QuantSpec]], share_concats: bool) -> dict[str, PlannedSite]:

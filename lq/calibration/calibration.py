@@ -26,6 +26,7 @@ from lq.attachment.sites import (
     weights_at_calls,
 )
 from lq.attachment.stored import find_range
+from lq.calibration.output_ranges import SAMPLES, by_output, fit_to_outputs
 from lq.errors import DataError, NoEffectWarning
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.histogram import Histogram, Reduce
@@ -73,13 +74,16 @@ def calibrate(
     require_attached(model, "lq.calibrate")
     calibrate_weights(model)
     sites = activation_quantizers(model)
-    if not sites and not needs_calibration(model):
+    if not sites and not needs_calibration(model) and not any(map(by_output, quantizers(model))):
         return model
     with eval_mode(model), without_recomputation(model), torch.no_grad():
         try:
             observed = {name: site.observe() for name, site in sites.items()}
             seen = 0
+            some = _Some() if any(map(by_output, quantizers(model))) else None
             for batch in batches:
+                if some is not None:
+                    some.add(batch)
                 if seen == 0:
                     _record_macs(model, batch, forward)
                 else:
@@ -91,7 +95,22 @@ def calibrate(
     if not seen:
         raise DataError("calibration got no batches: the loader is empty; give lq.calibrate at least one batch")
     _set_ranges(model, sites, observed, reduce)
+    if some is not None:
+        fit_to_outputs(model, some.batches, forward, reduce)
     return model
+
+
+class _Some:
+    """The first batches, until they have as many samples as ranges by the output want."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.samples = 0
+
+    def add(self, batch: Any) -> None:
+        if self.samples < SAMPLES:
+            self.batches.append(batch)
+            self.samples += batch_size(batch)
 
 
 def _set_ranges(

@@ -28,48 +28,30 @@ What deviates:
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.optimize import Bounds, minimize
 from torch import Tensor, nn
-from torch.utils import _pytree
 
-from lq.attachment.float_models import float_model
 from lq.attachment.sites import activation_quantizers, quantizers, require_attached
+from lq.calibration.network_loss import NamedLoss, NetworkLoss, OutputLoss
+from lq.calibration.powell import search_factors
 from lq.calibration.refitting import samples_of
 from lq.errors import DataError, NoEffectWarning, SpecError, StateError
 from lq.quantizer.histogram import Reduce
 from lq.quantizer.levels import middle
 from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.ranges import Levels, Lp, Samples
-from lq.structure.forward import Forward, describe, eval_mode, run
-from lq.structure.outputs import kl_divergence, require_loss, require_output
+from lq.structure.forward import Forward, eval_mode
 from lq.structure.recomputation import without_recomputation
-from lq.structure.samples import batch_size
-
-#: A loss by name: divergence from the float network, or cross-entropy with the classes in ``batch[1]``.
-NamedLoss = Literal["kl", "task"]
-
-#: The mean loss of a batch, of what the forward returned for it and the batch.
-OutputLoss = Callable[[Any, Any], Tensor]
 
 #: Exponents of the error that are tried.
 POWERS = tuple(2 + 2 * i / 9 for i in range(10))
-
-# log2 of the smallest and largest factor on a step. A golden section of this interval probes 0 first.
-_BOX = ((1 - math.sqrt(5)) / 2, 1.0)
-# Powell's tolerances: of a line search, in log2 of a factor; of the loss, relative, over all lines.
-_TOLERANCE, _LOSS_TOLERANCE = 0.1, 1e-3
 # Ranges of tensors with as many bits are not searched.
 _MANY_BITS = 8
-# What an infinite loss counts as: the parabolas of a line search cannot do with infinity.
-_HUGE = 1e30
 
 _State = list[tuple[Quantizer, Tensor, Tensor]]
 
@@ -159,7 +141,7 @@ def optimize_ranges(
     given = _ranges(model)
     try:
         with eval_mode(model), without_recomputation(model), torch.no_grad():
-            measure = _Loss(model, batches, loss, forward, reduce)
+            measure = NetworkLoss(model, batches, loss, forward, reduce)
             return _optimize(model, measure, rules, evaluations)
     except BaseException:
         _restore(given)
@@ -191,66 +173,7 @@ def best_of_parabola(x: Sequence[float], y: Sequence[float]) -> float | None:
     return least if min(x) <= least <= max(x) else None
 
 
-class _Loss:
-    """The mean loss over all samples (of all ranks) of the model as it is; counts how often it was asked."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        loss: NamedLoss | OutputLoss,
-        forward: Forward | None,
-        reduce: Reduce | None,
-    ) -> None:
-        self.evaluations = 0
-        self._model, self._loss, self._forward = model, loss, forward
-        self._device = next(model.parameters()).device
-        self._reduce = reduce or (lambda tensor, _: tensor)
-        self._batches = [_pytree.tree_map(self._moved, batch) for batch in batches]
-        self._samples = self._total(float(sum(batch_size(batch) for batch in self._batches)))
-        if not self._samples:
-            raise DataError("optimize_ranges got no batches: the loader is empty; give it at least one batch")
-        self._targets: list[Any] = [None] * len(self._batches)
-        if loss == "kl":
-            with float_model(model):
-                self._targets = [require_output(run(model, batch, forward)) for batch in self._batches]
-
-    def __call__(self) -> float:
-        """The loss, infinite where it is not a number."""
-        self.evaluations += 1
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for batch, target in zip(self._batches, self._targets, strict=True):
-            total += self._of(run(self._model, batch, self._forward), batch, target).double() * batch_size(batch)
-        found = self._total(total) / self._samples
-        return found if math.isfinite(found) else math.inf
-
-    def _of(self, output: Any, batch: Any, target: Any) -> Tensor:
-        if not isinstance(self._loss, str):
-            return require_loss(self._loss(output, batch))
-        output = require_output(output)
-        return kl_divergence(output, target) if self._loss == "kl" else _cross_entropy(output, batch)
-
-    def _moved(self, part: Any) -> Any:
-        return part.to(self._device) if isinstance(part, Tensor) else part
-
-    def _total(self, mine: float | Tensor) -> float:
-        """The sum over ranks."""
-        return float(self._reduce(torch.as_tensor(mine, dtype=torch.float64, device=self._device), "sum"))
-
-
-def _cross_entropy(output: Tensor, batch: Any) -> Tensor:
-    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    expected = (output.shape[0], *output.shape[2:]) if output.ndim > 1 else None
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != expected:
-        raise DataError(
-            f"loss='task' got a batch of {describe(batch)} and an output of {describe(output)}; it needs batches "
-            "(input, classes) with classes (B, ...) for logits (B, K, ...). Use loss='kl', which needs no labels, or a "
-            "callable of the output and the batch"
-        )
-    return F.cross_entropy(output.float(), labels.long())
-
-
-def _optimize(model: nn.Module, measure: _Loss, rules: dict[float, Lp], evaluations: int) -> OptimizedRanges:
+def _optimize(model: nn.Module, measure: NetworkLoss, rules: dict[float, Lp], evaluations: int) -> OptimizedRanges:
     """All three stages."""
     known = list(samples_of(model))
     given, before = _ranges(model), measure()
@@ -289,7 +212,7 @@ def _optimize(model: nn.Module, measure: _Loss, rules: dict[float, Lp], evaluati
     else:
         _restore(given)
     searched = [q for q, _, _ in known if _is_searched(q)]
-    after = _powell(searched, measure, start, evaluations) if searched and evaluations else start
+    after = search_factors(searched, measure, start, evaluations) if searched and evaluations else start
     return OptimizedRanges(
         before,
         tuple(losses),
@@ -316,45 +239,6 @@ def _is_searched(quantizer: Quantizer) -> bool:
     """Whether Powell's method has a variable for the range: one that matters, and may be any number."""
     free = quantizer.spec is None or not quantizer.spec.power_of_two
     return free and 0 < float(quantizer.bits.max()) < _MANY_BITS
-
-
-class _Enough(Exception):  # noqa: N818
-    """The evaluations are used up."""
-
-
-def _powell(searched: list[Quantizer], measure: _Loss, start: float, evaluations: int) -> float:
-    """Search factors on the steps of quantizers, leave them at the best seen, and return its loss."""
-    begin = [q.log2_step.detach().clone() for q in searched]
-    last = measure.evaluations + evaluations
-    current = np.zeros(len(searched))
-    seen = {current.tobytes(): start}
-    best, least = current, start
-
-    def take(logs: np.ndarray[Any, Any]) -> None:
-        nonlocal current
-        for i in np.flatnonzero(logs != current):  # what has not changed keeps its rounded weight
-            searched[i].log2_step.copy_(begin[i] + float(logs[i]))
-        current = logs.copy()
-
-    def objective(logs: np.ndarray[Any, Any]) -> float:
-        nonlocal best, least
-        logs = logs.round(6) + 0.0  # a probe of the present point is known by its bytes: no -1e-17, no -0.0
-        key = logs.tobytes()
-        if key not in seen:
-            if measure.evaluations >= last:
-                raise _Enough
-            take(logs)
-            seen[key] = measure()
-            if seen[key] < least:
-                best, least = current, seen[key]
-        return min(seen[key], _HUGE)
-
-    lower, upper = (np.full(len(searched), end) for end in _BOX)
-    options = {"xtol": _TOLERANCE, "ftol": _LOSS_TOLERANCE}
-    with suppress(_Enough):
-        minimize(objective, current, method="Powell", bounds=Bounds(lower, upper), options=options)
-    take(best)
-    return least
 
 
 def _ranges(model: nn.Module) -> _State:

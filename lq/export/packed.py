@@ -23,18 +23,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lq.attachment.checkpoint import rebuild, require_fit
+from lq.attachment.preparation.stored import is_marker
 from lq.attachment.running import CALLS
 from lq.attachment.sites import float_weight, require_attached
 from lq.attachment.stored import read_from, stay_float, stored_weights
 from lq.errors import DataError
-from lq.export.index import ORIGINAL, WEIGHT, Codes, Grid, Index, Other, Part
+from lq.export.entries import ORIGINAL, WEIGHT, Codes, Grid, Other, Part
+from lq.export.index import Index
 from lq.export.integers import as_integers, quantized_weights
 from lq.export.packing import pack, unpack
 from lq.files import require_file, whole_file
 from lq.quantizer.final_widths import warn_if_unfinished
-from lq.quantizer.functional import step_size
 from lq.quantizer.levels import middle
 from lq.quantizer.quantizer import Quantizer
+from lq.quantizer.rounding import step_size
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
 from lq.structure.sources import Source
@@ -209,6 +211,8 @@ class _Content:
         for key, value in model.state_dict(keep_vars=True).items():
             if not isinstance(value, Tensor):
                 raise DataError(f"{key} is a {type(value).__name__}; a packed file holds tensors only")
+            if is_marker(key) and value.is_floating_point():
+                continue  # only float checkpoints need them
             if "\n" in key:
                 raise DataError(f"{key!r} has a line end in its name; rename the module")
             if first.setdefault(id(value), key) != key:
@@ -270,7 +274,7 @@ class _Reader:
                 else:
                     state[grid.weight_key] = weight
         for key, text in self.index.texts.items():
-            state[key] = torch.tensor(list(text.encode("latin-1")), dtype=torch.uint8)
+            state[key] = _bytes(text)
         state |= {key: state[first] for key, first in self.index.aliases.items()}
         of_weights = [key for key in state if f".{key}".rpartition(".")[0].endswith(f".{WEIGHT}")]
         return {key: state[key] for key in of_weights} | state  # in a module, its weight's quantizer comes first
@@ -318,12 +322,12 @@ class _Reader:
 
 def _require_fit(model: nn.Module, index: Index, path: str | Path) -> None:
     """Raise if the file's tensors are not those of the model; known from the index, before any is made."""
-    shapes = {other.key: other.shape for other in index.others}
+    shapes: dict[str, Any] = {other.key: other.shape for other in index.others}
     stored = [(grid.weight_key, grid.codes) for grid in index.grids if grid.codes is not None]
     shapes |= {key: codes.shape if codes.part is None else codes.part.shape for key, codes in stored}
     of_grids = {f"{grid.key}.{part}": grid for grid in index.grids for part in ("log2_step", "zero_point", "bits")}
     shapes |= {key: () if grid.channels is None else (grid.channels,) for key, grid in of_grids.items()}
-    shapes |= {key: (len(text),) for key, text in index.texts.items()}
+    shapes |= {key: _bytes(text) if is_marker(key) else (len(text),) for key, text in index.texts.items()}
     shapes |= {key: shapes[first] for key, first in index.aliases.items()}
     require_fit(model, shapes, str(path))
     for grid in index.grids:
@@ -333,6 +337,10 @@ def _require_fit(model: nn.Module, index: Index, path: str | Path) -> None:
             weight = float_weight(module)
             if weight is None or ChannelLayout.of(module, weight) != grid.layout:
                 raise DataError(f"{path}: {name}.weight has its channels elsewhere; build the model that was saved")
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode("latin-1")), dtype=torch.uint8)
 
 
 def _part(codes: Codes, part: Part) -> Source:

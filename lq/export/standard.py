@@ -20,6 +20,7 @@ from lq.attachment.stored import CallWeight, call_weights
 from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.final_widths import warn_if_unfinished
+from lq.quantizer.log2_quantizer import Log2Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
 
@@ -39,7 +40,7 @@ def standard_form(model: nn.Module) -> nn.Module:
     _operators()
     made = copy.deepcopy(model).eval().requires_grad_(False)
     weights: dict[int, StandardWeight] = {}
-    activations: dict[int, StandardActivation] = {}
+    activations: dict[int, nn.Module] = {}
     for module in list(made.modules()):
         quantizer, weight = weight_quantizer(module), float_weight(module)
         if quantizer is not None and weight is not None:
@@ -53,7 +54,8 @@ def standard_form(model: nn.Module) -> nn.Module:
                 module._modules[name] = nn.Identity()  # as it does in eval mode
             elif isinstance(owner, ActivationQuantizer):
                 if id(owner) not in activations:
-                    activations[id(owner)] = StandardActivation(owner)
+                    halving = isinstance(owner, Log2Quantizer)
+                    activations[id(owner)] = StandardLog2(owner) if halving else StandardActivation(owner)
                 module._modules[name] = activations[id(owner)]
     at_calls = {(call.module, call.place): call for call in call_weights(made)}
     functions: dict[tuple[object, ...], nn.Module] = {}
@@ -123,6 +125,31 @@ class StandardActivation(nn.Module):
             codes = codes.clamp(0, self.high)  # a Clip: onnxruntime 1.23 has no Min of 8-bit integers
         values = ops.dequantize_per_tensor(codes, *grid)
         return ((values + self.shift) if self.shift else values).to(x.dtype)  # type: ignore[no-any-return]
+
+
+class StandardLog2(nn.Module):
+    """Round a tensor to levels that halve, in float.
+
+    Args:
+        quantizer: what it stands for.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        settled_zero_point(quantizer)
+        self.name = quantizer.name
+        self.scale = float(quantizer.step.detach())
+        self.last = 2 ** int(quantizer.bits.detach()) - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` rounded to the levels; same shape and dtype."""
+        if not self.last:
+            return torch.zeros_like(x)
+        values = (x.float() / self.scale).clamp(min=2.0**-100)
+        codes = (torch.log(values) / -math.log(2)).round().clamp(0, self.last)
+        levels = torch.exp(codes * -math.log(2)) * self.scale
+        rounded: Tensor = levels * (codes < self.last).to(levels.dtype)
+        return rounded.to(x.dtype)
 
 
 def _replace_weight(module: nn.Module, standard: StandardWeight) -> None:

@@ -83,6 +83,13 @@ class ActivationQuantizer(Quantizer):
         if not self._calibrated and not find_range(self, x):
             return passed(self, x)  # type: ignore[no-any-return]
         self._check_finite(x)
+        return self._rounded(x)
+
+    def rounded_by(self, x: Tensor, log2_step: Tensor, *, kept: Tensor | None = None) -> Tensor:
+        """`x` rounded with another step, with gradients to both; values where `kept` is 1 stay as they are."""
+        return fake_quantize(x, log2_step, *self.bounds, kept=kept)
+
+    def _rounded(self, x: Tensor) -> Tensor:
         log2_step, low, high, offset = self._grid()
         values_of_a_sample = x.numel() / max(x.shape[0], 1) if x.ndim else 1.0
         return fake_quantize(

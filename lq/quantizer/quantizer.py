@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from lq.errors import SpecError
 from lq.quantizer.estimators import STE, Estimator, estimator
 from lq.quantizer.final_widths import FinalWidths
-from lq.quantizer.functional import Bound, step_size, transforms_active
+from lq.quantizer.functional import transforms_active
 from lq.quantizer.histogram import raise_if_not_finite
 from lq.quantizer.levels import middle, without_rounding_error
 from lq.quantizer.ranges import Levels, Samples, range_rule
+from lq.quantizer.rounding import Bound, step_size
 from lq.quantizer.spec import QuantSpec, check_bits
 
 #: The parts of a grid, by the names that they have in a state dict.
@@ -103,9 +104,8 @@ class Quantizer(FinalWidths):
         self.estimator = chosen
         for part in PARTS:
             self._make_learned(part, part in chosen.learns and not (part == "zero_point" and self._spec_is_symmetric))
-        self._buffers = {
-            part: self._buffers[part] for part in PARTS if part in self._buffers
-        }  # in the order of a new one
+        parts = {part: self._buffers[part] for part in PARTS if part in self._buffers}
+        self._buffers = {**parts, **self._buffers}  # in the order of a new one
 
     def _make_learned(self, part: str, learned: bool) -> None:
         """Have a part of the grid be a Parameter or a buffer; one that is so already stays the same tensor."""

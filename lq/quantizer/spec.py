@@ -6,8 +6,8 @@ special: 0 bits is a pruned channel (exactly zero), 1 bit a two-level one (``-s/
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from lq.errors import SpecError
 from lq.files.schema import MismatchError
@@ -48,12 +48,14 @@ class QuantSpec:
         per_channel: one step per output channel instead of one per tensor.
         symmetric: the zero of the grid is fixed; otherwise a zero point follows the data (if they have both signs).
         signed: whether values have both signs; None looks at the data.
-        range: rule that picks the clipping range, an object or one of "auto", "minmax", "percentile", "lp", "lsq".
-            "auto" takes min-max at 8 bits and more and the L_p error with p = 2.4 below.
+        range: rule that picks the clipping range, an object or one of "auto", "minmax", "percentile", "lp", "lsq",
+            "output". "auto" takes min-max at 8 bits and more and the L_p error with p = 2.4 below; "output" goes on
+            from there by the error of what the layer or product gives (`lq.calibration.output_ranges`).
         power_of_two: round each step to a power of two.
+        levels: "uniform", or "log2", which halve (`lq.quantizer.log2_quantizer`): of activations that are not negative.
 
     Raises:
-        SpecError: for a width that does not exist, or widths per channel without ``per_channel``.
+        SpecError: for a width that does not exist, widths per channel without ``per_channel``, or other levels.
 
     >>> QuantSpec(4).bits
     4
@@ -69,8 +71,13 @@ class QuantSpec:
     signed: bool | None = None
     range: str | RangeRule = "auto"
     power_of_two: bool = False
+    levels: Literal["uniform", "log2"] = field(default="uniform", kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.levels not in ("uniform", "log2"):
+            raise SpecError(f"levels={self.levels!r} is unknown; use 'uniform' or 'log2'")
+        if self.levels == "log2" and self.per_channel:
+            raise SpecError("levels='log2' is for activations, which are quantized per tensor; set per_channel=False")
         if isinstance(self.bits, Sequence) and not isinstance(self.bits, str):
             if not self.per_channel:
                 raise SpecError(f"{len(self.bits)} widths were given for one tensor; set per_channel=True")
@@ -94,14 +101,15 @@ class QuantSpec:
         return replace(self, bits=raised if isinstance(self.bits, tuple) else raised[0])
 
 
-def weight_spec(value: int | QuantSpec, symmetric: bool = True) -> QuantSpec:
+def weight_spec(value: int | QuantSpec, symmetric: bool = True, range: str | RangeRule = "auto") -> QuantSpec:
     """A spec for weights: per output channel, signed; with a zero point for each channel unless symmetric."""
-    return value if isinstance(value, QuantSpec) else QuantSpec(value, symmetric=symmetric, signed=True)
+    return value if isinstance(value, QuantSpec) else QuantSpec(value, symmetric=symmetric, signed=True, range=range)
 
 
-def activation_spec(value: int | QuantSpec) -> QuantSpec:
+def activation_spec(value: int | QuantSpec, range: str | RangeRule = "auto") -> QuantSpec:
     """A spec for activations: per tensor; unsigned if the data are, else with a zero point."""
-    spec = value if isinstance(value, QuantSpec) else QuantSpec(value, per_channel=False, symmetric=False)
-    if spec.per_channel:
+    if not isinstance(value, QuantSpec):
+        return QuantSpec(value, per_channel=False, symmetric=False, range=range)
+    if value.per_channel:
         raise SpecError("activations are quantized per tensor; use QuantSpec(..., per_channel=False)")
-    return spec
+    return value

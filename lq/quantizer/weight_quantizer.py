@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from lq.errors import SpecError
-from lq.quantizer.functional import fake_quantize, round_to_grid, transforms_active
+from lq.quantizer.functional import fake_quantize, transforms_active
 from lq.quantizer.histogram import raise_if_not_finite
 from lq.quantizer.kept_weight import KeptWeight, WrittenWeight, can_be_kept, read_outside_of_forwards
 from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.ranges import Samples
+from lq.quantizer.rounding import round_to_grid
 from lq.quantizer.spec import QuantSpec, check_bits
 from lq.structure.channels import ChannelLayout
 from lq.structure.sources import Source

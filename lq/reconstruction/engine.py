@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lq.errors import DivergenceError
 from lq.quantizer.activation_quantizer import ActivationQuantizer
-from lq.quantizer.functional import fake_quantize
 from lq.reconstruction.capture import call
 from lq.reconstruction.drop import random_mask
 from lq.reconstruction.feedback import feedback_levels
@@ -267,12 +266,12 @@ class _Fit:
     def _activation(self, quantizer: ActivationQuantizer) -> Callable[[Tensor], Tensor]:
         if self.options.activation_mode == "float":
             return lambda x: x
-        bounds, own = quantizer.bounds, quantizer.log2_step.detach()
+        own = quantizer.log2_step.detach()
         position = self.learned.get(id(quantizer))
 
         def quantize(x: Tensor) -> Tensor:
             step = own if position is None else self._steps[position]
-            return fake_quantize(x, step, *bounds, kept=random_mask(x, self._drop, self.generator))
+            return quantizer.rounded_by(x, step, kept=random_mask(x, self._drop, self.generator))
 
         return quantize
 

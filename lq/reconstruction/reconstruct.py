@@ -103,11 +103,10 @@ def _losses_of_search(networks: Networks, blocks: Sequence[Unit]) -> list[float]
         iterations=options.search_iterations,
         watch=lambda steps, name: options.watch(steps, f"{name} (search)"),
     )
-    state = [*model.named_parameters(), *model.named_buffers()]
-    before = {name: tensor.detach().clone() for name, tensor in state}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     reports = _fit_units(networks, blocks, quantizers_of(networks.quantized, blocks), search, Progress.none())
     losses = [report.after for report in reports]
-    model.load_state_dict(before, strict=False)
+    model.load_state_dict(before)
     return losses
 
 

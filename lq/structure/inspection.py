@@ -15,14 +15,17 @@ import torch
 from torch import nn
 
 from lq.errors import StateError
-from lq.structure.calls import ACTIVATIONS, FUNCTIONS
+from lq.structure.calls import FUNCTIONS
 from lq.structure.forward import Forward, eval_mode, run, tensors_of
 from lq.structure.places import Places
 from lq.structure.samples import batch_size
 from lq.structure.site import Site, activation_key, weight_key
+from lq.structure.skip_paths import convolution_results, residual_tensors
 from lq.structure.sources import Source
-from lq.structure.structure import CONSTANT, NOT_USED, FloatTensor, Operation, Structure
+from lq.structure.structure import CONSTANT, FloatTensor, Operation, Structure
 from lq.structure.tracing import CallEvent, Trace, Value, trace
+from lq.structure.unquantized import reason_for_float
+from lq.structure.values import KEEPING_ROWS, MULTIPLYING, chain, is_normalized, join, leads_to, source_of
 
 
 def inspect(model: nn.Module, example: Any, *, forward: Forward | None = None) -> Structure:
@@ -55,16 +58,16 @@ def inspect(model: nn.Module, example: Any, *, forward: Forward | None = None) -
         )
     # Compiled parts run as they are written: inside a compiled program there is nothing to see.
     with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        seen = trace(model, lambda: run(model, example, forward), list(tensors_of(example)))
-    return _Builder(model, seen, batch_size(example)).structure()
+        traced = trace(model, lambda: run(model, example, forward), list(tensors_of(example)))
+    return _Builder(model, traced, batch_size(example)).structure()
 
 
 class _Builder:
     """From a trace to a structure."""
 
-    def __init__(self, model: nn.Module, seen: Trace, samples: int) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, samples: int) -> None:
         self.model = model
-        self.trace = seen
+        self.trace = trace
         self.samples = max(samples, 1)
         self.modules = dict(model.named_modules())
         self.owners: dict[int, list[str]] = {}
@@ -79,10 +82,9 @@ class _Builder:
 
     def structure(self) -> Structure:
         for event in self.trace.calls:
-            if event.operands and event.kind in _MULTIPLYING:
+            if event.operands and event.kind in MULTIPLYING:
                 self._operation(event)
-        self._skips()
-        self._results()
+        self._whole_tensors()
         self._relations()
         self._sources()
         sites, operations = tuple(self.sites.values()), tuple(self.operations.values())
@@ -109,7 +111,7 @@ class _Builder:
             )
             return
         if not any(value.varies for value in event.operands.values()) and event.kind != "embedding":
-            self._count(_join(event.module, event.name), event.kind, (), event, CONSTANT)
+            self._count(join(event.module, event.name), event.kind, (), event, CONSTANT)
             self.constant |= {value.parameter for value in event.operands.values() if value.parameter}
             return
         layer = self._own_layer(event)
@@ -121,7 +123,7 @@ class _Builder:
                 names.append(site.name)
             elif reason:
                 reasons.append(reason)
-        name = event.module if layer else _join(event.module, event.name)
+        name = event.module if layer else join(event.module, event.name)
         kind = type(self.modules[event.module]).__name__ if layer else event.kind
         self._count(name, kind, tuple(names), event, "; ".join(reasons))
 
@@ -132,7 +134,7 @@ class _Builder:
             return False
         called_with = self.trace.inputs.get(event.module, [])
         own = event.module in self._weight_owners(weight)
-        return own and (given is None or any(_leads_to(value, given) for value in called_with))
+        return own and (given is None or any(leads_to(value, given) for value in called_with))
 
     def _plain(self, event: CallEvent) -> bool:
         """Whether the weight is a parameter called "weight", used as it is."""
@@ -152,10 +154,10 @@ class _Builder:
         if value.is_complex:
             return None, f"the {slot} operand holds complex numbers"
         if not value.varies and slot != "input":
-            if slot == "weight" and event.kind in _KEEPING_ROWS and self._plain(event):
+            if slot == "weight" and event.kind in KEEPING_ROWS and self._plain(event):
                 owners = self._weight_owners(value)
                 if value.parameter is not None:
-                    self.covered.update(_join(owner, "weight") for owner in owners)
+                    self.covered.update(join(owner, "weight") for owner in owners)
                 return Site(module if module in owners else owners[0], "weight", "weight", value.shape), ""
             if slot not in event.layouts:
                 return None, f"the {slot} operand is a vector"
@@ -166,9 +168,9 @@ class _Builder:
             shape = value.shape if source is None else source.shape
             return Site(module, weight_key(prefix, slot), "weight", shape, channels=channels, source=source), ""
         if layer and slot == "input":
-            first = self.trace.inputs[module][0]
-            return Site(module, "input", "activation", value.shape, network_input=_source(first).origin == "input"), ""
-        network_input = _source(value).origin == "input"
+            network_input = source_of(self.trace.inputs[module][0]).origin == "input"
+            return Site(module, "input", "activation", value.shape, network_input=network_input), ""
+        network_input = source_of(value).origin == "input"
         return Site(module, activation_key(prefix, slot), "activation", value.shape, network_input=network_input), ""
 
     def _add(self, site: Site, value: Value) -> None:
@@ -185,45 +187,16 @@ class _Builder:
             sites, reason = tuple(dict.fromkeys([*before.sites, *sites])), before.reason or reason
         self.operations[name] = Operation(name, kind, sites, macs, reason)
 
-    # --- skip paths ---------------------------------------------------------------------------------------------
+    # --- tensors that all readers get quantized ---------------------------------------------------------------------
 
-    def _skips(self) -> None:
-        """Tensors that residual sums read besides others, and the sums themselves after their activation."""
-        chosen: dict[int, Value] = {}
-        branches: dict[int, tuple[Value, Value]] = {}
-        for event in self.trace.calls:
-            both = [value for value in event.operands.values() if value.varies]
-            shape = event.result.shape
-            if event.kind != "add" or len(event.operands) != 2 or len(both) != 2 or len(shape) < 2:
-                continue
-            if any(value.shape != shape for value in both) or "softmax" in event.result.readers:
-                continue
-            for value in both:
-                if len(value.readers) > 1 and value.origin != "input":
-                    chosen.setdefault(value.index, value)
-                elif value.origin != "input":
-                    branches[value.index] = value, event.result
-            after = _after(event.result, set(ACTIVATIONS.values()), self.trace)
-            if not (len(after.readers) == 1 and set(after.readers) <= _NORMS):  # as in post-norm transformers
-                chosen.setdefault(after.index, after)
-        for value in sorted(chosen.values(), key=lambda v: v.index):
+    def _whole_tensors(self) -> None:
+        skips, branches = residual_tensors(self.trace)
+        for value in skips:
             self._add_whole(value, role="skip")
-        for value, total in (pair for index, pair in sorted(branches.items()) if index not in chosen):
-            self._add_whole(value, role="result", normalized=_is_normalized(total))
-
-    def _results(self) -> None:
-        """What convolutions give to anything but products and sums, such as an activation that is no clipping."""
-        for event in self.trace.calls:
-            if event.kind not in _CONVOLUTIONS:
-                continue
-            value = _after(_after(event.result, {"batch_norm"}, self.trace), _CLIPPING, self.trace)
-            others = set(value.readers) - set(FUNCTIONS)
-            joined = [part for whole in self.trace.concats if value in whole.parts for part in whole.parts]
-            chosen = [v for v in self.trace.values if v.within is value]
-            token = not all(part.varies for part in joined)
-            pooled = len(value.readers) == 1 and bool(chosen) and all(self._has_step(v) for v in chosen)
-            if others and others <= _WITH_INTEGERS and not (token or pooled or any(map(_is_normalized, chosen))):
-                self._add_whole(value, role="result")
+        for value, total in branches:
+            self._add_whole(value, role="result", normalized=is_normalized(total))
+        for value in convolution_results(self.trace, self._has_step):
+            self._add_whole(value, role="result")
 
     def _has_step(self, value: Value) -> bool:
         """Whether all who read a value read it quantized."""
@@ -239,7 +212,7 @@ class _Builder:
 
     def _producer(self, value: Value) -> Site | None:
         """Where a tensor can be quantized for all who read it: as a module's output or as a call's result."""
-        normalized = _is_normalized(value)
+        normalized = is_normalized(value)
         for name in value.output_of:
             outputs = self.trace.outputs[name]
             if all(output is value for output in outputs) and len(outputs) == 1 and name:
@@ -247,7 +220,7 @@ class _Builder:
         made = value.made_by
         # A module that is called again (one ReLU for two places) has no place for this tensor alone.
         once = made is not None and len(self.trace.outputs.get(made.module or "", ())) <= 1
-        if made is not None and made.module is not None and made.kind not in _MULTIPLYING and once:
+        if made is not None and made.module is not None and made.kind not in MULTIPLYING and once:
             return Site(made.module, f"{made.name}_output", "skip", value.shape, normalized=normalized)
         return None
 
@@ -262,14 +235,17 @@ class _Builder:
             if site.role == "weight":
                 continue
             read = self.read[name]
-            covers = [next((skips[id(v)] for v in _chain(value) if id(v) in skips), None) for value in read]
+            covers = [next((skips[id(v)] for v in chain(value) if id(v) in skips), None) for value in read]
             covered = tuple(dict.fromkeys(c for c in covers if c)) if all(covers) and site.role == "activation" else ()
             key = tuple(dict.fromkeys(id(value) for value in read))
             shares = first.get(key) if site.role == "activation" else None
+            probabilities = site.role == "activation" and all(source_of(value).is_softmax for value in read)
             if site.role == "activation":
                 first.setdefault(key, name)
-            concat = next((groups[id(v)] for value in read for v in _chain(value) if id(v) in groups), None)
-            self.sites[name] = replace(site, shares=shares, concat=concat, covered_by=covered)
+            concat = next((groups[id(v)] for value in read for v in chain(value) if id(v) in groups), None)
+            self.sites[name] = replace(
+                site, shares=shares, concat=concat, covered_by=covered, probabilities=probabilities
+            )
 
     def _sources(self) -> None:
         """Keep sources below the modules that make the calls, and say whether only calls with a site read them."""
@@ -289,14 +265,14 @@ class _Builder:
     def _at_site(self, event: CallEvent, source: Source) -> bool:
         """Whether the operand that a parameter is the source of has a site of its own at the call."""
         slots = (slot for slot, found in event.sources.items() if found is source)
-        names = (_join(event.module or "", weight_key(f"{event.name}_", slot)) for slot in slots)
+        names = (join(event.module or "", weight_key(f"{event.name}_", slot)) for slot in slots)
         return any(name in self.sites and self.sites[name].source == source for name in names)
 
     def _concats(self) -> dict[int, int]:
         """Number of the concatenation that each value is a part or the result of; overlapping ones are one."""
         groups: dict[int, int] = {}
         for number, value in enumerate(self.trace.concats):
-            members = [id(v) for part in (value, *value.parts) for v in _chain(part) if v.varies]
+            members = [id(v) for part in (value, *value.parts) for v in chain(part) if v.varies]
             known = {groups[m] for m in members if m in groups}
             target = min(known, default=number)
             groups = {m: target if g in known else g for m, g in groups.items()}
@@ -307,19 +283,19 @@ class _Builder:
 
     def _edges(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Layers that read the network's input, and layers whose output is one of the network's outputs."""
-        results = {id(v) for value in self.trace.results for v in _chain(value)}
+        results = {id(v) for value in self.trace.results for v in chain(value)}
         first: dict[str, None] = {site.layer: None for site in self.sites.values() if site.network_input}
         last: dict[str, None] = {}
         for event in self.trace.calls:
-            if event.module is None or event.kind not in _KEEPING_ROWS:
+            if event.module is None or event.kind not in KEEPING_ROWS:
                 continue
-            name = event.module if event.module in self.operations else _join(event.module, event.name)
+            name = event.module if event.module in self.operations else join(event.module, event.name)
             given = self.trace.inputs.get(event.module, [])
-            if event.kind == "embedding" and any(_source(value).origin == "input" for value in given):
+            if event.kind == "embedding" and any(source_of(value).origin == "input" for value in given):
                 first[name] = None
             if id(event.result) in results:
                 last[name] = None
-        before = [e.result.index for e in self.trace.calls if e.kind in _MULTIPLYING and id(e.result) not in results]
+        before = [e.result.index for e in self.trace.calls if e.kind in MULTIPLYING and id(e.result) not in results]
         for name, site in self.sites.items():
             # The last layers read nothing else (pooled, normalized): their input, in BRECQ's and QDrop's terms.
             if site.role == "skip" and self.read[name][0].index > max(before, default=0):
@@ -327,93 +303,8 @@ class _Builder:
         return tuple(first), tuple(last)
 
     def _floats(self) -> tuple[FloatTensor, ...]:
-        found = []
-        for name, parameter in self.model.named_parameters():
-            if name not in self.covered:
-                found.append(FloatTensor(name, tuple(parameter.shape), self._reason(name)))
-        return tuple(found)
+        left = [(name, tensor) for name, tensor in self.model.named_parameters() if name not in self.covered]
+        return tuple(FloatTensor(name, tuple(tensor.shape), self._reason(name)) for name, tensor in left)
 
     def _reason(self, name: str) -> str:
-        uses = self.trace.uses.get(name, set())
-        if name in self.constant:
-            return "makes a constant"
-        for functions, reason in _REASONS:
-            if uses and uses <= functions:
-                return reason
-        if uses:
-            return f"used by {', '.join(sorted(uses))}"
-        return NOT_USED
-
-
-_KEEPING_ROWS = {
-    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding",
-}  # fmt: skip
-_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
-#: Activations that the limits of a kernel's output stand for.
-_CLIPPING = {"relu", "relu6", "hardtanh", "clamp"}
-#: Functions that may read 8 bits; norms and functions that are not known may not.
-_WITH_INTEGERS = {
-    *ACTIVATIONS, "sigmoid", "sigmoid_", "hardsigmoid", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "mean",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "cat", "concat", "max_pool1d", "max_pool2d", "max_pool3d", "chunk", "split",
-}  # fmt: skip
-_MULTIPLYING = _KEEPING_ROWS | {"matmul", "einsum", "rnn", "lstm_cell", "gru_cell", "rnn_cell"}
-
-
-def _is_normalized(value: Value) -> bool:
-    """Whether a norm that does not keep channels apart reads it."""
-    return bool(set(value.readers) & (_NORMS - {"batch_norm", "instance_norm"}))
-
-
-_NORMS = {
-    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "native_layer_norm", "native_group_norm",
-}  # fmt: skip
-_REASONS: tuple[tuple[set[str], str], ...] = (
-    ({"bias"}, "bias"),
-    (
-        {
-            "batch_norm",
-            "layer_norm",
-            "group_norm",
-            "instance_norm",
-            "rms_norm",
-            "native_layer_norm",
-            "native_group_norm",
-        },
-        "normalization",
-    ),
-    ({"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "rsub", "addcmul"}, "added, not multiplied"),
-    ({"mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "true_divide"}, "scales elementwise"),
-    ({"cat", "stack", "concat"}, "a token"),
-    ({"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"}, "bias"),
-)
-
-
-def _chain(value: Value) -> list[Value]:
-    """The value and the values it is a selection of."""
-    found = [value]
-    while found[-1].within is not None:
-        found.append(found[-1].within)
-    return found
-
-
-def _source(value: Value) -> Value:
-    return _chain(value)[-1]
-
-
-def _leads_to(value: Value, later: Value) -> bool:
-    """Whether `later` is `value` or a selection of it (padded, say)."""
-    return any(v is value for v in _chain(later))
-
-
-def _after(value: Value, kinds: set[str], seen: Trace) -> Value:
-    """The result of a call of these kinds that alone reads the value, or itself."""
-    if len(value.readers) == 1:
-        for event in seen.calls:
-            if event.kind in kinds and event.operands.get(0) is value:  # type: ignore[call-overload]
-                return event.result
-    return value
-
-
-def _join(module: str, name: str) -> str:
-    return f"{module}.{name}".lstrip(".")
+        return "makes a constant" if name in self.constant else reason_for_float(self.trace.uses.get(name, set()))

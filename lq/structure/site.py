@@ -29,6 +29,7 @@ class Site:
         network_input: it reads the network's own input.
         channels: number of output channels of a weight at a call; 0: not one.
         normalized: a layer norm, or another over channels, is among those who read it, as in pre-norm transformers.
+        probabilities: it is what a softmax gives.
         source: the parameter that a weight at a call is, or a part of; None: it is computed first.
     """
 
@@ -42,6 +43,7 @@ class Site:
     network_input: bool = False
     channels: int = 0
     normalized: bool = False
+    probabilities: bool = False
     source: Source | None = None
 
     def __post_init__(self) -> None:

@@ -261,6 +261,7 @@ _STRUCTURE = schema.record(
                     "network_input": schema.boolean,
                     "channels": schema.integer(),
                     "normalized": schema.boolean,
+                    "probabilities": schema.boolean,
                     "source": schema.optional(_SOURCE),
                 },
             )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lq.structure.calls import ATTENTION, FUNCTIONS, MULTI_HEAD, RESULTS, Call, multi_head_attention
@@ -58,6 +58,7 @@ class Value:
         within: the value that they are a selection of.
         parts: the values they are a concatenation of.
         is_complex: they are complex numbers.
+        is_softmax: a softmax gave them.
     """
 
     index: int
@@ -67,6 +68,7 @@ class Value:
     within: "Value | None" = None
     parts: tuple["Value", ...] = ()
     is_complex: bool = False
+    is_softmax: bool = False
     readers: list[str] = field(default_factory=list)
     made_by: "CallEvent | None" = None
     output_of: list[str] = field(default_factory=list)
@@ -100,9 +102,52 @@ class CallEvent:
         return f"{self.kind}_{self.index}"
 
 
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that a function was given.
+
+    Args:
+        value: its numbers.
+        ndim: how many dimensions it has.
+        whole: it is a parameter itself, not a view of one.
+    """
+
+    value: Value
+    ndim: int
+    whole: bool
+
+
+@dataclass(eq=False)
+class Step:
+    """One function that computed something: in the forward of which module, of what, and what it made.
+
+    Args:
+        module: name of the module.
+        function: name of the function.
+        args: its positional arguments; of tensors, an `Argument`.
+        kwargs: the same for those by keyword.
+        results: the values it made or changed.
+    """
+
+    module: str | None
+    function: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[Value, ...]
+
+    @property
+    def given(self) -> list[Argument]:
+        """The tensors among its arguments."""
+        return [part for part in tree_leaves((self.args, self.kwargs)) if isinstance(part, Argument)]
+
+    def argument(self, position: int, keyword: str, default: Any = None) -> Any:
+        """One of its arguments."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(keyword, default)
+
+
 @dataclass
 class Trace:
-    """What a dry run saw."""
+    """What a dry run saw; steps are functions that make new numbers, not views, copies and reorderings."""
 
     calls: list[CallEvent] = field(default_factory=list)
     inputs: dict[str, list[Value]] = field(default_factory=dict)
@@ -112,6 +157,7 @@ class Trace:
     reads: Counter[str] = field(default_factory=Counter)  # how often the memory of a parameter is read
     values: list[Value] = field(default_factory=list)
     results: list[Value] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
 
 def trace(model: nn.Module, forward: Callable[[], Any], example: Any) -> Trace:
@@ -193,7 +239,10 @@ class _Recorder(TorchFunctionMode):
         changed = [v is not None and t._version != v for t, v in zip(given, versions, strict=True)]
         self._note_reads(given, result)
         self._note_uses(name, args, kwargs, given, values)
+        held: tuple[Any, Any] = tree_map_only(Tensor, self._argument, (args, kwargs))
         made = self._results(name, args, kwargs, given, values, result, changed)
+        if name not in _QUERIES and not (name in _SAME and made in values):
+            self._note_step(name, held, [t for t, c in zip(given, changed, strict=True) if c], result)
         if name in FUNCTIONS:
             self._product(name, args, kwargs, result, made)
         elif name == ATTENTION:
@@ -201,6 +250,15 @@ class _Recorder(TorchFunctionMode):
         elif name in RESULTS and isinstance(result, Tensor) and result.is_floating_point():
             self._add_event(RESULTS[name], name, dict(enumerate(values)), made, 0.0)
         return result
+
+    def _argument(self, tensor: Tensor) -> Argument:
+        return Argument(self.value(tensor), tensor.ndim, isinstance(tensor, nn.Parameter))
+
+    def _note_step(self, name: str, held: tuple[Any, Any], changed: list[Tensor], result: Any) -> None:
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        results = tuple({id(v): v for v in map(self.value, [*made, *changed])}.values())
+        module = self.running[-1][0] if self.running else None
+        self.trace.steps.append(Step(module, name, held[0], held[1], results))
 
     def _note_uses(self, name: str, args: Any, kwargs: Any, given: list[Tensor], values: list[Value]) -> None:
         same = name in _SAME
@@ -257,7 +315,7 @@ class _Recorder(TorchFunctionMode):
                 found = self._new(tensor, origin, parts=tuple(values))
                 self.trace.concats.append(found)
             else:
-                found = self._new(tensor, origin)
+                found = self._new(tensor, origin, is_softmax=name == "softmax")
             self.values[tensor] = found
             first = first or found
         for tensor, was_changed in zip(given, changed, strict=False):
@@ -283,7 +341,7 @@ class _Recorder(TorchFunctionMode):
         scores = (*result.shape[:-1], key.shape[-2])
         varies: Origin = "activation" if any(v.varies for v in values[:2]) else "constant"
         scaled = self._value(tuple(query.shape), values[0].origin)
-        probabilities = self._value(scores, varies)
+        probabilities = self._value(scores, varies, is_softmax=True)
         count = float(torch.Size(scores).numel())
         first = {"left": scaled, "right": values[1]}
         self._add_event("matmul", ATTENTION, first, probabilities, count * query.shape[-1])

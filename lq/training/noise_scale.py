@@ -29,18 +29,10 @@ from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.spec import check_bits
 from lq.structure.patterns import select
 from lq.structure.site import Site
+from lq.training.width_goals import LEAST, PRUNED, WITHIN
 
 #: Bits above the target at which the way down begins.
 HEAD = 2.0
-
-#: Channels below this width, in bits, are pruned.
-PRUNED = 0.5
-
-# What a width may exceed an integer by and still become that integer.
-_SLACK = 0.1
-# Widths of what cannot be pruned, and of what is learned.
-_LEAST, _MOST = 1.0, 8.0
-_WITHIN = 1e-3
 
 
 def target_widths(
@@ -161,7 +153,7 @@ class WidthLearner:
         self.start = start
         self.pruned = start == 0
         per_channel = self._each([float(q.bits.ndim > 0) for q in self.members]).bool()
-        free = torch.where(self.is_weight & per_channel, 0.0, _LEAST)
+        free = torch.where(self.is_weight & per_channel, 0.0, LEAST)
         self.least = torch.minimum(torch.where(self.target.isnan(), free, self.target), start)
 
     @property
@@ -181,7 +173,7 @@ class WidthLearner:
         levels = torch.exp2(self.bits)
         to_zero = self._gradients("zero_point").where(self.learns_zero, 0.0)
         to_bits += to_zero * self.zero_share * levels * math.log(2)  # the zero point keeps its place in the range
-        arrived = self.bits <= self.target + _WITHIN  # from there, step and range move as one
+        arrived = self.bits <= self.target + WITHIN  # from there, step and range move as one
         self.log2_step.grad = torch.where(arrived, to_step, to_step - to_bits).masked_fill_(self.pruned, 0.0)
         self.log2_range.grad = torch.where(arrived, to_step, to_bits).masked_fill_(self.pruned, 0.0)
         self.zero_share.grad = to_zero * (levels - 1)
@@ -268,90 +260,3 @@ class WidthLearner:
         """A value for each quantizer, repeated for its steps."""
         repeats = torch.tensor(self.sizes)
         return torch.tensor(values).repeat_interleave(repeats).to(self.members[0].bits.device)
-
-
-class Targets:
-    """A width for each tensor: ``relu(width - target)``, averaged over weights and over activations."""
-
-    def __init__(self, target: Tensor, is_weight: Tensor, start: Tensor) -> None:
-        self.target, self.is_weight, self.start = target, is_weight, start
-
-    def met(self, bits: Tensor) -> bool:
-        """Whether no width exceeds its target."""
-        return not bool((bits > self.target + _WITHIN).any())
-
-    def gradient(self, bits: Tensor) -> Tensor:
-        """Of the mean excess to each width."""
-        over = (bits > self.target - _WITHIN).float()
-        violated = over.sum()
-        gradient = torch.zeros_like(bits)
-        for kind in (self.is_weight, ~self.is_weight):
-            share = (over[kind].sum() + _WITHIN) / (violated + _WITHIN)
-            gradient[kind] = over[kind] * share / max(int(kind.sum()), 1)
-        return gradient
-
-    def project(self, progress: float, bits: Tensor) -> Tensor:
-        """The widths, as far as they are allowed after a share of the way."""
-        top = torch.maximum(self.start, self.target)
-        left = (1 - progress) ** 2  # the last bits are the dearest: they go slowest
-        return torch.minimum(bits, (self.target + (top - self.target) * left).nan_to_num(float("inf")))
-
-    def integers(self, bits: Tensor) -> Tensor:
-        """Integer widths for the learned ones."""
-        return torch.minimum(_upward(bits), self.target.nan_to_num(float("inf")))
-
-
-class SizeBudget:
-    """One budget for all: the excess of ``sum(cost * width)`` over a limit.
-
-    Args:
-        costs: what a bit of each width costs, in units of the limit; shape (steps,).
-        limit: for the sum.
-        activations: targets of the widths that cost nothing.
-        start: widths at the start.
-    """
-
-    def __init__(self, costs: Tensor, limit: float, activations: Targets, start: Tensor) -> None:
-        self.costs, self.limit, self.others, self.start = costs, limit, activations, start
-
-    def total(self, bits: Tensor) -> float:
-        """What the widths cost."""
-        return float((self.costs.double() * bits.double()).sum())
-
-    def met(self, bits: Tensor) -> bool:
-        """Whether the widths are within the budget, and the others at their targets."""
-        return self.total(bits) <= self.limit * (1 + 1e-6) and self.others.met(bits)
-
-    def gradient(self, bits: Tensor) -> Tensor:
-        """Of the relative excess of the budget, and of the others' mean excess."""
-        over = self.costs / self.limit if self.total(bits) > self.limit else torch.zeros_like(bits)
-        return over * self.start.max() + self.others.gradient(bits)
-
-    def project(self, progress: float, bits: Tensor) -> Tensor:
-        """The widths, plus or minus what all have to take alike to cost what is allowed after a share of the way."""
-        begin = max(self.total(self.start), self.limit)
-        allowed = self.limit + (begin - self.limit) * (1 - progress) ** 2
-        held = self.others.project(progress, bits)
-        for _ in range(20):  # widths stop at 0 and 8 bits, so that the rest has to take more
-            missing = allowed - self.total(held)
-            moves = self.costs * ((held > 0) & (held < _MOST) if missing > 0 else held > 0)
-            if abs(missing) <= 1e-6 * self.limit or not bool(moves.any()):
-                break
-            held = torch.where(moves > 0, (held + missing / float(moves.sum())).clamp(0.0, _MOST), held)
-        return held
-
-    def integers(self, bits: Tensor) -> Tensor:
-        """Integer widths within the budget: down, and up again where most was lost, as far as the budget goes."""
-        costly = self.costs > 0
-        whole = torch.where(costly, bits.floor(), self.others.integers(bits))
-        left = self.limit * (1 + 1e-6) - self.total(whole)
-        order = torch.where(costly, bits - whole, -1.0).argsort(descending=True)
-        fits = torch.cumsum(self.costs[order].double(), 0) <= left
-        up = order[fits & costly[order] & (bits - whole > _SLACK)[order] & (whole < _MOST)[order]]
-        whole[up] += 1
-        return whole
-
-
-def _upward(bits: Tensor) -> Tensor:
-    """The least integers that are no smaller, but for a slack; 0 where pruned."""
-    return torch.where(bits < PRUNED, 0.0, (bits - _SLACK).ceil().clamp(min=1.0))

@@ -7,91 +7,23 @@ import torch
 from torch import nn
 
 import lq
-from lq.attachment.running import CallQuantizers
-from lq.attachment.sites import input_quantizer, is_attached, quantized_layers, quantizers, weight_quantizer
+from lq.attachment.sites import input_quantizer, quantized_layers, weight_quantizer
 from lq.errors import DataError, PatternError, SpecError, StateError
-from lq.quantizer.weight_quantizer import WeightQuantizer
-from tests.models import example
+from tests.attachment.networks import (
+    LAYERS,
+    assert_identical,
+    channel,
+    every_layer,
+    identity,
+    images,
+    layer_and_input,
+    quantized,
+    small,
+    widths_of,
+)
 from tests.quantizer.test_quantizer import grids
 
-LAYERS = {
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 8)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 8, 8)),
-    "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 8)),
-    "conv3d": (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5)),
-    "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 8)),
-    "transposed2d": (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 5)),
-    "transposed2d in groups": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
-    "transposed2d depthwise": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), (2, 4, 5, 5)),
-    "transposed3d": (lambda: nn.ConvTranspose3d(4, 6, 3, groups=2), (2, 4, 5, 5, 5)),
-    "linear": (lambda: nn.Linear(4, 6), (3, 4)),
-    "linear without bias": (lambda: nn.Linear(4, 6, bias=False), (3, 4)),
-    "embedding": (lambda: nn.Embedding(7, 5), None),
-}
-every_layer = pytest.mark.parametrize("kind", LAYERS)
-
-
-def layer_and_input(kind, seed=0):
-    torch.manual_seed(seed)
-    make, shape = LAYERS[kind]
-    return make(), torch.randint(0, 7, (3,)) if shape is None else torch.randn(shape)
-
-
-def small(seed=0):
-    """A network with first, middle and last layers."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3)
-    )
-
-
-def images(n=4, seed=1):
-    return torch.randn(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def quantized(**options):
-    """A calibrated network in eval mode."""
-    options = {"weights": 4, "activations": 8, **options}
-    return lq.calibrate(lq.attach(small(), **options), [images(16, 2)]).eval()
-
-
-def identity(model):
-    """Everything that detach has to give back."""
-    return (
-        [(name, id(parameter)) for name, parameter in model.named_parameters()],
-        list(model.state_dict()),
-        {key: value.clone() for key, value in model.state_dict().items()},
-        [(name, type(module)) for name, module in model.named_modules()],
-        [(len(m._forward_pre_hooks), len(m._load_state_dict_pre_hooks)) for m in model.modules()],
-    )
-
-
-def assert_identical(now, before):
-    assert now[0] == before[0]
-    assert now[1] == before[1]
-    assert all(torch.equal(now[2][key], value) for key, value in before[2].items())
-    assert now[3:] == before[3:]
-
-
-def widths_of(model):
-    """Widths of weight and input by layer name."""
-    found = {}
-    for name, module in quantized_layers(model):
-        weight, site = weight_quantizer(module), input_quantizer(module)
-        found[name] = (weight and int(weight.bits.flatten()[0]), site and int(site.bits))
-    return found
-
-
-# --- inverses ---------------------------------------------------------------------------------------------------
-
-
-def channel(layer, weight, c):
-    """The part of a weight that makes output channel `c`; rows of an embedding."""
-    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return weight[c]
-    per_group, inputs = layer.out_channels // layer.groups, layer.in_channels // layer.groups
-    group = c // per_group
-    return weight[group * inputs : (group + 1) * inputs, c % per_group]
+# --- inverses ---------------------------------------------------------------------------------------------------------
 
 
 @every_layer
@@ -213,7 +145,7 @@ def test_attach_again_after_detach():
     assert torch.equal(model.eval()(images()), quantized()(images()))
 
 
-# --- which layers, which widths ------------------------------------------------------------------------------------
+# --- which layers, which widths ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,97 +192,6 @@ def test_set_bits_finds_the_ranges_of_the_new_width():
     assert model[2].weight[0].abs().max() == 0
 
 
-def test_of_a_first_recurrent_module_only_weights_of_the_input_are_wide():
-    """Those that multiply its states, or what its first layer gives, are no first layer's."""
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.LSTM(4, 6, num_layers=2, batch_first=True)), torch.randn(2, 3, 4)
-    model.append(nn.Linear(6, 5)).append(nn.Linear(5, 3))
-    model.forward = lambda x: model[2](model[1](model[0](x)[0]))
-    lq.attach(model, 3, structure=lq.inspect(model, x))
-    widths = {name.rpartition("_")[2]: int(q.bits[0]) for name, q in of_functions(model).items()}
-    assert widths == {"0": 8, "1": 3, "4": 3, "5": 3}
-
-
-def of_functions(model):
-    """Quantizers of weights that functions use, by name."""
-    at_calls = [q for m in model.modules() if isinstance(m, CallQuantizers) for q in m._modules.values()]
-    return {q.name: q for q in at_calls if isinstance(q, WeightQuantizer)}
-
-
-@pytest.mark.parametrize("kind", ["text", "encoder", "odd weights"])
-@pytest.mark.parametrize("widths", [3, 0, "by channel"])
-def test_set_bits_finds_the_ranges_of_weights_of_functions(kind, widths):
-    """The ranges that the calls find of what they get."""
-    model, x = example(kind)
-    lq.calibrate(lq.attach(model, 4, 8, structure=lq.inspect(model, x), first_last=None), [x])
-    found = of_functions(model)
-    wanted = {
-        n: [2 + i % 3 for i in range(q.bits.numel())] if widths == "by channel" else widths for n, q in found.items()
-    }
-    lq.set_bits(model, wanted)
-    assert found and all(q.calibrated for q in quantizers(model))
-    known = {name: q.log2_step.clone() for name, q in found.items() if q.source is not None}
-    assert known
-    for name in known:
-        found[name].forget_range()
-    model.eval()(x)
-    for name, quantizer in found.items():
-        assert torch.equal(quantizer.bits, torch.tensor(wanted[name]).float().expand_as(quantizer.bits))
-        assert name not in known or torch.equal(quantizer.log2_step, known[name])
-
-
-def test_set_bits_of_a_weight_that_is_computed_first():
-    """It keeps its range until the next call finds the one of the new width."""
-    model, x = example("odd weights")
-    lq.calibrate(lq.attach(model, 8, structure=lq.inspect(model, x), first_last=None), [x])
-    quantizer = of_functions(model)["conv.conv2d_0_weight"]
-    lq.set_bits(model, {"conv.conv2d_0": 2})
-    kept = quantizer.step.clone()
-    model.eval()(x)
-    found = quantizer.step.clone()
-    assert quantizer.calibrated and not torch.equal(found, kept)
-    quantizer.forget_range()
-    model(x)
-    assert torch.equal(quantizer.step, found)
-
-
-def test_a_model_with_other_widths_of_functions_is_reconstructed_and_saved(tmp_path):
-    model, x = example("encoder")
-    lq.calibrate(lq.attach(model, 4, 8, structure=lq.inspect(model, x)), [x])
-    lq.set_bits(model, dict.fromkeys(of_functions(model), 3))
-    lq.reconstruct(model, [x], iterations=2)
-    lq.save(model, tmp_path / "m.safetensors")
-    assert torch.equal(lq.load(tmp_path / "m.safetensors", example("encoder")[0])(x), model.eval()(x))
-
-
-def test_float_checkpoints_give_weights_of_functions_their_ranges():
-    model, x = example("encoder")
-    lq.calibrate(lq.attach(model, 4, structure=lq.inspect(model, x)), [x])
-    other = {key: 3 * value for key, value in example("encoder")[0].state_dict().items()}
-    before = {name: q.step.clone() for name, q in of_functions(model).items()}
-    model.load_state_dict(other)
-    assert before
-    for name, step in before.items():
-        torch.testing.assert_close(of_functions(model)[name].step, 3 * step)
-
-
-@pytest.mark.parametrize("kind", ["text", "encoder", "odd weights"])
-def test_baked_weights_of_functions(kind):
-    model, x = example(kind)
-    lq.calibrate(lq.attach(model, 3, 6, structure=lq.inspect(model, x), first_last=None), [x])
-    expected, names = model.eval()(x), set(of_functions(model))
-    stay = {"conv.conv2d_0_weight", "conv2d_0_weight"} & names  # one is computed, one a buffer
-    lq.detach(model, bake=True)
-    assert torch.equal(model(x), expected)
-    assert set(of_functions(model)) == stay and len(stay) < len(names)
-    lq.detach(model)
-    assert not is_attached(model) and not any("forward" in vars(m) for m in model.modules())
-    for name, parameter in model.named_parameters():
-        if name.endswith(("in_proj_weight", "mix")) or "weight_hh" in name:
-            rows = parameter.t() if name == "mix" else parameter
-            assert max(len(row.unique()) for row in rows.detach()) <= 8
-
-
 def test_set_estimator_reaches_every_quantizer():
     model = quantized(estimator="lsq")
     steps = [p for name, p in model.named_parameters() if name.endswith("log2_step")]
@@ -370,7 +211,7 @@ def test_inputs_by_keyword_are_quantized():
     assert model[6](input=x).shape == (3, 3)
 
 
-# --- export ----------------------------------------------------------------------------------------------------
+# --- export -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"weights": lq.QuantSpec(3), "first_last": None}, {"activations": None}])
@@ -382,7 +223,7 @@ def test_exported_model_is_the_eager_one(options):
     assert not torch.allclose(small()(x), model(x), rtol=1e-3)
 
 
-# --- errors ----------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import lq
 from lq.attachment.checkpoint import read_state_dict
 from lq.attachment.sites import weight_quantizer
 from lq.errors import DataError
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 from tests.attachment.test_folding import convnet, randomize
 from tests.export.files import state
 from tests.helpers import assert_same

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lq
-from lq.attachment.float_models import copy_model, float_copy
+from lq.attachment.float_models import copy_model, float_copy, float_model
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
@@ -34,3 +34,15 @@ def test_what_was_shared_is_shared():
     layer = nn.Linear(3, 3)
     copied = copy_model(nn.Sequential(layer, layer))
     assert copied[0] is copied[1] and copied[0] is not layer
+
+
+def test_threads_leave_fused_kernels_as_they_were():
+    """The switch is of the whole process: it is back when the last of several float models is done."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    first, second = (float_model(nn.Linear(2, 2)) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled() == before

@@ -11,13 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lq
 from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import quantizers
-from tests.models import (
-    EXAMPLES,
-    Block,
-    every_model,
-    example,
-    tokens,
-)
+from tests.models import EXAMPLES, Block, every_model, example, tokens
 
 
 class Spy(TorchDispatchMode):

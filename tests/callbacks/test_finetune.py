@@ -1,37 +1,19 @@
-"""FineTune: what is learned, by which optimizer, at which rate; BatchNorm, distillation and resume."""
+"""FineTune: what is learned, by which optimizer, at which rate; resume."""
 
 import math
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 
 import lq
-from lq.attachment.float_models import float_copy
 from lq.attachment.sites import float_weight, quantized_layers, quantizers
 from lq.callbacks import FineTune, Quantize
-from lq.structure.forward import eval_mode
-from tests.helpers import (
-    QUIET,
-    Tiny,
-    assert_same,
-    fit,
-    loader,
-    most_values_over_limit,
-    quantizer_ids,
-    steps,
-    tiny,
-    trainer,
-)
+from tests.callbacks.training import quantize
+from tests.helpers import QUIET, assert_same, fit, loader, most_values_over_limit, quantizer_ids, steps, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
-
-
-def quantize(**kwargs):
-    return Quantize(4, 4, fold_bn=False, **kwargs)
 
 
 class Watch(pl.Callback):
@@ -64,7 +46,7 @@ def tune(module, tuner, data=None, **kwargs):
     return fit(module, [quantize(), tuner, watch], data, **kwargs), watch
 
 
-# --- what is learned ------------------------------------------------------------------------------------------------
+# --- what is learned --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("estimator", "moves"), [("lsq", True), ("ste", False)])
@@ -124,7 +106,7 @@ def test_steps_stay_positive_at_an_absurd_rate():
         assert (quantizer.step > 0).all() and quantizer.step.isfinite().all()
 
 
-# --- learning rates -------------------------------------------------------------------------------------------------
+# --- learning rates ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler", [None, "step", "onecycle"])
@@ -190,7 +172,7 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_without_quantize():
@@ -240,160 +222,7 @@ def test_wrong_arguments(kwargs, text):
         FineTune(**kwargs)
 
 
-# --- BatchNorm ------------------------------------------------------------------------------------------------------
-
-
-class Statistics(pl.Callback):
-    """Running means of the first BatchNorm and its weight at the end of every epoch."""
-
-    def __init__(self):
-        self.means, self.weights = [], []
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.means.append(pl_module.net[1].running_mean.clone())
-        self.weights.append(pl_module.net[1].weight.detach().clone())
-
-
-def test_freeze_bn_epoch_keeps_running_statistics():
-    statistics = Statistics()
-    fit(tiny(), [quantize(), FineTune(freeze_bn_epoch=2), statistics], max_epochs=4)
-    one, two, three, four = statistics.means
-    assert not torch.equal(one, two)
-    assert torch.equal(two, three) and torch.equal(three, four)
-    assert not torch.equal(statistics.weights[2], statistics.weights[3])  # the affine part is still trained
-
-
-def test_reestimated_statistics_are_the_mean_over_batches():
-    module = tiny()
-    fit(module, [quantize(), FineTune(reestimate_bn=32)], max_epochs=2)
-    conv, norm = module.net[0], module.net[1]
-    batches = [x for x, _ in loader()]
-    with eval_mode(module), torch.no_grad():
-        mean = torch.stack([conv(x).mean((0, 2, 3)) for x in batches]).mean(0)
-        var = torch.stack([conv(x).var((0, 2, 3)) for x in batches]).mean(0)
-    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(norm.running_var, var, rtol=1e-5, atol=1e-6)
-    assert norm.momentum == 0.1
-
-
-def test_last_validation_sees_reestimated_statistics():
-    module = tiny()
-    made = trainer([quantize(), FineTune(reestimate_bn=32)])
-    made.fit(module, loader(), loader(24))
-    assert made.callback_metrics["val_loss"] == made.validate(module, loader(24), verbose=False)[0]["val_loss"]
-
-
-@pytest.mark.parametrize("kwargs", [{"freeze_bn_epoch": 0}, {"reestimate_bn": 8}])
-def test_nothing_to_freeze_is_a_warning(kwargs):
-    with pytest.warns(lq.NoEffectWarning, match=r"use Quantize\(fold_bn=False\) to keep them"):
-        fit(tiny(), [Quantize(8, 8, fold_bn=True), FineTune(**kwargs)])
-
-
-# --- distillation ---------------------------------------------------------------------------------------------------
-
-
-def by_hand_loss(module, teacher, batch, weight, temperature):
-    """Loss of the training step plus the distillation loss, in one graph."""
-    x, y = batch
-    logits = module.net(x)
-    with torch.no_grad():
-        target = teacher(x)
-    student, target = (F.log_softmax(t / temperature, -1) for t in (logits, target))
-    divergence = (target.exp() * (target - student)).sum(-1).mean()
-    return F.cross_entropy(logits, y) + weight * temperature**2 * divergence
-
-
-class Gradients(pl.Callback):
-    """Gradients right before the first optimizer step; takes no step further."""
-
-    def on_after_backward(self, trainer, pl_module):
-        self.found = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.5, 4.0), (3.0, 2.0)])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradient_is_that_of_the_summed_loss(weight, temperature, accumulate):
-    module, watched = tiny(), Gradients()
-    tuner = FineTune(distill=weight, temperature=temperature)
-    data = loader(8 * accumulate, batch=8)
-    options = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
-    fit(module, [quantize(calibration_samples=8), tuner, watched], data, **options)
-
-    other = tiny()
-    fit(other, [quantize(calibration_samples=8)], data, max_epochs=0)
-    lq.set_estimator(other, "lsq")
-    teacher = float_copy(other.net)
-    other.train()
-    for batch in data:
-        (by_hand_loss(other, teacher, batch, weight, temperature) / accumulate).backward()
-    expected = {n: p.grad for n, p in other.named_parameters() if p.grad is not None}
-    plain = tiny()
-    assert watched.found.keys() == expected.keys() and len(expected) > len(list(plain.parameters()))
-    for name, gradient in expected.items():
-        torch.testing.assert_close(watched.found[name], gradient, rtol=1e-3, atol=1e-5)
-
-
-def test_distillation_changes_training():
-    ends = []
-    for weight in (0.0, 5.0):
-        module = tiny()
-        fit(module, [quantize(), FineTune(distill=weight)])
-        ends.append(module.net[8].weight.detach())
-    assert not torch.equal(*ends)
-
-
-def test_distill_loss_is_logged_and_teacher_is_float():
-    module, tuner = tiny(), FineTune(distill=1.0)
-
-    class Look(pl.Callback):
-        def on_train_start(self, trainer, pl_module):
-            self.teacher = tuner._distillation.distiller.teacher
-            self.weight = float_weight(pl_module.net[0]).detach().clone()
-
-    look = Look()
-    made = fit(module, [quantize(), tuner, look])
-    assert made.callback_metrics["distill_loss"] > 0
-    assert not list(quantizers(look.teacher))
-    assert torch.equal(look.teacher[0].weight, look.weight)  # it did not learn
-    assert not look.teacher.training
-    assert tuner._distillation.distiller is None
-
-
-@pytest.mark.parametrize("name", ["net", "net.8"])
-def test_distill_from_names_the_module(name):
-    made = fit(tiny(), [quantize(), FineTune(distill=1.0, distill_from=name)])
-    assert made.callback_metrics["distill_loss"] >= 0
-
-
-def test_distill_from_an_unknown_module():
-    with pytest.raises(lq.PatternError, match="distill_from='nett' is no module of Tiny; it has net"):
-        fit(tiny(), [quantize(), FineTune(distill=1.0, distill_from="nett")])
-
-
-def test_distill_from_a_module_that_is_not_called():
-    class Unused(Tiny):
-        def __init__(self):
-            super().__init__()
-            self.spare = nn.Sequential(nn.Linear(2, 2))
-
-    module = Unused()
-    with pytest.raises(lq.StateError, match="name one that it calls, and that gives the logits, with distill_from="):
-        fit(module, [quantize(exclude="spare"), FineTune(distill=1.0, distill_from="spare")])
-
-
-def test_distill_from_a_module_without_logits():
-    class Pair(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x), None
-
-    module = tiny()
-    module.net = Pair(*module.net)
-    module.forward = lambda x: module.net(x)[0]
-    with pytest.raises(lq.StateError, match="gives a tuple; name the module that gives logits with distill_from="):
-        fit(module, [quantize(), FineTune(distill=1.0)])
-
-
-# --- resume ---------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 RESUMES = {
     "lsq": ({}, {}),
@@ -458,40 +287,3 @@ def test_two_epochs_then_a_trainer_with_four(tmp_path):
             path = tmp_path / f"{len(epochs)}{index}" / "last.ckpt"
         ends.append(dict(module.state_dict()))
     assert_same(ends[0], ends[1])
-
-
-class Signed(Tiny):
-    """Its activations have both signs."""
-
-    def __init__(self):
-        super().__init__()
-        self.net[2] = self.net[5] = nn.GELU()
-
-
-@pytest.mark.parametrize("rate", [1e-3, 10.0])
-def test_zero_points_are_levels_and_whole_in_the_end(rate):
-    torch.manual_seed(0)
-    module = Signed()
-    fit(module, [quantize(), FineTune("lsq_plus", quantizer_lr=rate)], max_epochs=2)
-    sites = [q for q in quantizers(module) if not q.is_weight]
-    assert len(sites) == 2
-    for quantizer in sites:
-        zero_point = quantizer.zero_point.detach()
-        assert torch.equal(zero_point, zero_point.round()) and 1 <= zero_point <= 2 ** quantizer.bits.detach() - 1
-
-
-def test_zero_points_move_by_shares_of_their_range():
-    class Moves(pl.Callback):
-        def on_train_start(self, trainer, pl_module):
-            self.begin = {q.name: q.zero_point.detach().clone() for q in quantizers(pl_module)}
-
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            self.moved = {q.name: (q.zero_point.detach() - self.begin[q.name]).abs() for q in quantizers(pl_module)}
-
-    torch.manual_seed(0)
-    module, moves = Signed(), Moves()
-    overrides = {"net.8": {"activations": 8}}
-    fit(module, [quantize(overrides=overrides), FineTune("lsq_plus", quantizer_lr=1e-3), moves], loader(8))
-    moved = [float(moves.moved[f"net.{i}.input"]) for i in (3, 8)]
-    assert moved == pytest.approx([1e-3 * 2**4, 1e-3 * 2**8], rel=0.1)  # Adam's first update
-    assert not any(moves.moved[q.name].any() for q in quantizers(module) if q.is_weight)

@@ -16,18 +16,7 @@ from lq.callbacks import AllocateBits, FineTune, Quantize, Reconstruct
 from lq.errors import SpecError, StateError
 from lq.reconstruction import Reconstruction
 from lq.reconstruction.rounding import AdaRound
-from tests.helpers import (
-    QUIET,
-    Tiny,
-    assert_same,
-    dataset,
-    fit,
-    hooks,
-    loader,
-    most_values_over_limit,
-    tiny,
-    trainer,
-)
+from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, hooks, loader, most_values_over_limit, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 

@@ -12,18 +12,7 @@ from torch import nn
 from lq.attachment.sites import quantizers
 from lq.errors import LqError
 from tests.callbacks.training import DISTILLED, FULL, PLAIN, STAGES, Begin, learned, over, updates_of, weights
-from tests.helpers import (
-    QUIET,
-    Tiny,
-    assert_same,
-    dataset,
-    fit,
-    loader,
-    most_values_over_limit,
-    steps,
-    tiny,
-    trainer,
-)
+from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, loader, most_values_over_limit, steps, tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 

@@ -45,6 +45,11 @@ FULL: dict[str, Chain] = {
 }
 
 
+def quantize(**options: Any) -> Quantize:
+    """Four bits, BatchNorms as they are."""
+    return Quantize(4, 4, fold_bn=False, **options)
+
+
 def over(chains: dict[str, Chain]) -> Any:
     """Run a test for each chain."""
     return pytest.mark.parametrize("stages", list(chains.values()), ids=list(chains))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -109,6 +110,14 @@ def constants(path):
     return {name: numpy_helper.to_array(tensor) for name, tensor in stored(path).items()}
 
 
+def types(path):
+    """Names of the types of stored weights, by name."""
+    named = {name: TensorProto.DataType.Name(t.data_type) for name, t in stored(path).items()}
+    return {
+        name: kind for name, kind in named.items() if re.search(r"(\.weight|\.original|_weight(_\d+|_[ih]h)?)$", name)
+    }
+
+
 def unpacked(tensor):
     """The integers of an initializer of few bits, from its bytes; the first of those in a byte are its low bits."""
     width, signed = TYPES[tensor.data_type]
@@ -180,6 +189,18 @@ def steps_of(path, kind):
         parts = [made.get(name) for name in node.input[:2]]
         if all(part is not None and part.op_type == "DequantizeLinear" for part in parts):
             yield node, values[parts[0].input[1]] * values[parts[1].input[1]]
+
+
+def biases(path):
+    """Biases of layers on integers by the name of the constant: their values, and the products of steps."""
+    values, made = known(path), {node.output[0]: node for node in nodes(path)}
+    for kind in ("Conv", "ConvTranspose", "Gemm"):
+        for node, product in steps_of(path, kind):
+            if len(node.input) < 3:
+                continue
+            source = made.get(node.input[2])
+            name = node.input[2] if source is None else source.input[0].removesuffix("_integer")
+            yield name, values[node.input[2]], product, node
 
 
 def session(path, *, optimized=None, plain=False):

@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,9 +13,18 @@ import lq
 from lq.attachment.stored import stored_weights
 from lq.export.integers import settled_zero_point
 from lq.quantizer.quantizer import Quantizer
-from tests.helpers import assert_same
+from tests.helpers import QUIET, assert_same
 
 DIGEST = 16
+
+#: Some examples have weights that functions compute; one test is about what is said of them.
+TOLD = "ignore:.*weights of functions are stored in float"
+QUIETLY = [pytest.mark.filterwarnings(text) for text in (*QUIET, TOLD)]
+
+
+def calibrated(model, x, **options):
+    """Attached as it is said, with ranges, in eval mode."""
+    return lq.calibrate(lq.attach(model, **options), [x]).eval()
 
 
 def parse(content):

@@ -9,7 +9,7 @@ import lq
 from lq.attachment.sites import float_weight, weight_quantizer
 from lq.errors import StateError
 from lq.structure.channels import ChannelLayout
-from tests.attachment.test_attach import LAYERS, channel, every_layer, layer_and_input
+from tests.attachment.networks import LAYERS, channel, every_layer, layer_and_input
 from tests.models import example
 
 GRIDS = {

@@ -13,7 +13,7 @@ from lq.attachment.stored import call_weights
 from lq.errors import DataError, StateError
 from lq.export import export_program
 from lq.export.standard import standard_form
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 from tests.attachment.test_folding import convnet
 from tests.export.exported import Pairs, activations, calibrated, depthwise, pictures, weights
 from tests.helpers import assert_same, hooks

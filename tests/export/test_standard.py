@@ -16,7 +16,7 @@ from lq.export.standard import StandardActivation, StandardWeight, standard_form
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
-from tests.attachment.test_attach import LAYERS, channel, every_layer, images, layer_and_input, quantized, small
+from tests.attachment.networks import LAYERS, channel, every_layer, images, layer_and_input, quantized, small
 from tests.attachment.test_folding import convnet
 from tests.export.exported import activations, calibrated, depthwise, pictures, weights
 from tests.helpers import assert_same, hooks

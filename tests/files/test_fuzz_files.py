@@ -22,9 +22,9 @@ from lq.allocation.budget import read_latencies
 from lq.attachment.sites import is_attached
 from lq.configuration.recipe import recipe_path
 from lq.errors import DataError, LqError, RecipeError, StateError
-from tests.attachment.test_attach import images, small
+from tests.attachment.networks import images, small
+from tests.export.damage import append, cut, flip, insert, overwrite, remove, repeat, saved_model, zero
 from tests.export.files import parse, signed, state
-from tests.export.test_packed_damage import append, cut, flip, insert, overwrite, remove, repeat, saved_model, zero
 from tests.helpers import assert_same
 
 resource = pytest.importorskip("resource")

@@ -18,7 +18,7 @@ from torch import nn
 import lq
 from lq.errors import DataError
 from lq.files import decompress, parse_json, read_checkpoint, read_text, require_file, whole_file
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 from tests.export.files import state
 from tests.helpers import assert_same
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-import lq.quantizer.functional
+import lq.quantizer.gradients
 from lq.attachment.sites import float_weight, weight_quantizer
 from lq.errors import StateError
 from lq.quantizer.estimators import EWGS
-from lq.quantizer.functional import STEP_LIMIT, fake_quantize, round_to_grid, step_size
+from lq.quantizer.functional import fake_quantize
+from lq.quantizer.rounding import STEP_LIMIT, round_to_grid, step_size
 
 
 def reference(x, step, low, high, offset=0.0):
@@ -70,7 +71,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_paper(case, layout, dtype, block, monkeypatch):
-    monkeypatch.setattr(lq.quantizer.functional, "_BLOCK", block)
+    monkeypatch.setattr(lq.quantizer.gradients, "_BLOCK", block)
     shape, step_shape, low, high, offset = CASES[case]
     generator = torch.Generator().manual_seed(1)
     log2_step = torch.randint(-3, 2, step_shape, generator=generator).float()

@@ -11,7 +11,7 @@ from torch import nn
 import lq
 from lq.attachment.sites import float_weight, weight_quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
-from tests.attachment.test_attach import images, quantized, small
+from tests.attachment.networks import images, quantized, small
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The loop that fits a unit: what it optimizes, what it moves, what it leaves."""
 
 import math
-import threading
 from contextlib import ExitStack
 
 import pytest
@@ -10,79 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.attachment.float_models import float_copy
-from lq.attachment.sites import activation_quantizers, float_weight, weight_quantizer
+from lq.attachment.sites import float_weight, weight_quantizer
 from lq.errors import DivergenceError
-from lq.reconstruction import Constant, FisherLoss, LpLoss
-from lq.reconstruction.engine import _order, fit_unit
-from lq.reconstruction.options import RunOptions
-from lq.reconstruction.problem import InnerOutputs, Problem
-from lq.reconstruction.quantized_model import QuantizedModel
-from lq.reconstruction.quantizers import UnitQuantizers, tapped
+from lq.reconstruction import Constant, LpLoss
+from lq.reconstruction.engine import _order
+from lq.reconstruction.quantizers import tapped
 from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest
 from tests.helpers import assert_same
-from tests.reconstruction.networks import Basic, ResNet, Work, quantized, samples
-
-FAST = AdaRound(lr=0.05)
-
-
-def method(**options):
-    given = {"rounding": FAST, "loss": LpLoss(), "drop": Constant(0.0), "iterations": 20, "batch_size": 8}
-    return RunOptions(**{**given, **options})
-
-
-def unit_quantizers(model, modules, settled=frozenset()):
-    return UnitQuantizers(QuantizedModel(model), modules, set(settled))
-
-
-class Unit:
-    """A unit with its data, ready to be fitted."""
-
-    def __init__(self, model=None, shape=(8,), weights=2, activations=4, count=24, inputs=None, **options):
-        torch.manual_seed(0)
-        if model is None:
-            model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
-        data = list(samples(shape, count).split(8))
-        self.model = quantized(model.eval(), data, weights, activations, **options).requires_grad_(False)
-        self.work = Work(self.model, data, "network")
-        self.modules = self.work.units[0].bind(self.model)
-        self.quantizers = unit_quantizers(self.model, self.modules)
-        ours, floats = self.work.quantized.inputs(0), self.work.whole.inputs(0)
-        self.targets = self.work.whole.finish(0, floats)
-        if inputs is not None:
-            ours.leaves = [inputs(leaf, self.work.storage) if hasattr(leaf, "rows") else leaf for leaf in ours.leaves]
-        self.problem = Problem("unit", self.modules, self.quantizers, ours, floats, self.targets)
-        self.x = torch.cat(data)
-
-    def fit(self, method, seed=0):
-        return fit_unit(self.problem, method, seed=seed)
-
-    def loss(self):
-        """The squared error of the model as it is now, over all samples."""
-        with torch.no_grad():
-            errors = (self.model(self.x) - self.work.twin(self.x)).double().square()
-        return errors.mean().item() * errors.shape[1 if errors.ndim == 4 else -1]
-
-    def weights(self):
-        return {n: p.clone() for n, p in self.model.named_parameters() if n.endswith("original")}
-
-    def steps(self):
-        return {name: (part.step.item(), part.zero_point.item()) for name, part in activations_of(self.model).items()}
-
-
-def activations_of(model):
-    return activation_quantizers(model)
-
-
-def check_written(model):
-    """Every weight is a level that rounding to the nearest leaves as it is."""
-    for layer in model.modules():
-        quantizer = weight_quantizer(layer)
-        if quantizer is not None:
-            weight = float_weight(layer)
-            with torch.no_grad():
-                assert torch.equal(quantizer(weight), weight)
-
+from tests.reconstruction.fitting import FAST, Unit, activations_of, check_written, method
+from tests.reconstruction.networks import Basic, quantized, samples
 
 ROUNDINGS = {"nearest": Nearest(), "adaround": FAST, "softmax": AnnealingSoftmax((-1, 0, 1, 2), lr=0.05)}
 
@@ -195,7 +130,7 @@ def test_a_step_is_adams_on_the_loss_by_hand():
     torch.testing.assert_close(float_weight(layer), (levels * step).float(), rtol=1e-6, atol=0)
 
 
-# --- inputs and drops -------------------------------------------------------------------------------------------
+# --- inputs and drops -------------------------------------------------------------------------------------------------
 
 
 def shifted(stored, storage):
@@ -243,7 +178,7 @@ def test_the_order_of_samples():
     assert _order(3, 2, 8, 0).shape == (2, 8)  # more than there are: some come twice
 
 
-# --- ends --------------------------------------------------------------------------------------------------------
+# --- ends -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_unit_that_got_worse_keeps_nearest_rounding_and_its_steps():
@@ -340,7 +275,7 @@ def test_the_same_seed_gives_the_same_unit():
     assert found[0][0] != found[2][0]
 
 
-# --- what is learned ---------------------------------------------------------------------------------------------
+# --- what is learned --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["ste", "lsq"])
@@ -386,190 +321,3 @@ def test_widths_for_each_channel_are_kept(kind, rounding, symmetric):
             if width == 1 and symmetric:
                 assert row.unique().numel() == 2 and row.sum() == pytest.approx(row.numel() * row.mean().item())
                 assert torch.equal(row.abs(), row.abs().flatten()[0].expand_as(row))
-
-
-# --- regularization, weights, ranks ------------------------------------------------------------------------------
-
-
-def test_regularization_adds_the_differences_of_blocks():
-    """The loss and the gradient of the whole network with its blocks held, by hand, on float activations."""
-    torch.manual_seed(0)
-    model, data = ResNet(2).eval(), [samples((3, 8, 8), 6)]
-    quantized(model, data, 3, None).requires_grad_(False)
-    work = Work(model, data, "network")
-    names = ["blocks.0", "blocks.1"]
-    pairs = [(model.get_submodule(name), work.twin.get_submodule(name)) for name in names]
-    inputs, float_inputs = work.quantized.inputs(0), work.whole.inputs(0)
-    targets = work.whole.finish(0, float_inputs)
-    modules = work.units[0].bind(model)
-    inner = InnerOutputs(work.units[0].bind(work.twin), pairs)
-    taken = {}
-
-    class Watched:
-        """AdaRound whose gradient is kept."""
-
-        lr = 0.01
-
-        def begin(self, grid):
-            taken["learned"] = AdaRound(penalty=0).begin(grid)
-            taken["v"] = taken["learned"].v.detach().clone() + 0.3
-            with torch.no_grad():
-                taken["learned"].v.copy_(taken["v"])
-            return taken["learned"]
-
-    quantizers = unit_quantizers(model, modules)
-    fit_unit(
-        Problem("", modules, quantizers, inputs, float_inputs, targets, inner=inner),
-        method(rounding=Watched(), regularization=0.7, iterations=1, batch_size=6),
-        seed=0,
-    )
-    found = taken["learned"].v.grad
-    v = taken["v"].clone().requires_grad_()
-    fresh = ResNet(2).eval()
-    fresh.load_state_dict(work.twin.state_dict())
-    fresh.requires_grad_(False)
-    start, soft = 0, {}
-    for name, layer in fresh.named_modules():
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-            continue
-        quantizer = weight_quantizer(model.get_submodule(name))
-        weight = layer.weight
-        part = v[start : start + weight.numel()].view(weight.shape)
-        start += weight.numel()
-        step = quantizer.step.view(-1, *[1] * (weight.ndim - 1))
-        h = (1.2 * part.sigmoid() - 0.1).clamp(0, 1)
-        soft[f"{name}.weight"] = ((weight / step).floor() + h).clamp(-4, 3) * step
-    x = data[0]
-
-    def run(weights):
-        return torch.func.functional_call(fresh, weights, (x,))
-
-    outputs = []
-    handles = [
-        fresh.get_submodule(name).register_forward_hook(lambda m, a, out: outputs.append(out.clone())) for name in names
-    ]
-    with torch.no_grad():
-        target = run({})
-    floats, outputs[:] = list(outputs), []
-    loss = (run(soft) - target).square().sum(1).mean()
-    for a, b in zip(outputs, floats, strict=True):
-        loss = loss + 0.7 * (a - b).square().sum(1).mean()
-    for handle in handles:
-        handle.remove()
-    (expected,) = torch.autograd.grad(loss, v)
-    assert start == found.numel() and expected.abs().sum() > 0
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_regularization_compares_blocks_of_the_network():
-    """Through `lq.reconstruct`: the curve is the larger for it, and what is held comes nearer."""
-    distances, curves = [], []
-    for regularization in (0.0, 3.0):
-        torch.manual_seed(3)
-        model, data = ResNet(2).eval(), [samples((3, 8, 8), 16)]
-        quantized(model, data, 2, None)
-        twin = float_copy(model)
-        found = lq.reconstruct(
-            model,
-            data,
-            units="network",
-            rounding=AnnealingSoftmax(lr=0.02),
-            drop=0.0,
-            iterations=200,
-            batch_size=16,
-            regularization=regularization,
-        )
-        curves.append(found.units[0].curve)
-        with torch.no_grad():
-            x = model.act(model.stem(data[0])), twin.act(twin.stem(data[0]))
-            distances.append((model.blocks[0](x[0]) - twin.blocks[0](x[1])).square().mean().item())
-    assert distances[1] < 0.8 * distances[0]
-    assert min(curves[1]) > min(curves[0])
-
-
-def test_fisher_weights_reach_the_loss():
-    unit = Unit()
-    weights = torch.rand(24, 3)
-    unit.problem.loss_weights = type(unit.targets)(
-        unit.work.storage.keep(weights), unit.targets.layout, torch.device("cpu"), torch.float32
-    )
-    seen = []
-
-    def loss(output, target, given):
-        seen.append(given.clone())
-        return FisherLoss()(output, target, given)
-
-    found = unit.fit(method(loss=loss, iterations=2, rounding=Nearest(), activation_mode="quantized", bias_lr=1e-9))
-    assert torch.equal(torch.cat(seen[:3]), weights)
-    order = _order(24, 2, 8, 0)
-    assert torch.equal(seen[3], weights[order[0]]) and torch.equal(seen[4], weights[order[1]])
-    with torch.no_grad():
-        errors = (unit.model(unit.x) - unit.work.twin(unit.x)).square() * weights
-    assert found.before == pytest.approx(errors.sum(1).mean().item(), rel=1e-4)
-
-
-def test_gradients_are_averaged_over_ranks():
-    """Two ranks with the same samples give what one rank gives; the batch is shared between them."""
-    one, two = Unit(), Unit()
-    asked = []
-
-    def reduce(tensor, operation):
-        asked.append((operation, tuple(tensor.shape)))
-        return tensor * 2
-
-    a = one.fit(method(iterations=6, batch_size=4, step_lr=0.02))
-    b = two.fit(method(iterations=6, batch_size=8, step_lr=0.02, reduce=reduce, ranks=2))
-    assert b.curve == pytest.approx(a.curve, rel=1e-6)
-    assert b.before == pytest.approx(a.before, rel=1e-5)
-    assert_same(dict(two.model.state_dict()), dict(one.model.state_dict()))
-    assert {operation for operation, _ in asked} == {"sum"}
-
-
-class Ranks:
-    """Two threads that reduce tensors together, or fail if they do not meet."""
-
-    def __init__(self):
-        self.barrier, self.given = threading.Barrier(2, timeout=30), [None, None]
-
-    def reduce(self, rank):
-        def together(tensor, operation):
-            self.given[rank] = tensor.detach().clone()
-            self.barrier.wait()
-            a, b = self.given
-            assert a.shape == b.shape
-            found = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}[operation](a, b)
-            self.barrier.wait()
-            return found
-
-        return together
-
-
-def test_ranks_stop_together():
-    """Though the loss of one of them falls all the time, and that of the other does not."""
-    ranks, found = Ranks(), {}
-    rule = AnnealingSoftmax(temperature=(1.0, 1e-8), lr=1e-9)
-    fitting = {
-        "rounding": rule,
-        "iterations": 100,
-        "early_stop": True,
-        "activation_mode": "quantized",
-        "batch_size": 16,
-    }
-
-    def fit(rank):
-        unit, calls = Unit(activations=8), []
-
-        def loss(output, target, weights):
-            calls.append(1)
-            return LpLoss()(output, target) * (0.9 ** len(calls) if rank else 1.0)
-
-        found[rank] = unit.fit(method(loss=loss, **fitting, reduce=ranks.reduce(rank), ranks=2))
-
-    threads = [threading.Thread(target=fit, args=(rank,), daemon=True) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert set(found) == {0, 1}
-    assert found[0].iterations == found[1].iterations
-    assert found[0].after == found[1].after

@@ -8,8 +8,8 @@ from lq.attachment.shared import SharedQuantizer
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.reconstruction.quantizers import tapped
 from tests.models import Block
+from tests.reconstruction.fitting import Unit, unit_quantizers
 from tests.reconstruction.networks import samples
-from tests.reconstruction.test_engine import Unit, unit_quantizers
 
 
 def test_shared_quantizers_are_learned_once():

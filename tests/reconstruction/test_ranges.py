@@ -5,7 +5,7 @@ import pytest
 import lq
 from lq.reconstruction.options import RunOptions
 from lq.reconstruction.ranges import refit_ranges
-from tests.reconstruction.test_engine import Unit, activations_of, unit_quantizers
+from tests.reconstruction.fitting import Unit, activations_of, unit_quantizers
 
 
 def test_ranges_are_refitted_to_those_of_the_float_network():

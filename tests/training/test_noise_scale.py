@@ -10,7 +10,8 @@ import lq
 from lq.attachment.sites import quantizers
 from lq.quantizer.estimators import NoiseScale
 from lq.quantizer.levels import middle
-from lq.training.noise_scale import Penalty, SizeBudget, Targets, WidthLearner, target_widths
+from lq.training.noise_scale import Penalty, WidthLearner, target_widths
+from lq.training.width_goals import SizeBudget, Targets
 
 NAMES = ["0.weight", "2.weight", "2.input", "4.weight", "4.input"]
 

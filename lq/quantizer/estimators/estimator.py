@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lq.quantizer.functional import Bound
+from lq.quantizer.rounding import Bound
 
 #: The parts of a quantizer's grid, by the names of its parameters.
 Part = Literal["log2_step", "zero_point", "bits"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lq.quantizer.estimators.estimator import Estimator, Part
-from lq.quantizer.functional import Bound
+from lq.quantizer.rounding import Bound
 
 
 @dataclass(frozen=True)

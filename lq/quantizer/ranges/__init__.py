@@ -15,6 +15,8 @@ _NAMED: dict[str, RangeRule] = {"minmax": MinMax(), "percentile": Percentile(), 
 def range_rule(rule: str | RangeRule, *, bits: int, weights: bool = True) -> RangeRule:
     """The rule itself, the rule of that name, or the default: L_p, but min-max for weights of 8 bits and more.
 
+    "output" begins as the default does; `lq.calibration.output_ranges` goes on from there.
+
     >>> range_rule("auto", bits=8)
     MinMax()
     >>> range_rule("auto", bits=4)
@@ -22,8 +24,9 @@ def range_rule(rule: str | RangeRule, *, bits: int, weights: bool = True) -> Ran
     """
     if not isinstance(rule, str):
         return rule
-    if rule == "auto":
+    if rule in ("auto", "output"):
         return _NAMED["minmax" if weights and bits >= 8 else "lp"]
     if rule not in _NAMED:
-        raise SpecError(f"range={rule!r} is unknown; use 'auto', {', '.join(map(repr, _NAMED))} or a rule object")
+        names = ", ".join(map(repr, ["auto", *_NAMED, "output"]))
+        raise SpecError(f"range={rule!r} is unknown; use {names} or a rule object")
     return _NAMED[rule]

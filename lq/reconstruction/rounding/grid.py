@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lq.quantizer.functional import Bound, round_to_grid
+from lq.quantizer.rounding import Bound, round_to_grid
 from lq.quantizer.weight_quantizer import WeightQuantizer
 
 

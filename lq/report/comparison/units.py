@@ -2,8 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lq.attachment.interception import call_quantizers
 from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import input_quantizer, quantized_layers, quantizers, weight_quantizer
+from lq.attachment.tapping import rounded
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
@@ -61,12 +61,12 @@ class Unit:
         """Take in an output of the float network, and what it is with this unit alone quantized; keep some of it."""
         self.visits += 1
         kept = []
-        for value, rounded in zip(_outputs(x), _outputs(alone), strict=False):
+        for value, approximate in zip(_outputs(x), _outputs(alone), strict=False):
             most = max(self._room // (2 * value.element_size()), 1)  # later visits of this batch want room, too
             few = some(self.rows(value), most)
             self._room -= few.numel() * few.element_size()
             kept.append((few.clone(), value.shape, most))  # code behind it may change it in place
-            self.alone.add(few, some(self.rows(rounded), most))
+            self.alone.add(few, some(self.rows(approximate), most))
         self.stored.append(kept)
 
     def see_quantized(self, y: object) -> None:
@@ -261,32 +261,6 @@ def _layer(name: str, module: nn.Module) -> Unit:
     unit = Unit(name, type(module).__name__.removeprefix("Parametrized"), parts)
     unit.is_layer = True
     return unit
-
-
-def rounded(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """`x` rounded, whatever the quantizer's tap is."""
-    tap, quantizer.tap = quantizer.tap, None
-    try:
-        if not isinstance(quantizer, WeightQuantizer):
-            return quantizer(x)  # type: ignore[no-any-return]
-        if not quantizer.calibrated or quantizer.outdated:  # of a weight at a call, found at the first use
-            quantizer.calibrate(x)
-        return quantizer._quantize(x)
-    finally:
-        quantizer.tap = tap
-
-
-@contextmanager
-def tapped(taps: dict[Quantizer, Callable[[Tensor], Tensor] | None]) -> Iterator[None]:
-    """Have quantizers do something else meanwhile."""
-    before = {quantizer: quantizer.tap for quantizer in taps}
-    try:
-        for quantizer, tap in taps.items():
-            quantizer.tap = tap
-        yield
-    finally:
-        for quantizer, tap in before.items():
-            quantizer.tap = tap
 
 
 def some(table: Tensor, most: int) -> Tensor:

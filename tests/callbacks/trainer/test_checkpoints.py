@@ -10,15 +10,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 import lq
 from lq.attachment.sites import quantizers
-from lq.callbacks import (
-    ExportModel,
-    FineTune,
-    LearnNoiseScale,
-    Quantize,
-    Reconstruct,
-    ReduceBits,
-    load_from_checkpoint,
-)
+from lq.callbacks import ExportModel, FineTune, LearnNoiseScale, Quantize, Reconstruct, ReduceBits, load_from_checkpoint
 from lq.quantizer.final_widths import unfinished_widths
 from tests.helpers import QUIET, Tiny, assert_same, dataset, fit, loader, run_on_ranks, tiny, trainer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lq
-import lq.quantizer.functional
+import lq.quantizer.gradients
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.estimators import ESTIMATORS, EWGS, LSQ, AdaptiveEWGS, LSQPlus, NoiseScale, estimator
 from lq.quantizer.spec import QuantSpec
@@ -95,7 +95,7 @@ def scale_of(quantizer, x):
 @pytest.mark.parametrize("block", [1 << 18, 50])
 @pytest.mark.parametrize("name", ["ste", "lsq", "lsq_plus", "noise_scale"])
 def test_gradient_to_values_is_straight_through(kind, name, block, monkeypatch):
-    monkeypatch.setattr(lq.quantizer.functional, "_BLOCK", block)
+    monkeypatch.setattr(lq.quantizer.gradients, "_BLOCK", block)
     quantizer, x, grad = setting(kind, name)
     expected = torch.tensor([case.straight_through() for case in oracle_of(quantizer, x, grad)])
     torch.testing.assert_close(run(quantizer, x, grad), expected.view(x.shape))
