@@ -10,8 +10,9 @@ demo: .venv/demo.stamp
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# The fast tests with the oldest versions that pyproject.toml declares, in an environment of its own. Not in .ci/run: with torch
-# 2.10.0 on Python 3.11, 7 088 passed and 18 failed, 13 of them of torch.compile, whose tracing of autograd functions fails there.
+# The fast tests with the oldest versions that pyproject.toml declares (constraints/oldest.txt), in an environment of its own; on
+# Python 3.10 to 3.12, the last for which some of them have wheels. Without anyio's plug-in: the anyio that goes with
+# typing-extensions 4.12 uses a name that pytest deprecates, and warnings are errors.
 test-oldest: .venv-oldest/stamp
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile -p no:anyio
 

@@ -206,9 +206,11 @@ def _first(
     samples: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The first samples of what a function is called with, if its tensors have them along their first dimension."""
+    if samples is None:  # without a look at sizes, which may be unknown while a program is exported
+        return args, kwargs
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim > 2]
     sizes = {len(t) for t in tensors} - {1}
-    if samples is None or len(tensors) < 2 or len(sizes) != 1:
+    if len(tensors) < 2 or len(sizes) != 1:
         return args, kwargs
     (size,) = sizes
 

@@ -8,6 +8,8 @@ from torch import nn
 
 import lq
 from lq.export import export_onnx
+from lq.export.program import exported
+from lq.export.standard import standard_form
 from tests.export.exported import (
     Pairs,
     assert_close,
@@ -79,10 +81,10 @@ def test_kernels_of_each_sample_have_the_batch_size_of_the_example(tmp_path):
     torch.manual_seed(0)
     model, x = ByKernels().eval(), torch.randn(8, 3, 6, 6)
     calibrated(model, x, **few(8), first_last=None)
+    refused = exported(standard_form(model), x[:3])[1]  # older torch makes no program for any number of samples
+    reason = refused or "a convolution has a group for each sample"
     report = export_onnx(model, x[:3], tmp_path / "m.onnx", check=[x])
-    assert "the batch size is fixed: a convolution has a group for each sample; it is the example's, 3 (example=)" in (
-        report.notes
-    )
+    assert f"the batch size is fixed: {reason}; it is the example's, 3 (example=)" in report.notes
     assert report.samples == 6 and relative(report) < 0.02
     assert types(tmp_path / "m.onnx")["matmul_0_right_weight"] == "INT8"
 

@@ -150,7 +150,9 @@ def test_operators_in_opset_13(kind):
     onnx.checker.check_model(after, full_check=True)
     assert after.opset_import[0].version == 13 and after.ir_version == 7
     x = np.random.default_rng(0).normal(0, 3, (2, 4, 6)).astype("f4")
-    for one, other in zip(run(before, x=x), run(after, x=x), strict=True):
+    # onnxruntime 1.23 cannot run a reduction of nothing in opset 18
+    expected = [x] if kind == "ReduceMin of nothing" else run(before, x=x)
+    for one, other in zip(expected, run(after, x=x), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
