@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "export": "bars errors files structure quantizer attachment",
     "report": "bars errors files tables structure quantizer attachment calibration reconstruction",
     "sites": "attachment",
-    "cli": "errors files tables configuration structure quantizer attachment calibration sensitivity allocation export "
-    "report",
+    "cli": "bars errors files tables configuration structure quantizer attachment calibration sensitivity allocation "
+    "export report",
 }
 
 # Packages of interchangeable parts, within those: nothing of models is in them.

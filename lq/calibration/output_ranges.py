@@ -36,6 +36,7 @@ from lq.attachment.padded import padded
 from lq.attachment.shared import SharedQuantizer
 from lq.attachment.sites import input_quantizer, quantized_layers, weight_quantizer
 from lq.attachment.tapping import rounded, tapped
+from lq.bars import steps
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.histogram import Reduce
 from lq.quantizer.quantizer import Quantizer
@@ -79,15 +80,16 @@ def fit_to_outputs(
         reduce: combines a tensor over ranks, as in `lq.calibrate`.
     """
     units = [unit for unit in _units(model) if any(map(by_output, unit.parts))]
-    for rounds in _ROUNDS:
-        for kind, offsets in zip((ActivationQuantizer, WeightQuantizer), rounds, strict=True):
-            stage = _Stage(units, kind, offsets, len(batches))
-            if not stage.searched:
-                continue
-            with _listening(model, stage):
-                for batch in batches:
-                    run(model, batch, forward)
-            stage.choose(reduce)
+    kinds = (ActivationQuantizer, WeightQuantizer)
+    stages = [(kind, offsets) for rounds in _ROUNDS for kind, offsets in zip(kinds, rounds, strict=True)]
+    for kind, offsets in steps(stages, "Finding ranges by outputs", unit="round"):
+        stage = _Stage(units, kind, offsets, len(batches))
+        if not stage.searched:
+            continue
+        with _listening(model, stage):
+            for batch in batches:
+                run(model, batch, forward)
+        stage.choose(reduce)
 
 
 @dataclass(eq=False)

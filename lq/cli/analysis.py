@@ -23,7 +23,7 @@ from lq.cli.inspecting import write
 from lq.cli.models import built
 from lq.cli.sampling import TypedParser, add_data, batches, parsed
 from lq.cli.timm_module import load_weights
-from lq.cli.usage import one_line
+from lq.cli.usage import one_line, progress
 from lq.errors import BudgetError, DataError
 from lq.sensitivity import Sensitivity, measure_sensitivity
 from lq.sensitivity.measure import metric_of
@@ -180,5 +180,6 @@ def _measured(options: Any, *, activations: bool) -> tuple[nn.Module, Sensitivit
     fold_batchnorm(model, images[:2])
     structure = inspect(model, images[:2])
     attach(model, 8, 8, structure=structure)
-    calibrate(model, found)
-    return model, measure_sensitivity(model, found, options.metric, activations=activations)
+    with progress():
+        calibrate(model, found)
+        return model, measure_sensitivity(model, found, options.metric, activations=activations)

@@ -18,7 +18,7 @@ from lq.cli.inspecting import write
 from lq.cli.models import built
 from lq.cli.sampling import TypedParser, add_data, batches, parsed
 from lq.cli.timm_module import load_weights
-from lq.cli.usage import UsageError
+from lq.cli.usage import UsageError, progress
 from lq.errors import DataError
 from lq.export.packed import SUFFIX
 from lq.report.comparison import Comparison, compare, float_reference
@@ -78,7 +78,8 @@ def run(name: str, arguments: list[str]) -> str:
     model, _ = loaded(options)
     given = list(batches(options, model))
     model.to(options.device)
-    found = compare(model, given, reference=_reference(model, options, given[0]))
+    with progress():
+        found = compare(model, given, reference=_reference(model, options, given[0]))
     if options.reference is None and Path(options.source).suffix == SUFFIX:
         found = replace(found, notes=(*found.notes, _LEVELS))
     if out is not None:

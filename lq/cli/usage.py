@@ -5,15 +5,22 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 from typing_extensions import override
 
+from lq.bars import show_progress
 from lq.errors import LqError
 
 
 class UsageError(LqError):
     """The command was called with arguments that it does not have."""
+
+
+def progress() -> AbstractContextManager[None]:
+    """Bars of what runs inside, where somebody looks: on a terminal."""
+    return show_progress() if sys.stderr.isatty() else nullcontext()
 
 
 class Parser(argparse.ArgumentParser):
