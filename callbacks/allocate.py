@@ -62,6 +62,8 @@ class AllocateBits(ModuleCallback):
             Trainer keeps anything (a logger, checkpoints).
         forward: called with the module and a batch, returns the output; by default as for `Quantize`.
         batch_dim: dimension of the inputs in which samples lie; by default it is found out.
+        cross_terms: also count what widths lose together, from the same pass; pays with granularity "channel" and
+            "model_fisher". On one rank.
 
     Afterwards ``allocated`` is the `Allocation` in force and ``sensitivity_table`` what was measured, if anything was.
 
@@ -88,6 +90,7 @@ class AllocateBits(ModuleCallback):
         save_to: str | Path | None = None,
         forward: Forward | None = None,
         batch_dim: int | None = None,
+        cross_terms: bool = False,
     ) -> None:
         super().__init__()
         for one in budget if isinstance(budget, (list, tuple)) else [budget]:
@@ -112,6 +115,7 @@ class AllocateBits(ModuleCallback):
         self.save_to = save_to
         self.forward = forward
         self.batch_dim = batch_dim
+        self.cross_terms = cross_terms
 
     @override
     def _begin(self) -> None:
@@ -174,6 +178,7 @@ class AllocateBits(ModuleCallback):
             forward=forward_of(trainer, module, self.forward, autocast=False),
             reduce=reduce_over(trainer) if trainer.world_size > 1 else None,
             batch_dim=self.batch_dim,
+            cross_terms=self.cross_terms,
         )
         allocation = allocate(
             module,
@@ -186,6 +191,7 @@ class AllocateBits(ModuleCallback):
             activation_bits=self.activation_bits,
             pins=self.pins,
             layer_memory=self.layer_memory,
+            cross_terms=self.cross_terms,
         )
         return Allocation.from_json(
             trainer.strategy.broadcast(allocation.to_json())

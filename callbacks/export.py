@@ -1,5 +1,6 @@
 """Write the quantized network to a file when fit is over."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ from torch import nn
 from typing_extensions import override
 
 from lq.attachment.sites import require_attached
+from lq.attachment.targets import check_model
+from lq.callbacks.quantize import Quantize
 from lq.callbacks.trainer.data import forward_of, run_example, training_batches
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import DataError, SpecError
 from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
+from lq.export.onnx import Dynamic
 from lq.export.program import Call, first_samples
+from lq.quantizer.targets import Target, TargetName, target_of
 from lq.structure.forward import eval_mode
 
 
@@ -32,7 +37,11 @@ class ExportModel(ModuleCallback):
         example: what it is called with: a batch, a tuple of arguments or a dict of keyword arguments. By default what
             the module calls it with, given its ``example_input_array`` or else training batches.
         samples: training samples to compare an ONNX file with the module on, if no example is given.
-        opset: version of ONNX's operators; by default 21, and 25 for weights of 2 bits.
+        opset: version of ONNX's operators; by default 21, and 25 for weights of 2 bits, or what the target reads.
+        target: the engine that an ONNX file is for, as for `lq.export_onnx`; by default that of `Quantize`.
+        dynamic: dimensions of an ONNX file that are free, as for `lq.export_onnx`; by default the batch's.
+        input_names: names of its inputs; by default those of the parameters.
+        output_names: names of its outputs.
 
     Example::
 
@@ -47,10 +56,22 @@ class ExportModel(ModuleCallback):
         example: Example | None = None,
         samples: int = 64,
         opset: int | None = None,
+        target: TargetName | None = None,
+        dynamic: Dynamic | Sequence[Dynamic] = "batch",
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if Path(path).suffix not in FORMATS:
             raise SpecError(f"ExportModel({str(path)!r}): the name should end in one of {', '.join(FORMATS)}")
+        target_of(target)
+        given = {"target": target, "input_names": input_names, "output_names": output_names}
+        given["dynamic"] = None if dynamic == "batch" else dynamic
+        of_onnx = [name for name, value in given.items() if value is not None]
+        if of_onnx and Path(path).suffix != ".onnx":
+            raise SpecError(
+                f"ExportModel({str(path)!r}, {of_onnx[0]}={given[of_onnx[0]]!r}): that is for files ending in .onnx"
+            )
         if samples < 1:
             raise SpecError(f"samples={samples}; an example needs at least 1")
         self.path = path
@@ -58,6 +79,10 @@ class ExportModel(ModuleCallback):
         self.example = example
         self.samples = samples
         self.opset = opset
+        self.target: TargetName | None = target
+        self.dynamic = dynamic
+        self.input_names = input_names
+        self.output_names = output_names
 
     @override
     def _begin(self) -> None:
@@ -69,6 +94,8 @@ class ExportModel(ModuleCallback):
         """Find out now, not after hours of training, what the export would lack."""
         for part in (pl_module, network(pl_module, self.part)):
             require_attached(part, "ExportModel")
+        if (target := self._target(trainer)) is not None:
+            check_model(network(pl_module, self.part), target)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -83,13 +110,31 @@ class ExportModel(ModuleCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         first = first_samples(examples[0]) if examples else ()
         if path.suffix == ".onnx":
-            self.report = export_onnx(model, first, path, check=examples, opset=self.opset)
+            target = self._target(trainer)
+            self.report = export_onnx(
+                model,
+                first,
+                path,
+                check=examples,
+                opset=self.opset,
+                target=None if target is None else target.name,
+                dynamic=self.dynamic,
+                input_names=self.input_names,
+                output_names=self.output_names,
+            )
             rank_zero_info(f"Exported {self.report}")
         elif path.suffix == ".pt2":
             export_program(model, first, path)
             rank_zero_info(f"Exported {path}: {path.stat().st_size / 1e6:.2f} MB")
         else:
             rank_zero_info(f"Exported {path}: {save(model, path) / 1e6:.2f} MB")
+
+    def _target(self, trainer: pl.Trainer) -> Target | None:
+        """The engine of an ONNX file: that of this callback, or of the one that quantizes."""
+        if Path(self.path).suffix != ".onnx":
+            return None
+        others = (one.options.target for one in trainer.callbacks if isinstance(one, Quantize))  # type: ignore[attr-defined]
+        return target_of(self.target or next(others, None))
 
     def _examples(self, trainer: pl.Trainer, module: pl.LightningModule, part: nn.Module) -> list[Example]:
         """What the part is called with; every rank reads its loader."""

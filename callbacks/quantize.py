@@ -21,6 +21,7 @@ from lq.attachment.attach import attach_by, detach
 from lq.attachment.options import QuantizeOptions
 from lq.attachment.sites import activation_quantizers, is_attached, layers
 from lq.attachment.summary import summary
+from lq.attachment.targets import check_model
 from lq.calibration.calibration import needs_calibration
 from lq.callbacks.trainer.averages import keep_averages_exact
 from lq.callbacks.trainer.checkpoints import save_result
@@ -43,6 +44,7 @@ from lq.callbacks.trainer.untrained import UntrainedWeights, build_as_float
 from lq.errors import StateError
 from lq.options import takes
 from lq.quantizer.final_widths import warn_if_unfinished
+from lq.quantizer.targets import target_of
 from lq.structure.structure import Structure
 
 
@@ -105,7 +107,9 @@ class Quantize(ModuleCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at what is folded and what will be pruned, and soon at the optimizers."""
+        """Look at what is folded, what will be pruned and the widths of now, and soon at the optimizers."""
+        if (target := target_of(self.options.target)) is not None:
+            check_model(pl_module, target)
         warn_of_folded(pl_module)
         check_zeros(trainer, pl_module)
         self._untrained.expect()

@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "export": "errors files structure quantizer attachment",
     "report": "errors files tables structure quantizer attachment calibration reconstruction",
     "sites": "attachment",
-    "cli": "errors files tables configuration structure attachment calibration sensitivity allocation export",
+    "cli": "errors files tables configuration structure quantizer attachment calibration sensitivity allocation export "
+    "report",
 }
 
 # Packages of interchangeable parts, within those: nothing of models is in them.

@@ -14,7 +14,6 @@ import pickle
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -183,11 +182,12 @@ def run_shell(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
             runpy.run_path(str(folder / arguments[0]), run_name="__main__")
         elif program == "python":
             assert (ROOT / arguments[0]).is_file(), line
+        elif program == "lq" and ">" in arguments:
+            *arguments, _, name = arguments
+            with (folder / name).open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+                assert command(arguments) == 0, line
         elif program == "lq":
             assert command(arguments) == 0, line
-        elif program == "cp":
-            mine = line.replace("python -c", f"{shlex.quote(sys.executable)} -c")
-            subprocess.run(["bash", "-euc", mine], check=True, cwd=folder)
         elif program == "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
         else:

@@ -6,12 +6,14 @@ folder in the environment variable LQ_DATA (its pack.py).
     python examples/benchmarks/allocation.py cost                  # against a training step, per image
     python examples/benchmarks/allocation.py fidelity              # estimates against what really happens
     python examples/benchmarks/allocation.py table --model NAME    # uniform, by layer, by channel at equal bytes
+    python examples/benchmarks/allocation.py cross --model NAME    # additive losses and cross terms at equal mean bits
     python examples/benchmarks/allocation.py modelopt              # NVIDIA ModelOpt's gradient auto_quantize beside lq
     python examples/benchmarks/allocation.py finetune              # allocated and uniform widths, fine-tuned
 """
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -125,6 +127,24 @@ def table(name: str, metrics: Sequence[str], widths: Sequence[int]) -> None:
             lq.set_bits(model, found.weights)
             lq.calibrate(model, batches)
             _row(f"W{width} {metric}, {granularity}", score(model), lq.summary(model).bytes)
+
+
+def cross(name: str, budgets: Sequence[float], images: int, test_images: int) -> None:
+    """Additive losses and cross terms at equal mean bits of all weights, 8-bit activations, no fine-tuning."""
+    net, batches, test = load(name, images)
+    score = Score(net, test[: -(-test_images // len(test[0][0]))])
+    print(f"{name}: float {score(net)[0]:.1f} %; top-1 %, KL to float, stored bytes")
+    some = batches[: -(-256 // len(batches[0][0]))]
+    model = prepared(net, some)
+    start = copy.deepcopy(model.state_dict())
+    measured = measure_sensitivity(model, batches, "model_fisher", activations=False, cross_terms=True)
+    for bits, granularity, cross_terms in itertools.product(budgets, get_args(Granularity), (False, True)):
+        model.load_state_dict(start)
+        found = lq.allocate(model, measured, bits, granularity=granularity, cross_terms=cross_terms)
+        lq.set_bits(model, found.weights)
+        lq.calibrate(model, some)
+        title = f"{bits:g} bits, {granularity}{', cross terms' if cross_terms else ''}"
+        _row(title, score(model), lq.summary(model).bytes)
 
 
 def _row(title: str, scores: tuple[float, float], size: int) -> None:
@@ -266,7 +286,7 @@ def finetune(budget: str, epochs: int, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cost", "fidelity", "table", "modelopt", "finetune"))
+    parser.add_argument("part", choices=("cost", "fidelity", "table", "cross", "modelopt", "finetune"))
     parser.add_argument("--model", default=None, help="a timm model for cost, one of the data folder elsewhere")
     parser.add_argument("--metrics", nargs="+", default=["fisher", "model_fisher", "output_distortion"])
     parser.add_argument("--widths", nargs="+", type=int, default=[4, 3, 2])
@@ -275,6 +295,8 @@ def main() -> None:
     parser.add_argument("--allocations", type=int, default=100)
     parser.add_argument("--bits", type=float, default=4.0, help="mean width of the comparison with ModelOpt")
     parser.add_argument("--budget", default="10.66x")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[2.0, 3.0], help="mean bits, for cross")
+    parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -286,6 +308,8 @@ def main() -> None:
         fidelity(name, options.images, options.allocations)
     elif options.part == "table":
         table(name, options.metrics, options.widths)
+    elif options.part == "cross":
+        cross(name, options.budgets, options.images, options.test_images)
     elif options.part == "modelopt":
         modelopt(name, options.bits)
     else:

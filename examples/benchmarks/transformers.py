@@ -26,6 +26,7 @@ STEPS: dict[str, tuple[dict[str, Any] | None, str, str]] = {
     "by output": (None, "output", "uniform"),
     "by output, log2": (None, "output", "log2"),
     "prepared": ({}, "auto", "uniform"),
+    "prepared, log2": ({}, "auto", "log2"),
     "prepared, by output": ({}, "output", "uniform"),
     "prepared, by output, log2": ({}, "output", "log2"),
     "rotated, by output": ({"rotate": True}, "output", "uniform"),
@@ -45,8 +46,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=150, help="of reconstruction, a block")
     parser.add_argument("--losses", nargs="*", default=["relative"], help="of reconstruction; none: without it")
     parser.add_argument("--rounding", nargs="*", default=["adaround"])
-    parser.add_argument("--steps", nargs="*", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--from-step", choices=STEPS, default="prepared, by output", help="reconstruction starts there")
+    parser.add_argument("--steps", nargs="*", default=list(STEPS), help=f"some of: {', '.join(map(repr, STEPS))}")
+    parser.add_argument("--from-step", choices=STEPS, default="prepared, log2", help="reconstruction starts there")
     given = parser.parse_args()
     net, train, test = load(given.model, given.images)
     batches, test = [x for x, _ in train], test[: -(-given.test // len(test[0][0]))]

@@ -2,7 +2,7 @@
 
 The losses of widths add up (to first order: RDO-Q's supplement, equation 6), and so do their costs: the choice is a
 knapsack with multiple choices, which `lq.allocation.solvers` solves and bounds from below. Here tensors become its
-items.
+items. What they lose together counts with ``cross_terms=True`` (`lq.allocation.crossed`).
 """
 
 import json
@@ -19,6 +19,7 @@ from torch import nn
 
 from lq.allocation.budget import Budget, Costs, parse_budget
 from lq.allocation.counting import Choice, Counting, Limit
+from lq.allocation.crossed import crossed
 from lq.allocation.solvers import Problem
 from lq.allocation.solvers import solver as solver_of
 from lq.allocation.solvers.products import merge
@@ -141,6 +142,7 @@ def allocate(
     activation_bits: Sequence[int] | None = None,
     pins: Mapping[str, int | Sequence[int]] | None = None,
     layer_memory: str | float | None = None,
+    cross_terms: bool = False,
 ) -> Allocation:
     """Choose the widths that are expected to lose least within a budget. The model stays as it is.
 
@@ -158,6 +160,7 @@ def allocate(
         activation_bits: widths that activations may have; by default all that were measured from 2 up.
         pins: the widths that layers may have, by name pattern: ``{"fc": 8, "layer1": [4, 8]}``.
         layer_memory: largest size of one layer's weights, and of one activation of a sample, such as ``"64kB"``.
+        cross_terms: also count what widths lose together, if the sensitivity was measured with ``cross_terms=True``.
 
     Returns:
         The allocation; write it into the model by ``lq.set_bits(model, found.weights, found.activations)``.
@@ -213,6 +216,8 @@ def allocate(
     for limit, least, greatest in zip(limits, problem.least_costs, problem.greatest_costs, strict=True):
         limit.check(float(least), float(greatest))
     found = solver_of(solver)(problem)
+    if cross_terms:
+        found = crossed(problem, found, merged, items, sensitivity)
     chosen = [sensitivity.widths[i] for i in merged.unmerged(found.choice)]
     weights, widths_of_activations = _widths(items, chosen)
     return Allocation(

@@ -86,7 +86,9 @@ class Counting:
             return np.stack([self._stored(item) * item.share * self.widths / 8 for item in self.items])
         if budget.kind == "latency":
             return self._latencies(budget)
-        return self._bit_operations()
+        if budget.kind == "bitops":
+            return self._bit_operations()
+        raise SpecError(f"nothing is known of the costs of a budget of {budget.kind}")
 
     def fixed(self, budget: Budget) -> float:
         """What is not up to the items."""

@@ -23,6 +23,7 @@ from lq.attachment.sites import (
     weight_quantizer,
 )
 from lq.attachment.stored import bake_calls, find_range
+from lq.attachment.targets import check_plan
 from lq.attachment.unseen import forget_left, watch_left
 from lq.errors import StateError
 from lq.options import takes
@@ -51,7 +52,7 @@ def attach(model: M, options: AttachOptions) -> M:
         The model.
 
     Raises:
-        SpecError: for a width that does not exist.
+        SpecError: for a width that does not exist, or grids that `target` does not run.
         PatternError: for a pattern that matches no layer.
         StateError: if the model has quantizers already, or no layer to quantize.
 
@@ -74,6 +75,7 @@ def attach_by(model: M, options: SiteOptions, estimator: str | Estimator = "ste"
             f"{type(model).__name__} has no layer to quantize; attach after its layers are built, "
             "or name layers of other kinds with include="
         )
+    check_plan(plan, options)
     try:
         attach_sites(model, plan, places=None if structure is None else structure.places)
         set_estimator(model, estimator)

@@ -12,6 +12,7 @@ from lq.options import after
 from lq.quantizer.estimators import Estimator
 from lq.quantizer.estimators import estimator as estimator_of
 from lq.quantizer.spec import QuantSpec, activation_spec, check_bits, weight_spec
+from lq.quantizer.targets import TargetName, target_of
 from lq.structure.forward import Forward
 from lq.structure.structure import Structure
 
@@ -62,6 +63,9 @@ class SiteOptions:
             of other kinds that have a ``weight`` of two or more dimensions can be named too.
         exclude: name patterns of layers to leave in float.
         overrides: other widths by name pattern, such as ``{"layer4": {"weights": 2}}``; the last match wins.
+        target: the engine that will run the exported network: "onnxruntime", "openvino" or "tensorrt" (by its
+            documents, not tried). What it does not run is an error before anything is trained, what it computes in
+            float a warning; a width alone means the grid that it computes with (`lq.quantizer.targets`).
 
     Raises:
         SpecError: for a width that does not exist, or another option that is unknown.
@@ -86,8 +90,10 @@ class SiteOptions:
     include: Sequence[str] | str | None = None
     exclude: Sequence[str] | str | None = None
     overrides: Mapping[str, Override] | None = None
+    target: TargetName | None = None
 
     def __post_init__(self) -> None:
+        target_of(self.target)
         self.weight_spec(self.weights)
         self.activation_spec(self.activations)
         if self.first_last is not None:
@@ -111,6 +117,9 @@ class SiteOptions:
 
     def activation_spec(self, width: Width) -> QuantSpec | None:
         """The spec of an activation of that width; None: it stays float."""
+        target = target_of(self.target)
+        if target is not None and target.signed and isinstance(width, int):
+            width = QuantSpec(width, per_channel=False, symmetric=True, signed=True, range=self.range)
         return None if width is None else activation_spec(width, self.range)
 
     @property

@@ -2,12 +2,17 @@ r"""Ranges by the output: of each layer or product of activations, the range wit
 
 For the input x of a layer with the weight W (or both operands of a product), the step s is chosen by
 
-    argmin_s  sum ||f(Q_s(x), Q(W)) - f(x, W)||^2,
+    argmin_s  sum_t ||f(Q_s(x_t), Q(W)) - f(x_t, W)||^2 / ||f(x_t, W)||^2,
 
-with x as the float network has it and W as it is quantized now; then the step of each output channel of W by the error
-of its channel, with x quantized; three times in turn (PTQ4ViT, Yuan et al., ECCV 2022, arXiv:2111.12293; RepQ-ViT,
-APHQ-ViT). An error of the values themselves says little of attention probabilities: many of them are tiny, and what
-they multiply averages the errors.
+with x as the float network has it, W as it is quantized now, and the sum over tokens t (of convolutions, samples); then
+the step of each output channel of W by the error of its channel, with x in float; three times in turn. The search is
+that of PTQ4ViT (Yuan et al., ECCV 2022, arXiv:2111.12293), whose error is weighed by gradients instead. An error of the
+values themselves says little of attention probabilities: many of them are tiny, and what they multiply averages the
+errors.
+
+What it brings, on ViT-tiny: probabilities of 4 bits alone, uniform, keep 65 instead of 29 of 85 % (100 images); with
+everything at 4 bits, ranges of the second product of attention alone take 12.1 to 19.0 % (200 images). For layers it
+has brought nothing there: take it for products, by ``overrides``.
 
 The candidates are factors of the range that the rule "auto" finds, wide apart at first, then closer around the best.
 All candidates are tried in one pass over the samples, on what a layer reads at that moment; nothing is stored but one
@@ -48,6 +53,9 @@ _ROUNDS = (
     (torch.linspace(-0.75, 0.75, 7), torch.linspace(-0.15, 0.15, 5)),
     (torch.linspace(-0.15, 0.15, 5), torch.linspace(-0.05, 0.05, 3)),
 )
+
+# Tokens with less of the mean energy count less than others.
+_LITTLE = 1e-3
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -148,10 +156,11 @@ class _Stage:
         try:
             with torch.no_grad():
                 exact = _outputs(compute())
+                weights = [_weight_of_rows(units[-1], y) for y in exact]
                 for unit in units:
-                    unit.norm += sum(float(y.double().square().sum()) for y in exact)
+                    unit.norm += sum(weight.numel() for weight in weights)
                     for quantizer in unit.errors:
-                        self._try(quantizer, unit, parts, exact, compute)
+                        self._try(quantizer, unit, parts, list(zip(exact, weights, strict=True)), compute)
         finally:
             self.inside = False
 
@@ -160,17 +169,19 @@ class _Stage:
         quantizer: Quantizer,
         unit: _Unit,
         parts: Sequence[Quantizer],
-        exact: Sequence[Tensor],
+        exact: Sequence[tuple[Tensor, Tensor]],
         compute: Callable[[], Any],
     ) -> None:
         begin = quantizer.log2_step.clone()
         by_channel = quantizer.is_weight and quantizer.bits.ndim > 0
         try:
-            with tapped({part: partial(rounded, part) for part in parts}):
+            # Weights by their own error alone: behind rounded activations, too small ones would seem best.
+            chosen = [quantizer] if quantizer.is_weight else parts
+            with tapped({part: partial(rounded, part) for part in chosen}):
                 for index, offset in enumerate(self.offsets):
                     quantizer.log2_step.copy_(_moved(quantizer, begin, offset))
-                    for y, value in zip(exact, _outputs(compute()), strict=True):
-                        squares = value.float().sub_(y).square_()
+                    for (y, weight), value in zip(exact, _outputs(compute()), strict=True):
+                        squares = value.float().sub_(y).square_().mul_(weight)
                         dim = _channel_dim(unit, squares)
                         rows = squares.movedim(dim, 0).reshape(squares.shape[dim], -1)
                         found = rows.sum(1) if by_channel else rows.sum()
@@ -223,6 +234,13 @@ def _moved(quantizer: Quantizer, log2_step: Tensor, offset: float | Tensor) -> T
 def _channels_known(part: Quantizer, unit: _Unit) -> bool:
     """Whether it is known which channel of the output is whose step."""
     return not part.is_weight or part.bits.ndim == 0 or isinstance(unit.layer, (nn.Linear, *_CONVOLUTIONS))
+
+
+def _weight_of_rows(unit: _Unit, output: Tensor) -> Tensor:
+    """The reciprocal of the energy of each token (of a convolution: sample), so that all count the same."""
+    dims = list(range(1, output.ndim)) if isinstance(unit.layer, _CONVOLUTIONS) else [-1]
+    energy = output.square().sum(dims, keepdim=True) if output.ndim else output.square()
+    return 1 / (energy + _LITTLE * energy.mean()).clamp(min=torch.finfo(energy.dtype).tiny)
 
 
 def _channel_dim(unit: _Unit, output: Tensor) -> int:

@@ -5,54 +5,30 @@ Both quantize the model to 8 bits, calibrate it and measure on training images o
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lq.cli.usage import UsageError, one_line, plain, require, suggestion
+from torch import nn
 
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-require("jsonargparse", "cli")
-
-import lightning.pytorch as pl  # noqa: E402
-import torch  # noqa: E402
-from jsonargparse import ArgumentParser  # noqa: E402
-from torch import nn  # noqa: E402
-from typing_extensions import override  # noqa: E402
-
-from lq.allocation.allocate import Allocation, Granularity  # noqa: E402
-from lq.allocation.allocate import allocate as solve  # noqa: E402
-from lq.attachment.attach import attach, set_bits  # noqa: E402
-from lq.attachment.folding import fold_batchnorm  # noqa: E402
-from lq.attachment.sites import is_attached  # noqa: E402
-from lq.attachment.summary import summary  # noqa: E402
-from lq.calibration.calibration import calibrate  # noqa: E402
-from lq.cli import data as data_modules  # noqa: E402
-from lq.cli.inspecting import write  # noqa: E402
-from lq.cli.models import built  # noqa: E402
-from lq.cli.timm_module import data_config_of, load_weights  # noqa: E402
-from lq.errors import BudgetError, DataError  # noqa: E402
-from lq.sensitivity import Sensitivity, measure_sensitivity  # noqa: E402
-from lq.sensitivity.measure import metric_of  # noqa: E402
-from lq.structure.inspection import inspect  # noqa: E402
-from lq.tables import Table, amount  # noqa: E402
-
-_DATA = sorted(name for name in vars(data_modules) if name.endswith("Data") and name != "ImageData")
-
-
-class _Parser(ArgumentParser):
-    """A parser of typed arguments whose errors are one line."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is wrong.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(f"{plain(message)}; see {self.prog} --help") from ex
+from lq.allocation.allocate import Allocation, Granularity
+from lq.allocation.allocate import allocate as solve
+from lq.attachment.attach import attach, set_bits
+from lq.attachment.folding import fold_batchnorm
+from lq.attachment.sites import is_attached
+from lq.attachment.summary import summary
+from lq.calibration.calibration import calibrate
+from lq.cli.inspecting import write
+from lq.cli.models import built
+from lq.cli.sampling import TypedParser, add_data, batches, parsed
+from lq.cli.timm_module import load_weights
+from lq.cli.usage import one_line
+from lq.errors import BudgetError, DataError
+from lq.sensitivity import Sensitivity, measure_sensitivity
+from lq.sensitivity.measure import metric_of
+from lq.structure.inspection import inspect
+from lq.tables import Table, amount
 
 
 def sensitivity(name: str, arguments: list[str]) -> str:
@@ -169,40 +145,25 @@ def _is_number(text: str) -> bool:
 # --- model and data ---------------------------------------------------------------------------------------------------
 
 
-def _parser(name: str, description: str) -> _Parser:
+def _parser(name: str, description: str) -> TypedParser:
     """The arguments that both commands have."""
-    parser = _Parser(prog=f"lq {name}", description=description)
+    parser = TypedParser(prog=f"lq {name}", description=description)
     parser.add_argument("model", type=str, help="name of a timm model, or module:function that builds the float one")
     parser.add_argument(
         "--model-args", nargs="*", type=str, default=[], metavar="KEY=VALUE", help="such as num_classes=10 in_chans=1"
     )
     parser.add_argument("--checkpoint", type=str | None, default=None, help="file of the model's float weights")
-    parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True, help=f"one of {', '.join(_DATA)}")
-    parser.add_argument("--samples", type=int, default=512, help="training images to measure on")
+    add_data(parser, "to measure on", 512)
     parser.add_argument(
         "--metric", type=str, default="fisher", help="fisher, model_fisher, output_distortion, hawq_v2 or kl"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
-    parser.add_argument("--device", type=str, default="cpu", help="such as cuda")
     parser.add_argument("--json", type=str | None, default=None, help="file to write it to as JSON")
     return parser
 
 
-def _parsed(parser: _Parser, arguments: Sequence[str]) -> Any:
-    """The options, with the data module built.
-
-    Raises:
-        UsageError: for arguments that there are not.
-    """
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, value = argument.partition("=")
-        chosen = value if equals else after
-        if option == "--data" and "." not in chosen and chosen not in _DATA:
-            raise UsageError(f"--data {chosen}: there is no such data module{suggestion(chosen, _DATA)}")
-    options = parser.instantiate_classes(parser.parse_args(list(arguments)))
+def _parsed(parser: TypedParser, arguments: Sequence[str]) -> Any:
+    options = parsed(parser, arguments)
     metric_of(options.metric)
-    if options.samples < 1:
-        raise UsageError(f"--samples {options.samples}: expected 1 or more")
     return options
 
 
@@ -213,38 +174,11 @@ def _measured(options: Any, *, activations: bool) -> tuple[nn.Module, Sensitivit
         load_weights(model, options.checkpoint)
         if is_attached(model):
             raise DataError(f"{options.checkpoint} is of a quantized model; give the weights of the float one")
-    batches = list(_batches(options, model))
+    found = list(batches(options, model))
     model.to(options.device)
-    images = batches[0][0] if isinstance(batches[0], (tuple, list)) else batches[0]
+    images = found[0][0] if isinstance(found[0], (tuple, list)) else found[0]
     fold_batchnorm(model, images[:2])
     structure = inspect(model, images[:2])
     attach(model, 8, 8, structure=structure)
-    calibrate(model, batches)
-    return model, measure_sensitivity(model, batches, options.metric, activations=activations)
-
-
-def _batches(options: Any, model: nn.Module) -> Iterator[Any]:
-    """Training batches with as many images as were asked for, on the device.
-
-    Raises:
-        DataError: if there are none, or the model has other classes.
-    """
-    data: Any = options.data
-    if isinstance(data, data_modules.ImageData):
-        data.data_config = {**data_config_of(model), **(data.data_config or {})}
-    data.prepare_data()
-    data.setup("fit")
-    if isinstance(data, data_modules.ImageData):
-        data.require_classes(getattr(model, "num_classes", None), "--model-args num_classes={count}")
-    left = options.samples
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        for batch in data.train_dataloader():
-            moved = pl.utilities.move_data_to_device(batch, torch.device(options.device))
-            parts = moved if isinstance(moved, (tuple, list)) else (moved,)
-            yield tuple(part[:left] for part in parts)
-            left -= len(parts[0])
-            if left <= 0:
-                return
-    if left == options.samples:
-        raise DataError("--data: there are no training images")
+    calibrate(model, found)
+    return model, measure_sensitivity(model, found, options.metric, activations=activations)

@@ -39,6 +39,8 @@ COMMANDS = {
     "inspect": Command("lq.cli.inspecting:run", "what can be quantized in a model, or what is"),
     "sensitivity": Command("lq.cli.analysis:sensitivity", "what each width of each layer costs, on your data"),
     "allocate": Command("lq.cli.analysis:allocate", "loss against size for several budgets, without training"),
+    "compare": Command("lq.cli.comparing:run", "which layers of a quantized model lose most, and what to try next"),
+    "report": Command("lq.cli.reporting:run", "write the page of a saved report again"),
     "show": Command("lq.cli.files:show", "what a packed file holds"),
     "export": Command("lq.cli.files:export", "write a quantized model as ONNX, torch.export program or packed file"),
 }

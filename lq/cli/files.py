@@ -9,6 +9,7 @@ lq export model.safetensors --model resnet18 --output model.onnx
 import argparse
 from collections import Counter
 from pathlib import Path
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -18,8 +19,10 @@ from lq.cli.usage import Parser
 from lq.errors import DataError
 from lq.export import FORMATS, export_onnx, export_program, save
 from lq.export.loading import load
+from lq.export.onnx import Dynamic
 from lq.export.packed import SUFFIX, read_index
 from lq.files import named, require_file
+from lq.quantizer.targets import TARGETS
 
 
 def show(name: str, arguments: list[str]) -> str:
@@ -51,6 +54,17 @@ def export(name: str, arguments: list[str]) -> str:
     parser.add_argument(
         "--opset", type=int, help="version of ONNX's operators, from 13 on; 21, or 25 for weights of 2 bits"
     )
+    parser.add_argument(
+        "--target", choices=list(TARGETS), help="engine that the ONNX file is for; what it does not run is an error"
+    )
+    parser.add_argument(
+        "--dynamic",
+        nargs="*",
+        choices=get_args(Dynamic),
+        help="dimensions of the ONNX file that are free: batch (the default), height, width",
+    )
+    parser.add_argument("--input-names", nargs="+", metavar="NAME", help="of the ONNX file; else of the parameters")
+    parser.add_argument("--output-names", nargs="+", metavar="NAME", help="of the ONNX file")
     return _export(parser.parse_args(arguments))
 
 
@@ -78,10 +92,14 @@ def _export(options: argparse.Namespace) -> str:
     output: Path = options.output
     if output.suffix not in FORMATS:
         raise DataError(f"--output {output}: the name should end in one of {', '.join(FORMATS)}")
-    model, part = _loaded(options)
+    onnx = {name: getattr(options, name) for name in ("opset", "target", "dynamic", "input_names", "output_names")}
+    onnx = {name: value for name, value in onnx.items() if value is not None}
+    if onnx and output.suffix != ".onnx":
+        raise DataError(f"--{next(iter(onnx)).replace('_', '-')} is for files ending in .onnx, not --output {output}")
+    model, part = loaded(options)
     note = f"{options.source}: took its part {part!r}\n" if part else ""
     if output.suffix == ".onnx":
-        return f"{note}{export_onnx(model, _example(model, options), output, opset=options.opset)}"
+        return f"{note}{export_onnx(model, _example(model, options), output, **onnx)}"
     if output.suffix == ".pt2":
         export_program(model, _example(model, options), output)
     else:
@@ -89,9 +107,13 @@ def _export(options: argparse.Namespace) -> str:
     return f"{note}{output}: {output.stat().st_size / 1e6:.2f} MB"
 
 
-def _loaded(options: argparse.Namespace) -> tuple[nn.Module, str]:
-    """The quantized model, and the name of the part of the checkpoint that it is."""
-    source: Path = options.source
+def loaded(options: Any) -> tuple[nn.Module, str]:
+    """The quantized model, and the name of the part of the checkpoint that it is.
+
+    Args:
+        options: those of a command, with its `source`, `model`, `model_args` and `part`.
+    """
+    source = Path(options.source)
     if source.suffix == SUFFIX:
         require_file(source)  # before a model is built
         return load(source, built(options.model, options.model_args), part=options.part).eval(), ""

@@ -46,11 +46,19 @@ class Graph:
         self.moved: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}  # weights: which, and what they are now
         self._norms: dict[str, tuple[str, NDArray[Any]]] = {}  # folded biases: the norm's own, and what is in addition
         self._types = 1  # how many small types there are not
+        self._as_read, self._integer_biases = False, True
         self.outputs = {value.name for value in model.graph.output}
 
-    def optimize(self, *, two_bits: bool, four_bits: bool = True) -> None:
-        """All changes, in order; `two_bits` and `four_bits` say whether there are types of so few bits."""
-        self._types = 0 if two_bits else 1 if four_bits else 2
+    def optimize(self, *, least_stored: int = 4, as_read: bool = False, integer_biases: bool = True) -> None:
+        """All changes, in order.
+
+        Args:
+            least_stored: bits of the smallest type that weights are stored in: 2, 4 or 8.
+            as_read: whether weights that take 8 bits are stored as the levels that are read, not as the model's own.
+            integer_biases: whether biases of Gemm are stored as integers.
+        """
+        self._types = {2: 0, 4: 1, 8: 2}[least_stored]
+        self._as_read, self._integer_biases = as_read, integer_biases
         self._merge_quantizers()
         self._separate_swish()
         self._transpose_weights()
@@ -197,7 +205,7 @@ class Graph:
             self.constants[name] = rounded
             owner, shift = self._norms.get(name, (name, 0.0))
             self.biases[owner] = (rounded - shift).astype(np.float32)
-            if node.op_type == "Gemm":
+            if node.op_type == "Gemm" and self._integer_biases:
                 integer = self._constant(f"{name}_integer", codes.astype(np.int32))
                 inputs = [integer, self._constant(f"{name}_scale", scale)]
                 node.input[2] = self._insert(node, "DequantizeLinear", inputs, f"{name}_value", axis=0)
@@ -266,6 +274,9 @@ class Graph:
         """
         types = _SIGNED if codes.dtype.kind == "i" else _UNSIGNED
         kind = _smallest(codes, types[self._types :])
+        if self._as_read and kind in ("int8", "uint8"):
+            self.stored["int8"] += codes.size
+            return self._constant(name, ((codes.astype(np.int32) - centre) * factors).astype(np.int8)), factors
         self.stored[kind] += codes.size
         stored = self._constant(name, codes.astype(_type(kind)))
         if kind == "int8" and not (factors != 1).any():

@@ -8,26 +8,44 @@ import copy
 import importlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lq.attachment.sites import activation_quantizers, quantizers
 from lq.attachment.stored import stay_float
-from lq.errors import DataError, StateError
+from lq.attachment.targets import check_model
+from lq.errors import DataError, SpecError, StateError
+from lq.export.engines import with_signed_codes
 from lq.export.graph import OPSET, OPSET_OF_INT2, Graph
 from lq.export.integers import integer_weights
+from lq.export.naming import name_dimensions, rename
 from lq.export.opsets import NEWEST_LOWERED, OLDEST, lowered
-from lq.export.program import Example, batch_length, exported, first_line, in_float32, one_at_a_time, pieces
+from lq.export.program import (
+    IMAGES,
+    Example,
+    arguments,
+    batch_length,
+    exported,
+    first_line,
+    groups_by_sample,
+    in_float32,
+    one_at_a_time,
+    pieces,
+)
 from lq.export.running import can_read, compare
 from lq.export.standard import standard_form
 from lq.files import whole_file
+from lq.quantizer.targets import Target, TargetName, listed, target_of
+
+#: Dimensions that may have other sizes than in the example: of all inputs, and of images.
+Dynamic = Literal["batch", "height", "width"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,8 @@ class OnnxReport:
         largest_difference: largest absolute difference of outputs.
         largest_output: largest absolute output of the model.
         agreement: share of positions with the same largest output along dimension 1; None: outputs have one dimension.
-        products: convolutions and matrix products that onnxruntime computes; None: it was not run.
+        products: convolutions and matrix products that onnxruntime computes; None: it was not run, or the file is for
+            another engine.
         integer_products: those of them that it computes in integers.
         notes: what is not as in the model, and why.
     """
@@ -69,6 +88,7 @@ class OnnxReport:
                 f"onnxruntime on {self.samples} samples: outputs differ by up to {self.largest_difference:.3g} "
                 f"(largest output {self.largest_output:.3g}){same}"
             )
+        if self.products is not None:
             lines.append(
                 f"in integers there: {self.integer_products} of {self.products} convolutions and matrix products"
             )
@@ -83,6 +103,10 @@ def export_onnx(
     *,
     check: bool | Iterable[Example] = True,
     opset: int | None = None,
+    target: TargetName | None = None,
+    dynamic: Dynamic | Sequence[Dynamic] = "batch",
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> OnnxReport:
     """Write a quantized model as ONNX, for batches of any size, and compare it with the model in onnxruntime.
 
@@ -99,10 +123,17 @@ def export_onnx(
         example: what it is called with: a batch, a tuple of arguments, or a dict of keyword arguments.
         path: the file.
         check: whether to run the file in onnxruntime on the example, or further batches to run it on.
-        opset: version of ONNX's operators; None: 21, and 25 for weights of 2 bits where onnxruntime can
-            read that. Weights of more than 4 bits, and activations of any width, can go down to 13.
+        opset: version of ONNX's operators; None: that of the target, else 21, and 25 for weights of 2 bits where
+            onnxruntime can read that. Weights of more than 4 bits, and activations of any width, can go down to 13.
+        target: the engine that the file is for: "onnxruntime", "openvino" or "tensorrt" (by its documents, not tried);
+            None: written as for onnxruntime, without a look at what the engine does not run (`lq.quantizer.targets`).
+        dynamic: the dimensions that are free, one or a list: "batch" (of all inputs, where the model allows that),
+            "height", "width" (of images; an error where it does not). An empty list fixes all.
+        input_names: names of the file's inputs, in order; by default those of the parameters.
+        output_names: names of its outputs, in order; by default those that torch gives.
 
     Raises:
+        SpecError: for an unknown target, or a model that it does not run.
         StateError: if the model has no quantizers, one of them no range, widths are still being learned, or a package
             is missing (``pip install lq-lightning[export]``).
         DataError: if torch cannot export the model, if it needs a later opset, or if onnxruntime cannot run the file;
@@ -111,87 +142,131 @@ def export_onnx(
     onnx = _require("onnx")
     _require("onnxscript")
     path = Path(path)
+    engine, free = target_of(target), _checked(dynamic, example)
     kinds = other_types(model)
     standard = standard_form(copy.deepcopy(model).float() if kinds else model)
-    needed = _opset(model, opset)
+    if engine is not None:
+        check_model(model, engine)
+    needed = _opset(model, opset, engine)
     in_four_bits = opset is None and needed > OPSET and not can_read(needed)
     opset = OPSET if in_four_bits else needed
     of_torch = max(opset, NEWEST_LOWERED)
-    made, reason = _translated(standard, in_float32(example) if kinds else example, of_torch, type(model).__name__)
-    samples = batch_length(example) if reason else None
+    example_of_file = in_float32(example) if kinds else example
+    made, reason = _translated(standard, example_of_file, of_torch, type(model).__name__, free)
+    samples = batch_length(example) if reason or "batch" not in free else None
     notes = [f"the batch size is fixed: {reason}; it is the example's, {samples} (example=)"] if reason else []
     notes += [f"the file computes in float32, where the model does in {kinds}"] if kinds else []
     if in_four_bits:
         notes.append(f"weights of 2 bits are stored in 4: this onnxruntime cannot read opset {needed}")
-    notes += _notes(model)
+    notes += _notes(model, engine)
     proto = made.model_proto
     if of_torch not in [found.version for found in proto.opset_import if found.domain == ""]:
         raise DataError(f"opset={opset} is not one that torch {torch.__version__} exports")
-    graph = Graph(proto)
-    graph.optimize(two_bits=opset >= OPSET_OF_INT2, four_bits=opset >= OPSET)
-    graph.write()
-    if opset < OPSET:
-        lowered(proto, opset)
-    proto.producer_name = "lq"
+    graph = _written(proto, opset, engine)
+    parameters = [value.name for value in proto.graph.input]
+    rename(proto, input_names, output_names)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # of several classes, none of them public
         raise DataError(f"torch.onnx makes an invalid file of {type(model).__name__}: {first_line(error)}") from error
     if left := graph.with_float_inputs():
-        listed = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         notes.append(
-            f"inputs of {listed} are float: onnxruntime may round them to 8 bits by itself; "
+            f"inputs of {listed(left)} are float: onnxruntime may round them to 8 bits by itself; "
             "with activations=8, integer=True they are rounded in the model too"
         )
     with _taken_over(model, graph, notes), whole_file(path) as unfinished:
         onnx.save(proto, unfinished)
         batches = [example] if check is True else [] if check is False else list(check)
-        run = compare(model, unfinished, batches if samples is None else pieces(batches, samples))
+        run = compare(model, unfinished, batches if samples is None else pieces(batches, samples), parameters)
         size = unfinished.stat().st_size
     measured = asdict(run) | {"notes": (*notes, *run.notes)}
+    if engine is not None and engine.name != "onnxruntime":  # what it computes in integers is no news of others
+        measured |= {"products": None, "integer_products": None, "notes": tuple(notes)}
     report = OnnxReport(str(path), size, opset, dict(graph.stored), **measured)
     with whole_file(path.with_suffix(".report.json")) as unfinished:
         unfinished.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return report
 
 
-def _translated(standard: nn.Module, example: Example, opset: int, name: str) -> tuple[Any, str]:
+def _checked(dynamic: Dynamic | Sequence[Dynamic], example: Example) -> Sequence[Dynamic]:
+    """The free dimensions that were asked for, if there are such.
+
+    Raises:
+        SpecError: for names that there are not.
+        DataError: if the example has no images.
+    """
+    known = get_args(Dynamic)
+    free: Sequence[Dynamic] = (dynamic,) if isinstance(dynamic, str) else dynamic
+    if not set(free) <= set(known):
+        raise SpecError(f"dynamic={dynamic!r}: expected one of {', '.join(known)}, or a list of them")
+    shapes = [x.ndim for x in tree_leaves(arguments(example)) if isinstance(x, Tensor)]
+    if set(free) - {"batch"} and IMAGES not in shapes:
+        raise DataError(
+            f"dynamic={list(free)}: no input has {IMAGES} dimensions, samples, channels, height and width; "
+            "leave height and width out"
+        )
+    return free
+
+
+def _translated(
+    standard: nn.Module, example: Example, opset: int, name: str, free: Sequence[Dynamic]
+) -> tuple[Any, str]:
     """The model in ONNX's operators, for batches of any size if it can be; and why it cannot."""
-    program, reason = exported(standard, example)
+    sizes = [dimension for dimension in free if dimension != "batch"]
+    program, reason = exported(standard, example, free)
     while program is not None:
         try:
             return torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False), reason
         except torch.onnx.OnnxExporterError as error:
             cause = first_line(error.__cause__ or error)
-            if reason:  # already for one batch size
+            if reason or "batch" not in free:  # already for one batch size
                 raise DataError(f"torch.onnx cannot export {name}: {cause}") from error
-            by_sample = _groups_by_sample(program)
-            program, cannot = exported(standard, example, any_batch=False)
+            by_sample = groups_by_sample(program)
+            program, cannot = exported(standard, example, sizes)
             reason = cannot or ("a convolution has a group for each sample" if by_sample else cause)
-    raise DataError(f"torch.export cannot export {name}: {reason}")
+    which = f" for images of any {' and '.join(sizes)}" if sizes else ""
+    more = "; give a larger example, on which no size on the way is 1, or leave them out of dynamic=" if sizes else ""
+    raise DataError(f"torch.export cannot export {name}{which}: {reason}{more}")
 
 
-def _groups_by_sample(program: ExportedProgram) -> bool:
-    """Whether the number of groups of a convolution is computed from a size; ONNX has a constant there."""
-    convolutions = (n for n in program.graph.nodes if n.op == "call_function" and "conv" in str(n.target))
-    return any(isinstance(number, torch.fx.Node) for n in convolutions for number in n.args[3:])
+def _written(proto: Any, opset: int, target: Target | None) -> Graph:
+    """The graph after all that makes it one of integers, in that opset, for that engine; `proto` is changed."""
+    graph = Graph(proto)
+    least = 2 if opset >= OPSET_OF_INT2 else 4 if opset >= OPSET else 8
+    if target is None:
+        graph.optimize(least_stored=least)
+    else:
+        least = max(least, target.least_stored)
+        graph.optimize(least_stored=least, as_read=target.as_read, integer_biases=not target.signed)
+    graph.write()
+    if opset < OPSET:
+        lowered(proto, opset)
+    if target is not None and target.signed:
+        with_signed_codes(proto, target)
+    name_dimensions(proto)
+    proto.producer_name = "lq"
+    return graph
 
 
-def _opset(model: nn.Module, opset: int | None) -> int:
+def _opset(model: nn.Module, opset: int | None, target: Target | None) -> int:
     """The opset that was asked for, if it has the types of the weights; by default the first that has."""
     widths = {name: int(weight.bits.max()) for name, weight in integer_weights(model).items()}
+    if opset is None and target is not None and target.opset is not None:
+        return target.opset
     if opset is None:
         return OPSET_OF_INT2 if any(bits <= 2 for bits in widths.values()) else OPSET
     if opset < OLDEST:
         raise DataError(f"opset={opset}: steps for each channel need {OLDEST} or more")
     if opset > (newest := _require("onnx").defs.onnx_opset_version()):
         raise DataError(f"opset={opset}: the newest that this version of onnx knows is {newest}")
-    few = [name for name, bits in widths.items() if bits <= 4]
+    if target is not None and opset > target.opsets[1]:
+        raise DataError(f"opset={opset}: target={target.name!r} reads {' to '.join(map(str, target.opsets))}")
+    in_eight = target is not None and target.least_stored == 8  # bits, whatever the opset
+    few = [name for name, bits in widths.items() if bits <= 4 and not in_eight]
     if opset < OPSET and few:
-        listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
         raise DataError(
-            f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}; {listed} would be "
-            "stored in 8 bits: quantize them to more than 4 bits, or choose a later opset"
+            f"opset={opset}: types of 4 bits need {OPSET} or more, those of 2 bits {OPSET_OF_INT2}; {listed(few)} "
+            "would be stored in 8 bits: quantize them to more than 4 bits, or choose a later opset"
         )
     return opset
 
@@ -233,17 +308,23 @@ def other_types(model: nn.Module) -> str:
     return " and ".join(sorted(types)) if types - {"float32", "float16"} else ""
 
 
-def _notes(model: nn.Module) -> list[str]:
+def _notes(model: nn.Module, target: Target | None) -> list[str]:
     """What a reader of the file has to know."""
     notes = []
+    if target is not None and not target.tried:
+        notes.append(f"written for {target.name} by its documents: no {target.name} has run files of lq yet")
+    least = 2 if target is None else target.least_stored
+    few = any(int(weight.bits.max()) <= least // 2 for weight in integer_weights(model).values())
+    if target is not None and least > 2 and few:  # the smallest type there is
+        notes.append(f"weights of fewer bits are stored in {least}: {target.name} reads no smaller type")
     sites = activation_quantizers(model)
     widths = Counter(int(q.bits) for q in sites.values() if q.calibrated)
     if unreached := [name for name, site in sites.items() if site.unreached]:
         notes.append(f"{len(unreached)} activations that calibration did not reach stay float ({unreached[0]}, ...)")
     narrow = {bits: count for bits, count in sorted(widths.items()) if bits not in (8, 16)}
     if narrow:
-        listed = ", ".join(f"{count} of {bits} bits" for bits, count in narrow.items())
-        notes.append(f"activations with other widths than 8 are 8-bit integers, limited to their levels: {listed}")
+        counts = ", ".join(f"{count} of {bits} bits" for bits, count in narrow.items())
+        notes.append(f"activations with other widths than 8 are 8-bit integers, limited to their levels: {counts}")
     if widths[16]:
         notes.append(f"{widths[16]} activations of 16 bits: onnxruntime computes what reads them in float")
     if not integer_weights(model):

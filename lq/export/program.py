@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -21,6 +21,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _exporting = threading.RLock()
+
+#: Number of dimensions of a batch of images, and which of them are their sizes.
+IMAGES, SIZES = 4, {2: "height", 3: "width"}
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
@@ -133,19 +136,31 @@ def pieces(batches: Sequence[Example], count: int) -> list[Example]:
     return found
 
 
-def exported(model: nn.Module, example: Example, *, any_batch: bool = True) -> tuple[ExportedProgram | None, str]:
-    """The program, for batches of any size if the model allows that; and why it does not, or why there is none."""
+def exported(
+    model: nn.Module, example: Example, free: Collection[str] = ("batch",)
+) -> tuple[ExportedProgram | None, str]:
+    """The program, for batches of any size if the model allows that; and why it does not, or why there is none.
+
+    Args:
+        model: a model in standard operators.
+        example: what it is called with.
+        free: dimensions that may have other sizes than in the example: "batch", which the program does without if it
+            has to, "height" and "width" of images, which it has to have.
+    """
     samples = batch_length(example)
     doubled = map_tensors(example, lambda x: torch.cat([x, x]) if x.ndim and len(x) == samples == 1 else x)
+    sizes = [name for name in free if name != "batch"]
+    attempts = [(doubled, [*sizes, "batch"])] if "batch" in free else []  # a size of 1 would become fixed
     reason = ""
-    for given, dynamic in ((doubled, True), (example, False))[
-        0 if any_batch else 1 :
-    ]:  # a size of 1 would become fixed
+    for given, names in [*attempts, (example, sizes)]:
         args, kwargs = arguments(given)
-        shapes = _any_batch(model, args, kwargs, max(samples, 2)) if dynamic else None
+        shapes = _free_dimensions(model, args, kwargs, max(samples, 2), names) if names else None
         try:
             with torch.no_grad():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+                if sizes:  # torch lets pass sizes that have to fit each other
+                    larger, more = arguments(map_tensors(given, lambda x: _doubled(x, sizes)))
+                    program.module()(*larger, **more)
             for module in program.graph_module.modules():
                 for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                     node.meta.pop("stack_trace", None)  # where the model's code lies on this machine
@@ -155,13 +170,37 @@ def exported(model: nn.Module, example: Example, *, any_batch: bool = True) -> t
     return None, reason
 
 
-def _any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
-    """Dimension 0 of all tensors with a row for each sample is free."""
+def _doubled(x: Tensor, sizes: Collection[str]) -> Tensor:
+    """Images twice as high, or wide, or both; other tensors as they are."""
+    for axis, name in SIZES.items():
+        if name in sizes and x.ndim == IMAGES:
+            x = torch.cat([x, x], axis)
+    return x
+
+
+def _free_dimensions(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int, free: Collection[str]
+) -> Any:
+    """Which dimensions are free: 0 of all tensors with a row for each sample, the last two of images."""
     batch = Dim("batch")
-    shape = lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == samples else None  # noqa: E731
+
+    def shape(x: Any) -> dict[int, Any] | None:
+        if not isinstance(x, Tensor):
+            return None
+        found: dict[int, Any] = {0: batch} if "batch" in free and x.ndim and len(x) == samples else {}
+        if x.ndim == IMAGES:
+            found |= {axis: Dim.DYNAMIC for axis, name in SIZES.items() if name in free}
+        return found or None
+
     if kwargs:
         named = inspect.signature(model.forward).bind(*args, **kwargs).arguments if args else kwargs
         return {key: shape(value) for key, value in named.items()}
     listed = next(iter(inspect.signature(model.forward).parameters.values()), None)
     given = tuple(map(shape, args))
     return (given,) if listed is not None and listed.kind is inspect.Parameter.VAR_POSITIONAL else given
+
+
+def groups_by_sample(program: ExportedProgram) -> bool:
+    """Whether the number of groups of a convolution is computed from a size; ONNX has a constant there."""
+    convolutions = (n for n in program.graph.nodes if n.op == "call_function" and "conv" in str(n.target))
+    return any(isinstance(number, torch.fx.Node) for n in convolutions for number in n.args[3:])

@@ -1,7 +1,7 @@
 """An exported file in onnxruntime: what is multiplied in integers there, and how far outputs are from the model's."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,14 @@ class Run:
     notes: tuple[str, ...] = ()
 
 
-def compare(model: nn.Module, path: Path, batches: list[Example]) -> Run:
+def compare(model: nn.Module, path: Path, batches: list[Example], parameters: Sequence[str] | None = None) -> Run:
     """Run a file on batches and compare its outputs with those of the model.
+
+    Args:
+        model: the model.
+        path: the file.
+        batches: what to run both on.
+        parameters: what the file's inputs are called in the model, if they have other names.
 
     Raises:
         DataError: if onnxruntime cannot run the file.
@@ -62,8 +68,9 @@ def compare(model: nn.Module, path: Path, batches: list[Example]) -> Run:
                 expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             feed = dict(zip(names, given, strict=True))
-            if isinstance(batch, Mapping) and set(names) <= set(batch):
-                feed = {name: kwargs[name] for name in names}
+            keys = names if parameters is None else parameters
+            if isinstance(batch, Mapping) and set(keys) <= set(batch):
+                feed = {name: kwargs[key] for name, key in zip(names, keys, strict=True)}
             halves = {value.name for value in session.get_inputs() if value.type == "tensor(float16)"}
             wide = {name: x.float() if x.is_floating_point() and name not in halves else x for name, x in feed.items()}
             feed = {name: x.detach().cpu().numpy() for name, x in wide.items()}

@@ -78,6 +78,7 @@ def measure_sensitivity(
     reduce: Reduce | None = None,
     seed: int = 0,
     batch_dim: int | None = None,
+    cross_terms: bool = False,
 ) -> Sensitivity:
     """Measure what each width of each weight channel and each activation of `model` costs.
 
@@ -99,6 +100,9 @@ def measure_sensitivity(
         seed: of the random vectors; the caller's random state is left alone.
         batch_dim: dimension of the inputs in which samples lie; by default it is found out, by input, labels and output
             of the first batch.
+        cross_terms: also keep what ``lq.allocate(..., cross_terms=True)`` needs: the term of every group of channels at
+            every width for up to 1 024 rows of samples, at most about half a gigabyte. Of metrics that one pass
+            measures, on one rank.
 
     Raises:
         StateError: if the model has no quantizers, or its activations were not calibrated.
@@ -116,6 +120,12 @@ def measure_sensitivity(
     chosen = metric_of(metric)
     if group < 1:
         raise SpecError(f"group={group}; a group has at least 1 channel")
+    if cross_terms and (reduce is not None or not isinstance(chosen, Fisher | OutputDistortion)):
+        why = "several ranks" if reduce is not None else type(chosen).__name__
+        raise SpecError(
+            f"cross_terms=True is not known of {why}; measure on one rank by 'fisher', 'model_fisher' or "
+            "'output_distortion'"
+        )
     if not widths:
         raise SpecError("widths is empty; give at least one width")
     tensors = find_tensors(model, [check_bits(width) for width in widths], weights=weights, activations=activations)
@@ -126,7 +136,9 @@ def measure_sensitivity(
         first = list(itertools.islice(batches, 1))
         layout = _layout(model, first[0], chosen, forward, batch_dim) if first else FIRST
         torch.manual_seed(seed)
-        found = chosen.measure(model, tensors, itertools.chain(first, batches), Reading(forward, layout, group, reduce))
+        found = chosen.measure(
+            model, tensors, itertools.chain(first, batches), Reading(forward, layout, group, reduce, cross_terms)
+        )
     unseen = [tensor.name for tensor in tensors if not tensor.seen]
     if unseen:
         warnings.warn(
@@ -138,7 +150,11 @@ def measure_sensitivity(
     _check_values(found)
     notes = (*found.notes, layout.note) if layout.note else found.notes
     known = tuple(tensor for tensor in found.tensors if tensor.name not in unseen or tensor.loss.any())  # on any rank
-    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, known, notes)
+    terms = None
+    if found.terms is not None:
+        names = [tensor.name for tensor in tensors]
+        terms = {name: kept for name, kept in zip(names, found.terms, strict=True) if name not in unseen}
+    return Sensitivity(type(chosen).__name__, tuple(widths), found.samples, group, known, notes, terms=terms)
 
 
 def _layout(model: nn.Module, batch: Any, metric: Metric, forward: Forward | None, batch_dim: int | None) -> Layout:

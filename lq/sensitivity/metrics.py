@@ -7,7 +7,7 @@ tensor, with the terms of its channels added before the square (MPQCO), and of e
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lq.errors import SpecError
+from lq.sensitivity.kept_terms import KeptTerms
 from lq.sensitivity.one_pass import OnePass
 from lq.sensitivity.reading import Reading, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
@@ -48,15 +49,20 @@ class _Squared(ABC):
         """One forward and one backward per batch."""
         one_pass = OnePass(model, tensors, lambda model, batch: self.objective(model, batch, reading), reading.layout)
         sums = Accumulator(tensors)
+        kept = KeptTerms() if reading.cross_terms else None
         for batch in batches:
             counted = self.counted(batch, reading)
             if counted is not None and not counted.any():
                 sums.ignored += len(counted)
                 continue
             terms = one_pass.measure(batch)
-            sums.add([(found.sum(1).square(), grouped(found, reading.group).square()) for found in terms], counted)
+            parts = [grouped(found, reading.group) for found in terms]
+            sums.add([(f.sum(1).square(), part.square()) for f, part in zip(terms, parts, strict=True)], counted)
+            if kept is not None:
+                kept.add(parts, counted)
         notes = (f"one sample at a time: {one_pass.single}",) if one_pass.single else ()
-        return sums.found(self.scale, reading.reduce, notes)
+        found = sums.found(self.scale, reading.reduce, notes)
+        return found if kept is None else replace(found, terms=kept.found(self.scale))
 
 
 def grouped(terms: Tensor, group: int) -> Tensor:

@@ -31,12 +31,14 @@ class Reading:
         layout: where the samples of inputs, labels and outputs lie.
         group: number of adjacent output channels that are measured together, besides the whole tensor.
         reduce: combines a tensor over ranks; None: there is one.
+        cross_terms: whether to keep the terms of samples, for what tensors lose together.
     """
 
     forward: Forward | None = None
     layout: Layout = FIRST
     group: int = 1
     reduce: Reduce | None = None
+    cross_terms: bool = False
 
     def output(self, model: nn.Module, batch: Any) -> Tensor:
         """What the model gives for a batch, samples first."""

@@ -1,8 +1,8 @@
 """The result of measuring: what each width of each tensor costs, with how sure that is."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -56,6 +56,8 @@ class Sensitivity:
         group: number of adjacent channels in a group.
         tensors: one entry per weight and activation, in the model's order.
         notes: what was particular about the measurement.
+        terms: by name of tensor, the terms of each group of channels at each width by sample (groups, W, rows), whose
+            products are what two of them lose together; None unless ``cross_terms=True``. Not in the JSON.
     """
 
     metric: str
@@ -64,6 +66,7 @@ class Sensitivity:
     group: int
     tensors: tuple[TensorSensitivity, ...]
     notes: tuple[str, ...] = ()
+    terms: Mapping[str, NDArray[np.float32]] | None = field(default=None, kw_only=True)
 
     def __getitem__(self, name: str) -> TensorSensitivity:
         """The tensor of that name.
@@ -96,12 +99,12 @@ class Sensitivity:
         return self.table().__rich__()
 
     def to_json(self) -> str:
-        """The table as JSON."""
+        """The table as JSON, without `terms`."""
         tensors = [
             {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(tensor).items()}
             for tensor in self.tensors
         ]
-        return json.dumps({**vars(self), "tensors": tensors})
+        return json.dumps({**{k: v for k, v in vars(self).items() if k != "terms"}, "tensors": tensors})
 
     @classmethod
     def from_json(cls, text: str) -> "Sensitivity":
@@ -236,11 +239,12 @@ class Accumulator:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a metric has measured: number of samples, tensors, notes."""
+    """What a metric has measured: number of samples, tensors, notes; terms of each tensor if they were kept."""
 
     samples: int
     tensors: tuple[TensorSensitivity, ...]
     notes: tuple[str, ...] = ()
+    terms: Sequence[NDArray[np.float32]] | None = None
 
 
 def tensor_of(

@@ -3,7 +3,7 @@ import pytest
 
 from lq.allocation.budget import Budget, Costs, Product, TensorCost, parse_budget
 from lq.allocation.counting import Choice, Counting, Limit
-from lq.errors import BudgetError, DataError
+from lq.errors import BudgetError, DataError, SpecError
 from lq.sensitivity import TensorSensitivity
 
 WIDTHS = np.array([2.0, 4.0, 8.0])
@@ -39,6 +39,11 @@ def test_mean_bits():
     np.testing.assert_allclose(joint, np.array([50, 50, 300, 50])[:, None] * WIDTHS / 450)
     activations = Counting(ITEMS, COSTS, WIDTHS, joint=False).mean_bits("activation")
     np.testing.assert_allclose(activations, np.array([0, 0, 0, 1])[:, None] * WIDTHS)
+
+
+def test_a_kind_of_budget_that_costs_nothing_is_refused():
+    with pytest.raises(SpecError, match="nothing is known of the costs of a budget of energy"):
+        Counting(ITEMS, COSTS, WIDTHS, joint=False).table(Budget("energy", 1.0))
 
 
 def test_bytes():

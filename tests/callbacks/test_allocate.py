@@ -47,6 +47,16 @@ def test_it_is_what_the_functions_find():
     assert callback.sensitivity_table.to_json() == table.to_json()
 
 
+def test_cross_terms_are_those_of_the_functions():
+    module, callback = tiny(), AllocateBits("8x", "model_fisher", granularity="channel", samples=32, cross_terms=True)
+    fit(module, [Quantize(8, 8), callback], max_epochs=0)
+    again = tiny()
+    fit(again, [Quantize(8, 8)], max_epochs=0)
+    table = measure_sensitivity(again, loader(), "model_fisher", activations=False, cross_terms=True)
+    assert callback.allocated == lq.allocate(again, table, "8x", granularity="channel", cross_terms=True)
+    assert lq.summary(module).average_bits <= 4.0
+
+
 def test_activations_get_a_budget_and_new_ranges():
     module = tiny()
     fit(module, [Quantize(8, 8), AllocateBits("8x", activations=4.0)], max_epochs=0)

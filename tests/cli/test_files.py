@@ -400,3 +400,24 @@ def test_as_a_program(packed):
 def test_it_is_the_command_of_the_package():
     assert '[project.scripts]\nlq = "lq.cli:main"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert callable(lq.cli.main)
+
+
+def test_onnx_files_for_an_engine(packed, tmp_path, capsys):
+    out = tmp_path / "m.onnx"
+    names = ("--input-names", "features", "--output-names", "scores")
+    arguments = ("--model", HERE, "--input-size", "4", "--output", out, "--target", "openvino", "--dynamic", *names)
+    succeeds(capsys, "export", packed, *arguments)
+    graph = onnx.load(out).graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["features", "scores"]
+    assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [2, 4]  # nothing is free
+    said = complains(capsys, "export", packed, *arguments[:-1], "scores", "--target", "tensorrt")
+    assert said.startswith("lq export: target='tensorrt' does not run this network: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--target", "openvino"), ("--dynamic", "batch"), ("--input-names", "x"), ("--opset", "17")]
+)
+def test_options_of_onnx_for_other_files(option, value, packed, tmp_path, capsys):
+    out = tmp_path / "m.pt2"
+    said = complains(capsys, "export", packed, "--model", HERE, "--input-size", "4", "--output", out, option, value)
+    assert said == f"lq export: {option} is for files ending in .onnx, not --output {out}"

@@ -32,7 +32,7 @@ def model(parts, constants, *, x=("b", 4), outputs=("y",), opset=OPSET):
 def optimized(proto, *, two_bits=False):
     """The graph and its model after all changes; the model is still one, and the changed one."""
     graph = Graph(proto)
-    graph.optimize(two_bits=two_bits)
+    graph.optimize(least_stored=2 if two_bits else 4)
     graph.write()
     assert graph.model is proto
     onnx.checker.check_model(proto, full_check=True)
