@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from lq.attachment.sites import activation_quantizers, quantizers
@@ -36,6 +35,7 @@ from lq.export.program import (
     batch_length,
     exported,
     first_line,
+    groups_by_sample,
     in_float32,
     one_at_a_time,
     pieces,
@@ -225,18 +225,12 @@ def _translated(
             cause = first_line(error.__cause__ or error)
             if reason or "batch" not in free:  # already for one batch size
                 raise DataError(f"torch.onnx cannot export {name}: {cause}") from error
-            by_sample = _groups_by_sample(program)
+            by_sample = groups_by_sample(program)
             program, cannot = exported(standard, example, sizes)
             reason = cannot or ("a convolution has a group for each sample" if by_sample else cause)
     which = f" for images of any {' and '.join(sizes)}" if sizes else ""
     more = "; give a larger example, on which no size on the way is 1, or leave them out of dynamic=" if sizes else ""
     raise DataError(f"torch.export cannot export {name}{which}: {reason}{more}")
-
-
-def _groups_by_sample(program: ExportedProgram) -> bool:
-    """Whether the number of groups of a convolution is computed from a size; ONNX has a constant there."""
-    convolutions = (n for n in program.graph.nodes if n.op == "call_function" and "conv" in str(n.target))
-    return any(isinstance(number, torch.fx.Node) for n in convolutions for number in n.args[3:])
 
 
 def _written(proto: Any, opset: int, target: Target | None) -> Graph:

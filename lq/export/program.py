@@ -201,3 +201,9 @@ def _free_dimensions(
     listed = next(iter(inspect.signature(model.forward).parameters.values()), None)
     given = tuple(map(shape, args))
     return (given,) if listed is not None and listed.kind is inspect.Parameter.VAR_POSITIONAL else given
+
+
+def groups_by_sample(program: ExportedProgram) -> bool:
+    """Whether the number of groups of a convolution is computed from a size; ONNX has a constant there."""
+    convolutions = (n for n in program.graph.nodes if n.op == "call_function" and "conv" in str(n.target))
+    return any(isinstance(number, torch.fx.Node) for n in convolutions for number in n.args[3:])
