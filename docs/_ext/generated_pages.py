@@ -49,13 +49,21 @@ METHODS = {
         "qdrop": Method("QDrop", ("qdrop",), ("drop", "reconstruction.reconstruct")),
         "mrecg": Method("MRECG", ("mrecg_modcap", "mrecg_loss"), ("granularity", "reconstruction.reconstruct")),
         "nwq": Method("NWQ", ("nwq",), ("softmax", "drop", "reconstruction.reconstruct")),
+        "network_losses": Method(
+            "APHQ-ViT, FIMA-Q and GLF-Q: losses of the network", (), ("aph", "dplr", "global_loss")
+        ),
+        "straight_through": Method("Weights themselves, straight through the rounding", (), ("rounding.ste",)),
+        "mlp": Method("GELUs as ReLUs", (), ("callbacks.reconstruct_mlp",)),
+        "vit": Method("Vision transformers", ("vit_w4a4",), ("preparation.prepare", "log2_quantizer", "drop")),
         "feedback": Method("Error feedback (OBQ, GPTQ)", (), ("feedback",)),
         "best_ptq": Method("Best without training", ("best_ptq",), ("reconstruction.reconstruct",)),
     },
     "Ranges": {
         "lapq": Method("LAPQ", ("lapq",), ("loss_aware",)),
         "ranges": Method("Range rules", ("ptq_w8a8",), ("lp", "minmax", "percentile", "ranges.lsq")),
+        "output": Method("Ranges by the output", (), ("output_ranges",)),
         "folding": Method("Folding of BatchNorms", (), ("folding",)),
+        "preparation": Method("Channels brought to one range, exactly", (), ("preparation.prepare", "rotation")),
     },
     "Without data": {
         "zeroq": Method("ZeroQ", ("zeroq",), ("synthesis", "brute_force")),

@@ -29,7 +29,7 @@ OURS = (
 )  # fmt: skip
 EXPECTED = {"ptq_w8a8", "ste_w4a4", "lsq_w4a4", "lsq_w2a2", "mpqco", "rdoq", "hawq_v2"}
 EXPECTED |= {"mpqco_finetune", "lsqplus_w2a2", "noise_scale_w4a4", "noise_scale_w2a2", "noise_scale_free"}
-EXPECTED |= {"adaround", "brecq", "qdrop", "mrecg_modcap", "mrecg_loss", "nwq", "lapq", "zeroq", "best_ptq"}
+EXPECTED |= {"adaround", "brecq", "qdrop", "mrecg_modcap", "mrecg_loss", "nwq", "lapq", "zeroq", "best_ptq", "vit_w4a4"}
 
 #: Arguments that make a recipe's work small, for those that have them.
 SMALL = {"iterations": 2, "search_iterations": 2, "evaluations": 3, "shape": (1, 6, 6)}

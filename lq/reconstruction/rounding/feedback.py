@@ -33,11 +33,11 @@ class Correlation:
 
     def add(self, x: Tensor) -> None:
         """Count an input of the layer."""
-        rows = self.vectors(x.detach().float())
+        rows = self._vectors(x.detach().float())
         product = rows.transpose(1, 2) @ rows
         self.total = product if self.total is None else self.total + product
 
-    def vectors(self, x: Tensor) -> Tensor:
+    def _vectors(self, x: Tensor) -> Tensor:
         """What the weights of one output are multiplied by, (groups, vectors, N)."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
