@@ -11,8 +11,8 @@ values themselves says little of attention probabilities: many of them are tiny,
 errors.
 
 What it brings, on ViT-tiny (float 85.5 %, 100 images): probabilities of 4 bits alone, uniform, keep 65 instead of 29 %.
-With everything at 4 bits the second product of attention by its output keeps 19 instead of 12 % (200 images). For layers,
-and for probabilities whose levels halve, it has brought nothing there: take it for products, by ``overrides``.
+With everything at 4 bits the second product of attention by its output keeps 19 instead of 12 % (200 images). For
+layers, and for probabilities whose levels halve, it has brought nothing there: take it for products, by ``overrides``.
 
 The candidates are factors of the range that the rule "auto" finds, wide apart at first, then closer around the best.
 All candidates are tried in one pass over the samples, on what a layer reads at that moment; nothing is stored but one
