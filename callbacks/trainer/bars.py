@@ -112,8 +112,10 @@ class _RichBar:
 
     def close(self) -> None:
         """Take it away."""
-        self.progress.remove_task(self.task)
-        if not self.lent:
+        if self.lent:  # hidden, not removed: Lightning 2.6.0 takes the number of a task for its place among all
+            self.progress.update(self.task, visible=False)
+        else:
+            self.progress.remove_task(self.task)
             self.progress.stop()
         self.display.closed(self)
 

@@ -261,10 +261,10 @@ def _opset(model: nn.Module, opset: int | None, target: Target | None) -> int:
         return OPSET_OF_INT2 if any(bits <= 2 for bits in widths.values()) else OPSET
     if opset < OLDEST:
         raise DataError(f"opset={opset}: steps for each channel need {OLDEST} or more")
-    if opset > (newest := _require("onnx").defs.onnx_opset_version()):
-        raise DataError(f"opset={opset}: the newest that this version of onnx knows is {newest}")
     if target is not None and opset > target.opsets[1]:
         raise DataError(f"opset={opset}: target={target.name!r} reads {' to '.join(map(str, target.opsets))}")
+    if opset > (newest := _require("onnx").defs.onnx_opset_version()):
+        raise DataError(f"opset={opset}: the newest that this version of onnx knows is {newest}")
     in_eight = target is not None and target.least_stored == 8  # bits, whatever the opset
     few = [name for name, bits in widths.items() if bits <= 4 and not in_eight]
     if opset < OPSET and few:
