@@ -54,7 +54,7 @@ METHODS = {
         ),
         "straight_through": Method("Weights themselves, straight through the rounding", (), ("rounding.ste",)),
         "mlp": Method("GELUs as ReLUs", (), ("callbacks.reconstruct_mlp",)),
-        "vit": Method("Vision transformers", ("vit_w4a4",), ("preparation.prepare", "log2_quantizer", "drop")),
+        "vit": Method("Vision transformers", ("vit_w4a4",), ("preparation.prepare", "log_quantizer", "drop")),
         "feedback": Method("Error feedback (OBQ, GPTQ)", (), ("feedback",)),
         "best_ptq": Method("Best without training", ("best_ptq",), ("reconstruction.reconstruct",)),
     },

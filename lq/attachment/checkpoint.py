@@ -19,12 +19,13 @@ from lq.attachment.pairs import is_norm
 from lq.attachment.placement import attach_sites
 from lq.attachment.preparation.stored import is_marker, made_biases, match
 from lq.attachment.relu import MARK, put_relus_of
-from lq.attachment.saved_plan import LOG2, kind_of, planned_by, site_of
+from lq.attachment.saved_plan import kind_of, planned_by, site_of
 from lq.attachment.scheme import PlannedSite
 from lq.attachment.sites import float_weight, is_attached, quantizers
 from lq.errors import DataError
 from lq.files import named, read_checkpoint
 from lq.quantizer.final_widths import FINAL
+from lq.quantizer.log_quantizer import LOG_STATE
 from lq.quantizer.quantizer import Quantizer
 from lq.structure.channels import ChannelLayout
 from lq.structure.site import Site
@@ -174,7 +175,7 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     entries = {}
     for key, value in state_dict.items():
         name, _, last = key.rpartition(".")
-        if last in (*_STATE, LOG2, FINAL, "_extra_state") and site_of(name) is not None:
+        if last in (*_STATE, *LOG_STATE, FINAL, "_extra_state") and site_of(name) is not None:
             continue
         if is_marker(key) or last == MARK:
             continue

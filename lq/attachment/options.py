@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from typing_extensions import Self
 
@@ -11,7 +11,7 @@ from lq.errors import SpecError
 from lq.options import after
 from lq.quantizer.estimators import Estimator
 from lq.quantizer.estimators import estimator as estimator_of
-from lq.quantizer.spec import QuantSpec, activation_spec, check_bits, weight_spec
+from lq.quantizer.spec import LevelsName, QuantSpec, activation_spec, check_bits, weight_spec
 from lq.quantizer.targets import TargetName, target_of
 from lq.structure.forward import Forward
 from lq.structure.structure import Structure
@@ -54,8 +54,10 @@ class SiteOptions:
             which at few bits is nearer to the weights (BRECQ, QDrop).
         range: rule that finds ranges, for widths given as numbers: "auto", "minmax", "percentile", "lp", "lsq" or
             "output" (see `QuantSpec`); "output" needs `lq.calibrate` for weights, too.
-        probabilities: levels of what a softmax gives, as attention weighs values by: "uniform", or "log2", which halve
-            (`QuantSpec`): most probabilities are tiny. Engines compute those in float. Needs a structure.
+        probabilities: levels of what a softmax gives, as attention weighs values by: "uniform"; "log2", which halve, or
+            "log" (`QuantSpec`): most probabilities are tiny. Engines compute those in float. Needs a structure.
+        gelu: levels of what a GELU or SiLU gives: "uniform" or "log" (`QuantSpec`), for fewer than 8 bits: most values
+            are close to zero, a few are large. Engines compute those in float. Needs a structure.
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
             The network's own input stays float.
         include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.
@@ -85,7 +87,8 @@ class SiteOptions:
     integer: bool = False
     symmetric: bool = True
     range: str = "auto"
-    probabilities: Literal["uniform", "log2"] = "uniform"
+    probabilities: LevelsName = "uniform"
+    gelu: Literal["uniform", "log"] = "uniform"
     first_last: int | None = 8
     include: Sequence[str] | str | None = None
     exclude: Sequence[str] | str | None = None
@@ -100,8 +103,9 @@ class SiteOptions:
             check_bits(self.first_last)
         if self.skip not in (True, False, "auto"):
             raise SpecError(f"skip={self.skip!r} is unknown; use True, False or 'auto'")
-        if self.probabilities not in ("uniform", "log2"):
-            raise SpecError(f"probabilities={self.probabilities!r} is unknown; use 'uniform' or 'log2'")
+        for name, kinds in (("probabilities", get_args(LevelsName)), ("gelu", ("uniform", "log"))):
+            if getattr(self, name) not in kinds:
+                raise SpecError(f"{name}={getattr(self, name)!r} is unknown; use one of {kinds}")
         for pattern, override in (self.overrides or {}).items():
             if not isinstance(override, Mapping) or not override or set(override) - {"weights", "activations"}:
                 raise SpecError(
@@ -127,8 +131,9 @@ class SiteOptions:
         """The first option that was given and needs a structure, such as ``skip=True``; empty if there is none."""
         if self.skip:
             return f"skip={self.skip!r}"
-        if self.probabilities != "uniform":
-            return f"probabilities={self.probabilities!r}"
+        for name in ("probabilities", "gelu"):
+            if getattr(self, name) != "uniform":
+                return f"{name}={getattr(self, name)!r}"
         return "share_concats=True" if self.share_concats else "integer=True" if self.integer else ""
 
     def read_structure(self) -> Structure | None:
@@ -140,9 +145,8 @@ class SiteOptions:
     def with_structure(self, structure: Structure | None) -> Self:
         """These options with the structure of a model; without those that need one if none is known."""
         if structure is None:
-            return replace(
-                self, structure=None, skip=False, share_concats=False, integer=False, probabilities="uniform"
-            )
+            plain: dict[str, Any] = {"skip": False, "share_concats": False, "integer": False}
+            return replace(self, structure=None, probabilities="uniform", gelu="uniform", **plain)
         return replace(self, structure=structure)
 
 

@@ -25,7 +25,7 @@ from lq.attachment.sites import INPUT, OUTPUT, WEIGHT_STATE, float_weight, weigh
 from lq.attachment.stored import find_range, find_range_in, note_known_sources, read_from
 from lq.errors import StateError
 from lq.quantizer.activation_quantizer import ActivationQuantizer
-from lq.quantizer.log2_quantizer import Log2Quantizer
+from lq.quantizer.log_quantizer import LogQuantizer
 from lq.quantizer.spec import QuantSpec
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
@@ -72,7 +72,7 @@ def attach_sites(
             quantizer = _call_weight(site, spec, module, tied).to(device)
             add_call_quantizer(module, site.place, quantizer.train(module.training))
         elif planned.owner is None:
-            kind = Log2Quantizer if spec.levels == "log2" else ActivationQuantizer
+            kind = LogQuantizer if spec.levels != "uniform" else ActivationQuantizer
             placed[name] = kind(spec, name, tokens=_is_rows(module, site)).to(device)
             placed[name].result_may_change = site.place.endswith("output")
             _place(module, site, placed[name].train(module.training))

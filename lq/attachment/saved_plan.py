@@ -4,7 +4,7 @@ import math
 import posixpath
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from lq.attachment.running import CALLS
 from lq.attachment.scheme import PlannedSite
 from lq.attachment.sites import INPUT, OUTPUT, WEIGHT_STATE
 from lq.errors import DataError
+from lq.quantizer.log_quantizer import levels_in_state
 from lq.quantizer.spec import QuantSpec
 from lq.structure.site import Role, Site, is_weight_key
-
-#: Part of the state of a quantizer whose levels halve.
-LOG2 = "log2_base"
 
 
 def planned_by(state_dict: Mapping[str, Any]) -> dict[str, PlannedSite]:
@@ -32,12 +30,11 @@ def planned_by(state_dict: Mapping[str, Any]) -> dict[str, PlannedSite]:
         if last == "bits":
             widths = _widths(key, value, per_channel=site.role == "weight")
             site = replace(site, channels=len(widths) if isinstance(widths, tuple) else 1)
-            kinds: tuple[Literal["uniform", "log2"], ...] = ("uniform", "log2")
             spec = QuantSpec(
                 widths,
                 per_channel=isinstance(widths, tuple),
                 symmetric=site.role == "weight",
-                levels=kinds[f"{name}.{LOG2}" in state_dict and not isinstance(widths, tuple)],
+                levels="uniform" if isinstance(widths, tuple) else levels_in_state(state_dict, name),
             )
             plan[site.name] = PlannedSite(site, spec)
         else:

@@ -157,10 +157,9 @@ def _activation_of(site: Site, options: SiteOptions) -> QuantSpec | None:
 
 
 def _with_levels(spec: QuantSpec | None, site: Site, options: SiteOptions) -> QuantSpec | None:
-    """A spec of an activation, of probabilities with the levels that the options give them."""
-    if spec is None or not site.probabilities or options.probabilities == "uniform":
-        return spec
-    return replace(spec, levels=options.probabilities)
+    """A spec of an activation, with the levels that the options give what a softmax or a GELU makes."""
+    levels = options.probabilities if site.probabilities else options.gelu if site.gelu else "uniform"
+    return spec if spec is None or levels == "uniform" else replace(spec, levels=levels)
 
 
 def layer_sites(model: nn.Module, include: Sequence[str] | str | None) -> tuple[tuple[Site, ...], set[str]]:

@@ -16,7 +16,7 @@ from lq.attachment.scheme import PlannedSite
 from lq.attachment.sites import quantizers
 from lq.errors import NoEffectWarning
 from lq.quantizer.levels import middle
-from lq.quantizer.log2_quantizer import Log2Quantizer
+from lq.quantizer.log_quantizer import LogQuantizer
 from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.targets import Grid, Target, Zero, target_of
 
@@ -70,7 +70,7 @@ def grid_of(quantizer: Quantizer) -> Grid | None:
         return replace(Grid.of(quantizer.spec, is_weight=quantizer.is_weight), widths=widths)
     at_middle = bool(((zero_point - middle(bits)).abs() < 0.5)[kept].all())  # half a level
     zero: Zero = "middle" if at_middle else "anywhere" if bool(zero_point[kept].any()) else "lowest"
-    return Grid(quantizer.is_weight, widths, frozenset([zero]), isinstance(quantizer, Log2Quantizer))
+    return Grid(quantizer.is_weight, widths, frozenset([zero]), isinstance(quantizer, LogQuantizer))
 
 
 def _left_in_float(grids: Mapping[str, Grid], options: SiteOptions, target: Target) -> list[str]:

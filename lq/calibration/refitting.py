@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.attachment.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
-from lq.quantizer.log2_quantizer import Log2Quantizer
+from lq.quantizer.log_quantizer import LogQuantizer
 from lq.quantizer.quantizer import Quantizer
 from lq.quantizer.ranges import Samples
 
@@ -29,7 +29,7 @@ def samples_of(model: nn.Module) -> Iterator[tuple[Quantizer, Samples, bool]]:
 def fitted_steps(model: nn.Module, most: int) -> dict[str, Tensor]:
     """Logarithm of the step that fits each activation at 1 to `most` bits, by name; shape (most,)."""
     sites = activation_quantizers(model).items()  # the range of levels that halve is the same at any width
-    known = {n: site for n, site in sites if site.seen is not None and not isinstance(site, Log2Quantizer)}
+    known = {n: site for n, site in sites if site.seen is not None and not isinstance(site, LogQuantizer)}
     return {name: torch.log2(site.grids(range(1, most + 1))[0]) for name, site in known.items()}
 
 

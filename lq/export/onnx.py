@@ -175,7 +175,8 @@ def export_onnx(
     if left := graph.with_float_inputs():
         notes.append(
             f"inputs of {listed(left)} are float: onnxruntime may round them to 8 bits by itself; "
-            "with activations=8, integer=True they are rounded in the model too"
+            "with activations=8, integer=True they are rounded in the model too; to keep them float, run the file with "
+            'the session option "session.qdq_matmulnbits_accuracy_level" of "1"'
         )
     at("checking")
     with _taken_over(model, graph, notes), whole_file(path) as unfinished:

@@ -20,7 +20,7 @@ from lq.attachment.stored import CallWeight, call_weights
 from lq.export.integers import IntegerWeight, as_integers, settled_zero_point
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.final_widths import warn_if_unfinished
-from lq.quantizer.log2_quantizer import Log2Quantizer
+from lq.quantizer.log_quantizer import LogQuantizer
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
 
@@ -54,8 +54,9 @@ def standard_form(model: nn.Module) -> nn.Module:
                 module._modules[name] = nn.Identity()  # as it does in eval mode
             elif isinstance(owner, ActivationQuantizer):
                 if id(owner) not in activations:
-                    halving = isinstance(owner, Log2Quantizer)
-                    activations[id(owner)] = StandardLog2(owner) if halving else StandardActivation(owner)
+                    activations[id(owner)] = (
+                        StandardLog(owner) if isinstance(owner, LogQuantizer) else StandardActivation(owner)
+                    )
                 module._modules[name] = activations[id(owner)]
     at_calls = {(call.module, call.place): call for call in call_weights(made)}
     functions: dict[tuple[object, ...], nn.Module] = {}
@@ -127,28 +128,30 @@ class StandardActivation(nn.Module):
         return ((values + self.shift) if self.shift else values).to(x.dtype)  # type: ignore[no-any-return]
 
 
-class StandardLog2(nn.Module):
-    """Round a tensor to levels that halve, in float.
+class StandardLog(nn.Module):
+    """Round a tensor to logarithmic levels, in float.
 
     Args:
         quantizer: what it stands for.
     """
 
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
+    def __init__(self, quantizer: LogQuantizer) -> None:
         super().__init__()
         settled_zero_point(quantizer)
         self.name = quantizer.name
-        self.scale = float(quantizer.step.detach())
+        self.scale, base, self.shift, self.rest = (float(part) for part in quantizer.log_grid)
+        self.base = base * math.log(2)
         self.last = 2 ** int(quantizer.bits.detach()) - 1
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` rounded to the levels; same shape and dtype."""
         if not self.last:
             return torch.zeros_like(x)
-        values = (x.float() / self.scale).clamp(min=2.0**-100)
-        codes = (torch.log(values) / -math.log(2)).round().clamp(0, self.last)
-        levels = torch.exp(codes * -math.log(2)) * self.scale
-        rounded: Tensor = levels * (codes < self.last).to(levels.dtype)
+        values = ((x.float() + self.shift) / self.scale).clamp(min=2.0**-100)
+        codes = (torch.log(values) / -self.base).round().clamp(0, self.last)
+        levels = torch.exp(codes * -self.base) * self.scale - self.shift
+        is_level = (codes < self.last).to(levels.dtype)
+        rounded: Tensor = levels * is_level + (1 - is_level) * self.rest
         return rounded.to(x.dtype)
 
 

@@ -7,11 +7,14 @@ special: 0 bits is a pruned channel (exactly zero), 1 bit a two-level one (``-s/
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lq.errors import SpecError
 from lq.files.schema import MismatchError
 from lq.quantizer.ranges import RangeRule, range_rule
+
+#: How levels are spaced.
+LevelsName = Literal["uniform", "log2", "log"]
 
 #: The bit-widths a grid can have.
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -52,7 +55,8 @@ class QuantSpec:
             "output". "auto" takes min-max at 8 bits and more and the L_p error with p = 2.4 below; "output" goes on
             from there by the error of what the layer or product gives (`lq.calibration.output_ranges`).
         power_of_two: round each step to a power of two.
-        levels: "uniform", or "log2", which halve (`lq.quantizer.log2_quantizer`): of activations that are not negative.
+        levels: "uniform"; or logarithmic, of activations (`lq.quantizer.log_quantizer`): "log2", which halve, for what
+            a softmax gives; "log", with a base and a shift that fit the values, for what a GELU or SiLU gives, too.
 
     Raises:
         SpecError: for a width that does not exist, widths per channel without ``per_channel``, or other levels.
@@ -71,13 +75,17 @@ class QuantSpec:
     signed: bool | None = None
     range: str | RangeRule = "auto"
     power_of_two: bool = False
-    levels: Literal["uniform", "log2"] = field(default="uniform", kw_only=True)
+    levels: LevelsName = field(default="uniform", kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.levels not in ("uniform", "log2"):
-            raise SpecError(f"levels={self.levels!r} is unknown; use 'uniform' or 'log2'")
-        if self.levels == "log2" and self.per_channel:
-            raise SpecError("levels='log2' is for activations, which are quantized per tensor; set per_channel=False")
+        if self.levels not in get_args(LevelsName):
+            raise SpecError(f"levels={self.levels!r} is unknown; use one of {get_args(LevelsName)}")
+        if self.levels != "uniform" and self.per_channel:
+            raise SpecError(
+                f"levels={self.levels!r} is for activations, which are quantized per tensor; set per_channel=False"
+            )
+        if self.levels == "log" and self.power_of_two:
+            raise SpecError("levels='log' has no power_of_two: its base is any number; use levels='log2'")
         if isinstance(self.bits, Sequence) and not isinstance(self.bits, str):
             if not self.per_channel:
                 raise SpecError(f"{len(self.bits)} widths were given for one tensor; set per_channel=True")

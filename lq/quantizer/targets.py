@@ -42,13 +42,13 @@ class Grid:
         is_weight: whether the tensor is a weight.
         widths: its widths in bits; several if channels differ.
         zeros: where its zero may lie; one place if that is known.
-        halves: whether its levels halve (``levels="log2"``), which files have as operators in float.
+        logarithmic: whether its levels are (``levels="log2"``), which files have as operators in float.
     """
 
     is_weight: bool
     widths: tuple[int, ...]
     zeros: frozenset[Zero]
-    halves: bool = False
+    logarithmic: bool = False
 
     @classmethod
     def of(cls, spec: QuantSpec, *, is_weight: bool) -> "Grid":
@@ -59,7 +59,7 @@ class Grid:
         """
         free: Zero = "middle" if spec.symmetric else "anywhere"
         zeros: dict[bool | None, set[Zero]] = {None: {"lowest", free}, True: {free}, False: {"lowest"}}
-        return cls(is_weight, spec.widths, frozenset(zeros[spec.signed]), spec.levels == "log2")
+        return cls(is_weight, spec.widths, frozenset(zeros[spec.signed]), spec.levels != "uniform")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Rule:
         instead: which option to give.
         widths: widths in bits that it is about.
         zeros: places of zero that it is about.
-        halves: whether it is about levels that halve, and those alone.
+        logarithmic: whether it is about logarithmic levels, and those alone.
     """
 
     refused: bool
@@ -82,11 +82,11 @@ class Rule:
     instead: str
     widths: tuple[int, ...] = WIDTHS
     zeros: tuple[Zero, ...] = ("lowest", "middle", "anywhere")
-    halves: bool = False
+    logarithmic: bool = False
 
     def hits(self, grid: Grid) -> bool:
         """Whether a grid is one of these: refused ones if they may be, others if they are for certain."""
-        if (grid.is_weight, grid.halves) != (self.of_weights, self.halves):
+        if (grid.is_weight, grid.logarithmic) != (self.of_weights, self.logarithmic):
             return False
         if not set(grid.widths) & set(self.widths):
             return False
@@ -148,7 +148,9 @@ class Target:
 _EIGHT = "QuantSpec(8, per_channel=False, symmetric=True, signed=True)"
 _FIRST = "the first layer, which reads the network's input"
 
-_HALVES = Rule(False, False, "levels that halve", 'levels="uniform", probabilities="uniform"', halves=True)
+_LOGARITHMIC = Rule(
+    False, False, "logarithmic levels", 'levels="uniform", probabilities="uniform", gelu="uniform"', logarithmic=True
+)
 
 #: All engines, by name.
 TARGETS: dict[str, Target] = {
@@ -158,7 +160,7 @@ TARGETS: dict[str, Target] = {
         rules=(
             Rule(False, True, "16 bits", "weights=8 or fewer", widths=(16,)),
             Rule(False, False, "16 bits", "activations=8 or fewer", widths=(16,)),
-            _HALVES,
+            _LOGARITHMIC,
             Rule(
                 False,
                 False,
@@ -177,7 +179,7 @@ TARGETS: dict[str, Target] = {
         rules=(
             Rule(False, True, "16 bits", "weights=8 or fewer", widths=(16,)),
             Rule(False, False, "16 bits", "activations=8 or fewer", widths=(16,)),
-            _HALVES,
+            _LOGARITHMIC,
             Rule(
                 False,
                 True,
@@ -205,7 +207,7 @@ TARGETS: dict[str, Target] = {
                 "symmetric=True, or QuantSpec(..., symmetric=True, signed=True)",
                 zeros=("lowest", "anywhere"),
             ),
-            _HALVES,
+            _LOGARITHMIC,
             Rule(True, False, "other widths than 8 bits", "activations=8", widths=tuple({*WIDTHS} - {8})),
             Rule(
                 True,

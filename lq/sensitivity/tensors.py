@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lq.attachment.sites import quantizers
 from lq.errors import StateError
 from lq.quantizer.activation_quantizer import ActivationQuantizer
-from lq.quantizer.log2_quantizer import Log2Quantizer
+from lq.quantizer.log_quantizer import LogQuantizer
 from lq.quantizer.rounding import round_to_grid
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.sensitivity.contraction import by_sample
@@ -76,7 +76,7 @@ class MeasuredTensor:
         """The tensor at one of the widths, with the range of that width."""
         if isinstance(self.quantizer, WeightQuantizer):
             return self.quantizer.rounded_at(tensor, width, self._weight_grid(self.quantizer, tensor, width))
-        if isinstance(self.quantizer, Log2Quantizer):
+        if isinstance(self.quantizer, LogQuantizer):
             return self.quantizer.rounded_at(tensor, width)
         step, low, high = (float(part[self.widths.index(width)]) for part in self._grid())
         return round_to_grid(tensor, torch.tensor(step, device=tensor.device, dtype=tensor.dtype), low, high, low % 1.0)
@@ -95,7 +95,7 @@ class MeasuredTensor:
         """``<delta, rounded(x) - x>`` of each sample at each width, (samples, 1, W)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         rows, deltas = (by_sample(t.detach().to(dtype), samples, self.samples_last).flatten(1) for t in (x, delta))
-        if isinstance(self.quantizer, Log2Quantizer):
+        if isinstance(self.quantizer, LogQuantizer):
             changes = (self.quantizer.rounded_at(rows, width).sub_(rows) for width in self.widths)
             return torch.stack([change.mul_(deltas).sum(1) for change in changes], 1).unsqueeze(1)
         grids = list(zip(*(part.tolist() for part in self._grid()), strict=True))

@@ -25,7 +25,7 @@ from lq.structure.sources import Source
 from lq.structure.structure import CONSTANT, FloatTensor, Operation, Structure
 from lq.structure.tracing import CallEvent, Trace, Value, trace
 from lq.structure.unquantized import reason_for_float
-from lq.structure.values import KEEPING_ROWS, MULTIPLYING, chain, is_normalized, join, leads_to, source_of
+from lq.structure.values import GELUS, KEEPING_ROWS, MULTIPLYING, chain, is_normalized, join, leads_to, source_of
 
 
 def inspect(model: nn.Module, example: Any, *, forward: Forward | None = None) -> Structure:
@@ -239,12 +239,17 @@ class _Builder:
             covered = tuple(dict.fromkeys(c for c in covers if c)) if all(covers) and site.role == "activation" else ()
             key = tuple(dict.fromkeys(id(value) for value in read))
             shares = first.get(key) if site.role == "activation" else None
-            probabilities = site.role == "activation" and all(source_of(value).is_softmax for value in read)
+            made_by = {source_of(value).function for value in read} if site.role == "activation" else set()
             if site.role == "activation":
                 first.setdefault(key, name)
             concat = next((groups[id(v)] for value in read for v in chain(value) if id(v) in groups), None)
             self.sites[name] = replace(
-                site, shares=shares, concat=concat, covered_by=covered, probabilities=probabilities
+                site,
+                shares=shares,
+                concat=concat,
+                covered_by=covered,
+                probabilities=made_by == {"softmax"},
+                gelu=bool(made_by) and made_by <= GELUS,
             )
 
     def _sources(self) -> None:

@@ -30,6 +30,7 @@ class Site:
         channels: number of output channels of a weight at a call; 0: not one.
         normalized: a layer norm, or another over channels, is among those who read it, as in pre-norm transformers.
         probabilities: it is what a softmax gives.
+        gelu: it is what a GELU gives, or a function like it (`lq.structure.values.GELUS`).
         source: the parameter that a weight at a call is, or a part of; None: it is computed first.
     """
 
@@ -44,6 +45,7 @@ class Site:
     channels: int = 0
     normalized: bool = False
     probabilities: bool = False
+    gelu: bool = False
     source: Source | None = None
 
     def __post_init__(self) -> None:

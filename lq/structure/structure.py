@@ -262,6 +262,7 @@ _STRUCTURE = schema.record(
                     "channels": schema.integer(),
                     "normalized": schema.boolean,
                     "probabilities": schema.boolean,
+                    "gelu": schema.boolean,
                     "source": schema.optional(_SOURCE),
                 },
             )

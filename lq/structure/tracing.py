@@ -58,7 +58,7 @@ class Value:
         within: the value that they are a selection of.
         parts: the values they are a concatenation of.
         is_complex: they are complex numbers.
-        is_softmax: a softmax gave them.
+        function: name of the function that gave them; "": a parameter, an input, or another way.
     """
 
     index: int
@@ -68,7 +68,7 @@ class Value:
     within: "Value | None" = None
     parts: tuple["Value", ...] = ()
     is_complex: bool = False
-    is_softmax: bool = False
+    function: str = ""
     readers: list[str] = field(default_factory=list)
     made_by: "CallEvent | None" = None
     output_of: list[str] = field(default_factory=list)
@@ -315,7 +315,7 @@ class _Recorder(TorchFunctionMode):
                 found = self._new(tensor, origin, parts=tuple(values))
                 self.trace.concats.append(found)
             else:
-                found = self._new(tensor, origin, is_softmax=name == "softmax")
+                found = self._new(tensor, origin, function=name)
             self.values[tensor] = found
             first = first or found
         for tensor, was_changed in zip(given, changed, strict=False):
@@ -341,7 +341,7 @@ class _Recorder(TorchFunctionMode):
         scores = (*result.shape[:-1], key.shape[-2])
         varies: Origin = "activation" if any(v.varies for v in values[:2]) else "constant"
         scaled = self._value(tuple(query.shape), values[0].origin)
-        probabilities = self._value(scores, varies, is_softmax=True)
+        probabilities = self._value(scores, varies, function="softmax")
         count = float(torch.Size(scores).numel())
         first = {"left": scaled, "right": values[1]}
         self._add_event("matmul", ATTENTION, first, probabilities, count * query.shape[-1])

@@ -12,6 +12,8 @@ MULTIPLYING = KEEPING_ROWS | {"matmul", "einsum", "rnn", "lstm_cell", "gru_cell"
 NORMS = {
     "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "native_layer_norm", "native_group_norm",
 }  # fmt: skip
+#: Functions that are a little below zero for negative values, and the values themselves where these are large.
+GELUS = {"gelu", "silu", "mish", "hardswish"}
 
 
 def is_normalized(value: Value) -> bool:

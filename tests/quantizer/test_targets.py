@@ -83,7 +83,7 @@ def test_what_the_others_run(target):
         ("openvino", activation(8, **INT8), ""),
         ("tensorrt", activation(8, **INT8), ""),
         *(
-            (name, activation(4, levels="log2"), "1 activation has levels that halve (x): use levels=")
+            (name, activation(4, levels="log2"), "1 activation has logarithmic levels (x): use levels=")
             for name in TARGETS
         ),
     ],

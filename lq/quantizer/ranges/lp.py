@@ -58,7 +58,7 @@ class Lp:
 
     def __call__(self, samples: Samples, levels: Levels) -> tuple[Tensor, Tensor]:
         """Return the best range of each row, shape (C,) each."""
-        values, weights = samples.values, self._weights(samples)
+        values, weights = samples.values, samples.error_weights(self.p, relative=self.relative)
         if weights is not None:  # a value is counted once for each octave of sizes: add these up
             distinct, index = values[0].unique(return_inverse=True)
             weights = torch.zeros_like(distinct).index_add_(0, index, weights)
@@ -124,15 +124,3 @@ class Lp:
             least = torch.where(better, now, least)
             best_low, best_high = torch.where(better, now_low, best_low), torch.where(better, now_high, best_high)
         return best_low, best_high
-
-    def _weights(self, samples: Samples) -> Tensor | None:
-        """Weight of each value's error, shape (N,)."""
-        if samples.counts is None:
-            return None
-        weights = samples.counts.double()
-        if self.relative and samples.sizes is not None:
-            ordered, order = samples.sizes.sort()
-            share = weights[order].cumsum(0) / weights.sum()
-            median = ordered[int((share < 0.5).sum())]
-            weights = weights * torch.maximum(samples.sizes, median).double() ** -self.p
-        return (weights / weights.sum()).to(samples.values.dtype)

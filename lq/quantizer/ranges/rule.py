@@ -38,6 +38,21 @@ class Samples:
         """Largest value of each channel, shape (C,)."""
         return self.values.amax(1)
 
+    def error_weights(self, p: float, *, relative: bool = True) -> Tensor | None:
+        """How much an error to the power `p` of each value counts, shape (N,), sum 1; None: all the same.
+
+        As often as the value occurs; if relative, over the power of its size too, at least the median.
+        """
+        if self.counts is None:
+            return None
+        weights = self.counts.double()
+        if relative and self.sizes is not None:
+            ordered, order = self.sizes.sort()
+            share = weights[order].cumsum(0) / weights.sum()
+            median = ordered[int((share < 0.5).sum())]
+            weights = weights * torch.maximum(self.sizes, median).double() ** -p
+        return (weights / weights.sum()).to(self.values.dtype)
+
 
 class RangeRule(Protocol):
     """Picks the clipping range of a grid from the values it will represent."""
