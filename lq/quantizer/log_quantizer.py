@@ -18,6 +18,7 @@ Integer engines do not know such levels, though a product with a power of two is
 operators in float.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,8 +28,10 @@ from torch import Tensor
 from lq.errors import SpecError
 from lq.quantizer.activation_quantizer import ActivationQuantizer
 from lq.quantizer.estimators import Estimator, estimator
+from lq.quantizer.functional import transforms_active
+from lq.quantizer.gradients import inside_of_bounds
 from lq.quantizer.ranges import Samples
-from lq.quantizer.rounding import Bound, step_size
+from lq.quantizer.rounding import Bound, alike, mixed, step_size
 from lq.quantizer.spec import LevelsName, QuantSpec, check_bits
 
 #: Parts of the state that other quantizers do not have; the last two only "log" has.
@@ -38,6 +41,8 @@ LOG_STATE = BASE, SHIFT, REST = "log2_base", "log_shift", "log_rest"
 _OCTAVES = torch.linspace(2.0, 15.0, 27)
 _SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 _LEAST = 2.0**-100
+# Values that the CPU works on at a time.
+_BLOCK = 1 << 18
 
 
 class LogGrid(NamedTuple):
@@ -55,16 +60,54 @@ class LogGrid(NamedTuple):
     shift: Tensor | float = 0.0
     rest: Tensor | float = 0.0
 
+    @property
+    def highest(self) -> Tensor:
+        """The largest level."""
+        return self.scale - self.shift
+
     def rounded(self, x: Tensor, bits: Bound) -> Tensor:
         """`x` rounded, without a gradient.
 
         >>> LogGrid(torch.tensor(1.0), torch.tensor(1.0)).rounded(torch.tensor([0.9, 0.3, 0.02, -1.0]), 3)
         tensor([1.0000, 0.2500, 0.0156, 0.0000])
         """
-        last = 2.0**bits - 1
-        codes = torch.log2(self.scale / (x + self.shift).clamp_(min=0.0)).div_(self.base).round_().clamp_(min=0.0)
-        levels = torch.exp2(codes * -self.base).mul_(self.scale).sub_(self.shift)
-        return torch.where(codes >= last, self.rest, levels)
+        if x.is_contiguous() and x.device.type == "cpu" and x.numel() > _BLOCK and not transforms_active():
+            out = torch.empty_like(x)  # in blocks that stay in its cache
+            for part, to in zip(x.view(-1).split(_BLOCK), out.view(-1).split(_BLOCK), strict=True):
+                self._round(torch.add(part, self.shift, out=to), bits)
+            return out
+        return self._round(x + self.shift, bits)
+
+    def _round(self, moved: Tensor, bits: Bound) -> Tensor:
+        """Values with the shift added become levels, in place."""
+        codes = moved.clamp_(min=0.0).log2_().sub_(torch.log2(self.scale)).mul_(-1 / self.base).round_().clamp_(min=0.0)
+        lost = codes >= 2.0**bits - 1
+        levels = codes.mul_(-self.base).exp2_().mul_(self.scale).sub_(self.shift)
+        return levels.masked_fill_(lost, self.rest)
+
+
+class _Round(torch.autograd.Function):
+    """Rounding to logarithmic levels, with ``s * dL/ds = sum(g * (x^ + shift) - g_x * (x + shift))``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log2_step: Tensor, grid: LogGrid, bits: Tensor, gradient_scale: Bound, kept: Tensor | None
+    ) -> Tensor:
+        """`x`, float32, rounded."""
+        y = mixed(grid.rounded(x, bits), x, kept)
+        ctx.save_for_backward(x, y, kept)
+        ctx.grid, ctx.gradient_scale = grid, gradient_scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to `x` and to the logarithm of s."""
+        (grad,), (x, y, kept) = grads, ctx.saved_tensors
+        grad = grad.contiguous()
+        to_x = mixed(inside_of_bounds(grad, x, *alike(-math.inf, ctx.grid.highest)), grad, kept)
+        flat = [t.reshape(-1) for t in (grad, y, to_x, x)]
+        derivative = torch.dot(*flat[:2]) - torch.dot(*flat[2:]) + ctx.grid.shift * (grad.sum() - to_x.sum())
+        return to_x, derivative * math.log(2) * ctx.gradient_scale, None, None, None, None
 
 
 class LogQuantizer(ActivationQuantizer):
@@ -116,6 +159,7 @@ class LogQuantizer(ActivationQuantizer):
         if self.fits_base:
             old, new = (_gaps(bits) for bits in (self.bits, widths))
             self.log2_base.mul_(old / new)
+            self.log_rest.mul_(widths > 0)
         self.bits.copy_(widths)
         self.final_bits = None
         self.refresh()
@@ -127,7 +171,7 @@ class LogQuantizer(ActivationQuantizer):
             self.log2_step.copy_(torch.log2(found.scale))
             self.zero_point.zero_()
             if self.fits_base:
-                for part, value in ((BASE, found.base), (SHIFT, found.shift), (REST, found.rest)):
+                for part, value in ((BASE, found.base), (SHIFT, found.shift), (REST, found.rest * (self.bits > 0))):
                     getattr(self, part).copy_(torch.as_tensor(value))
         self.refresh()
 
@@ -177,20 +221,19 @@ class LogQuantizer(ActivationQuantizer):
         self, x: Tensor, log2_step: Tensor, *, kept: Tensor | None = None, gradient_scale: Bound = 1.0
     ) -> Tensor:
         """`x` rounded with another s, with gradients to both."""
-        scale = step_size(log2_step)
-        scale = scale.detach() + (scale - scale.detach()) * gradient_scale
-        values = x.float()
+        values, grid = x.float(), self.log_grid._replace(scale=step_size(log2_step.detach()))
+        if not transforms_active() and torch.is_grad_enabled() and (values.requires_grad or log2_step.requires_grad):
+            rounded: Tensor = _Round.apply(values, log2_step, grid, self.bits.detach(), gradient_scale, kept)
+            return rounded.to(x.dtype)
         with torch.no_grad():
-            grid = self.log_grid._replace(scale=scale)
-            rounded = grid.rounded(values, self.bits) if bool(self.bits) else torch.zeros_like(values)
-        if torch.is_grad_enabled() and (values.requires_grad or scale.requires_grad):
-            highest = scale - self.log_shift
-            below = values + scale * ((rounded - values) / scale).detach()
-            passed = torch.where(values > highest, highest, below)
+            rounded = grid.rounded(values.detach(), self.bits)
+        if transforms_active():  # the same gradients, of operators
+            scale = step_size(log2_step)
+            scale = scale.detach() + (scale - scale.detach()) * gradient_scale
+            below = values + scale * ((rounded - values) / grid.scale).detach()
+            passed = torch.where(values < grid.highest, below, scale - self.log_shift)
             rounded = rounded + (passed - passed.detach())
-        if kept is not None:
-            rounded = torch.lerp(rounded, values, kept)
-        return rounded.to(x.dtype)
+        return (rounded if kept is None else torch.lerp(rounded, values, kept)).to(x.dtype)
 
     def _rounded(self, x: Tensor) -> Tensor:
         values_of_a_sample = x.numel() / max(x.shape[0], 1) if x.ndim else 1.0

@@ -160,6 +160,43 @@ def test_fitted_levels_at_other_widths():
     assert torch.equal(site(values), quantized_mlp(bits=4)[2](values))
 
 
+@pytest.mark.parametrize("size", [(3, 7), (2, 300, 700)])
+def test_gradients_with_a_shift_and_values_that_stay(size):
+    """Against the formula element by element, and against those that transforms of torch.func see."""
+    torch.manual_seed(0)
+    grid = LogGrid(*map(torch.tensor, (1.1, 0.4, 0.17, -0.1)))
+    quantizer = LogQuantizer(replace(SPEC, levels="log"))
+    with torch.no_grad():
+        for part, value in zip(("log2_step", "log2_base", "log_shift", "log_rest"), grid, strict=True):
+            getattr(quantizer, part).copy_(value.log2() if part == "log2_step" else value)
+    quantizer.refresh()
+    x, log2_step = torch.randn(size, requires_grad=True), quantizer.log2_step.clone().requires_grad_()
+    kept, weights = (torch.rand(size) < 0.3).float(), torch.randn(size)
+    (quantizer.rounded_by(x, log2_step, kept=kept, gradient_scale=0.5) * weights).sum().backward()
+    free = (kept == 1) | (x + 0.17 < 1.1)
+    assert torch.equal(x.grad, weights.where(free, 0.0))
+    error = ((grid.rounded(x.detach(), 4.0) - x.detach()) / 1.1).where(free, 1.0).where(kept == 0, 0.0)
+    assert float(log2_step.grad) == pytest.approx(float((error * weights).sum()) * 1.1 * math.log(2) * 0.5, rel=2e-3)
+
+    def loss(values, step):
+        return (quantizer.rounded_by(values, step, kept=kept, gradient_scale=0.5) * weights).sum()
+
+    to_x, to_step = torch.func.grad(loss, (0, 1))(x.detach(), log2_step.detach())
+    assert torch.allclose(to_x, x.grad)
+    assert float(to_step) == pytest.approx(float(log2_step.grad), rel=2e-3)
+
+
+@pytest.mark.parametrize("levels", ["log2", "log"])
+def test_no_bits_give_zeros(levels):
+    quantizer = LogQuantizer(replace(SPEC, bits=0, levels=levels))
+    quantizer._set_range(Samples(torch.randn(1, 100)), True, weights=False)
+    assert not quantizer(torch.randn(5)).any()
+    wide = LogQuantizer(replace(SPEC, levels=levels))
+    wide._set_range(Samples(torch.randn(1, 100)), True, weights=False)
+    wide.settle(torch.tensor(0.0))
+    assert not wide(torch.randn(5)).any()
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_probabilities_get_them(fused):
     model, _ = quantized(Attention(fused=fused))
