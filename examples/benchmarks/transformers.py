@@ -19,18 +19,20 @@ from torch import Tensor, nn
 import lq
 from real_data import Batches, load
 
-#: Preparation, range rule and levels of probabilities of each row; all before reconstruction.
-STEPS: dict[str, tuple[dict[str, Any] | None, str, str]] = {
-    "nearest": (None, "auto", "uniform"),
-    "log2": (None, "auto", "log2"),
-    "by output": (None, "output", "uniform"),
-    "by output, log2": (None, "output", "log2"),
-    "prepared": ({}, "auto", "uniform"),
-    "prepared, log2": ({}, "auto", "log2"),
-    "prepared, by output": ({}, "output", "uniform"),
-    "prepared, by output, log2": ({}, "output", "log2"),
-    "rotated, by output": ({"rotate": True}, "output", "uniform"),
-    "rotated, by output, log2": ({"rotate": True}, "output", "log2"),
+#: Preparation, range rule, levels of probabilities and behind GELUs of each row; all before reconstruction.
+STEPS: dict[str, tuple[dict[str, Any] | None, str, str, str]] = {
+    "nearest": (None, "auto", "uniform", "uniform"),
+    "log2": (None, "auto", "log2", "uniform"),
+    "log2, log": (None, "auto", "log2", "log"),
+    "by output": (None, "output", "uniform", "uniform"),
+    "by output, log2": (None, "output", "log2", "uniform"),
+    "prepared": ({}, "auto", "uniform", "uniform"),
+    "prepared, log2": ({}, "auto", "log2", "uniform"),
+    "prepared, log2, log": ({}, "auto", "log2", "log"),
+    "prepared, by output": ({}, "output", "uniform", "uniform"),
+    "prepared, by output, log2": ({}, "output", "log2", "uniform"),
+    "rotated, by output": ({"rotate": True}, "output", "uniform", "uniform"),
+    "rotated, log2, log": ({"rotate": True}, "auto", "log2", "log"),
 }
 
 
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="*", default=["relative"], help="of reconstruction; none: without it")
     parser.add_argument("--rounding", nargs="*", default=["adaround"])
     parser.add_argument("--steps", nargs="*", default=list(STEPS), help=f"some of: {', '.join(map(repr, STEPS))}")
-    parser.add_argument("--from-step", choices=STEPS, default="prepared, log2", help="reconstruction starts there")
+    parser.add_argument("--from-step", choices=STEPS, default="prepared, log2, log", help="reconstruction starts there")
     given = parser.parse_args()
     net, train, test = load(given.model, given.images)
     batches, test = [x for x, _ in train], test[: -(-given.test // len(test[0][0]))]
@@ -85,11 +87,11 @@ def rows(
 def quantized(net: nn.Module, batches: Sequence[Tensor], given: argparse.Namespace, step: str) -> nn.Module:
     """A quantized, calibrated copy."""
     model = copy.deepcopy(net)
-    prepare, rule, levels = STEPS[step]
+    prepare, rule, probabilities, gelu = STEPS[step]
     if prepare is not None:
         lq.prepare(model, batches, weights=given.weights, activations=given.activations, **prepare)
     options: dict[str, Any] = {"symmetric": False, "first_last": given.first_last or None, "range": rule}
-    options["probabilities"] = levels
+    options |= {"probabilities": probabilities, "gelu": gelu}
     lq.attach(model, given.weights, given.activations, structure=lq.inspect(model, batches[0][:1]), **options)
     return lq.calibrate(model, batches)
 

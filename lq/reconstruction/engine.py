@@ -8,6 +8,7 @@ place, and put back if it fails.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,6 +30,8 @@ from lq.reconstruction.rounding import WeightGrid
 
 # Points of a loss curve.
 _POINTS = 100
+# Iterations that are run to measure how long one takes.
+_TRIED = 4
 
 
 def fit_unit(problem: Problem, options: RunOptions, *, seed: int, before: float | None = None) -> Solution:
@@ -76,6 +79,23 @@ def fit_unit(problem: Problem, options: RunOptions, *, seed: int, before: float 
         after = before
     points = curve[: max(1, taken * len(curve) // options.iterations)].tolist() if taken else []
     return Solution(before, after, points, taken)
+
+
+def seconds_of_step(problem: Problem, options: RunOptions) -> float:
+    """How long an iteration takes for a unit: a few are run, and nothing of them is kept."""
+    fit = _Fit(problem, WeightGrid(problem.quantizers.weights), options, torch.Generator(problem.inputs.device))
+    order = _order(problem.samples, _TRIED, max(1, options.batch_size // options.ranks), 0)
+    loss, begin = torch.zeros(()), time.perf_counter()
+    with fit.taps():
+        for step in range(_TRIED if fit.parameters else 0):
+            if step == 1:  # the first one is slower
+                float(loss)
+                begin = time.perf_counter()
+            loss = fit.step(step, order[step])
+        float(loss)  # a device is waited for
+    seconds = (time.perf_counter() - begin) / (_TRIED - 1)
+    fit.restore_biases()
+    return seconds
 
 
 class _Fit:
@@ -151,7 +171,7 @@ class _Fit:
             try:
                 yield
             except BaseException:
-                self._restore_biases()
+                self.restore_biases()
                 raise
 
     def step(self, step: int, index: Tensor) -> Tensor:
@@ -255,11 +275,12 @@ class _Fit:
         """Whether all that was learned are numbers; if not, biases are what they were."""
         if all(bool(parameter.detach().isfinite().all()) for parameter in self.parameters):
             return True
-        self._restore_biases()
+        self.restore_biases()
         return False
 
     @torch.no_grad()
-    def _restore_biases(self) -> None:
+    def restore_biases(self) -> None:
+        """Biases are what they were."""
         for bias, old in zip(self.biases, self._old_biases, strict=True):
             bias.copy_(old)
 

@@ -66,6 +66,8 @@ class Options:
         drop: probability that an element of an activation stays float: a number, "annealed" (NWQ), or a function of
             progress.
         iterations: optimizer steps for a unit.
+        minutes: for all units together, about: each gets as many iterations, at most `iterations`, as the time that is
+            left allows by the speed that was measured; their numbers, which the report has, differ from run to run.
         batch_size: samples in a step, over all ranks.
         activation_mode: while rounding is learned, activations are quantized by steps that are "learned" along, from
             ranges that fit those of the float network (or the steps they have, where the loss is less); "quantized" by
@@ -95,6 +97,7 @@ class Options:
     drop: float | str | Drop = 0.5
     iterations: int = field(default=20_000, metadata=AT_LEAST_1)
     _: KW_ONLY
+    minutes: float | None = field(default=None, metadata=NOT_COMPARED)
     batch_size: int = field(default=32, metadata=AT_LEAST_1)
     activation_mode: Activations = "learned"
     step_lr: float | None = None
@@ -122,6 +125,8 @@ class Options:
                 raise SpecError(f"{one.name}={value!r} is unknown; use one of {get_args(types[one.name])}")
             if least is not None and value < least:
                 raise SpecError(f"{one.name}={value} must be at least {least}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise SpecError(f"minutes={self.minutes} must be positive; None for all iterations")
         if (self.step_lr is not None and self.step_lr <= 0) or self.regularization < 0 or self.bias_lr < 0:
             raise SpecError(
                 f"step_lr={self.step_lr} must be positive, regularization={self.regularization} and "

@@ -45,6 +45,7 @@ from lq.reconstruction.progress import Progress
 from lq.reconstruction.quantizers import UnitQuantizers, quantizers_of
 from lq.reconstruction.ranges import refit_ranges_if_better
 from lq.reconstruction.report import Reconstruction, UnitReport
+from lq.reconstruction.time_limit import TimeLimit
 from lq.reconstruction.units import Unit
 
 # Iterations that give most of what more of them give (docs/results.md), to say what they would take.
@@ -113,6 +114,7 @@ def _losses_of_search(networks: Networks, blocks: Sequence[Unit]) -> list[float]
     search = replace(
         options,
         iterations=options.search_iterations,
+        minutes=None,
         watch=lambda steps, name: options.watch(steps, f"{name} (search)"),
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -132,16 +134,17 @@ def _fit_units(
     title: str = "Reconstructing",
 ) -> Iterator[UnitReport]:
     """Fit one unit after the other; those that `progress` has are taken from there."""
+    costs = [
+        0.0 if k < progress.finished else cost
+        for k, cost in enumerate(_costs(quantizers, options.batch_size // options.ranks))
+    ]
+    limit = TimeLimit(options, costs)
     quantized, floats = networks.captures(units)
     weighted = getattr(options.loss_function, "weighted", False)
     weights = squared_gradients(floats, options) if weighted else [None] * len(units)
     ends = _network_ends(networks, floats, options)
     blocks = networks.units("block") if options.regularization else []
-    costs = [
-        0.0 if k < progress.finished else cost
-        for k, cost in enumerate(_costs(quantizers, options.batch_size // options.ranks))
-    ]
-    each = Iterations(options.iterations, _FEWER)
+    each = Iterations(options.iterations, _FEWER) if options.minutes is None else None
     shown = steps(units, title, unit="unit", name=lambda unit: unit.name, costs=costs, iterations=each)
     for k, unit in enumerate(shown):
         begin = time.perf_counter()
@@ -157,7 +160,8 @@ def _fit_units(
             if ends is not None:
                 problem.objective = _begin(Behind(floats, k, targets, ends, options), problem)
             before = None if options.activation_mode == "quantized" else refit_ranges_if_better(problem, options)
-            solution = fit_unit(problem, options, seed=options.seed * 100_003 + k, before=before)
+            own = replace(options, iterations=limit.iterations(k, problem))
+            solution = fit_unit(problem, own, seed=options.seed * 100_003 + k, before=before)
             report = UnitReport(unit.name, **vars(solution), seconds=time.perf_counter() - begin)
             progress.keep(report, quantizers[k])
         quantized.pass_on(k, inputs)
