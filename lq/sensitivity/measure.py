@@ -3,7 +3,7 @@
 import itertools
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ from lq.structure.recomputation import without_recomputation
 #: Widths measured unless others are asked for.
 WIDTHS = tuple(range(9))
 
-_NAMED: dict[str, Any] = {
+#: Metrics by name.
+METRICS: dict[str, Callable[[], Metric]] = {
     "fisher": Fisher,
     "model_fisher": lambda: Fisher("model", temperature=2.0),
     "output_distortion": OutputDistortion,
@@ -48,10 +49,9 @@ def metric_of(metric: "str | Metric") -> Metric:
     """
     if not isinstance(metric, str):
         return metric
-    if metric not in _NAMED:
-        raise SpecError(f"sensitivity={metric!r} is unknown; use {', '.join(map(repr, _NAMED))} or a metric object")
-    found: Metric = _NAMED[metric]()
-    return found
+    if metric not in METRICS:
+        raise SpecError(f"sensitivity={metric!r} is unknown; use {', '.join(map(repr, METRICS))} or a metric object")
+    return METRICS[metric]()
 
 
 def measure_sensitivity(
@@ -111,7 +111,7 @@ def measure_sensitivity(
         raise SpecError(f"group={group}; a group has at least 1 channel")
     if cross_terms and (reduce is not None or not getattr(chosen, "finds_cross_terms", False)):
         why = "several ranks" if reduce is not None else type(chosen).__name__
-        able = ", ".join(repr(name) for name in _NAMED if metric_of(name).finds_cross_terms)
+        able = ", ".join(repr(name) for name in METRICS if metric_of(name).finds_cross_terms)
         raise SpecError(f"cross_terms=True is not known of {why}; measure on one rank by {able}")
     if not widths:
         raise SpecError("widths is empty; give at least one width")
