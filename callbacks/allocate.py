@@ -5,7 +5,6 @@ it is all that happens. What was allocated is in the callback's state, so that a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.callbacks.trainer.reports import report_path, write_text
 from lq.callbacks.trainer.steps import call_step, quiet
 from lq.errors import SpecError, StateError
-from lq.sensitivity import Fisher, HawqV2, Sensitivity, measure_sensitivity, metric_of
-from lq.sensitivity.measure import Metric
+from lq.sensitivity import Sensitivity, measure_sensitivity, metric_of
+from lq.sensitivity.metric import Metric
 from lq.structure.forward import Forward
 
 Budget = float | str | Latency | Mapping[str, Any]
@@ -38,8 +37,9 @@ Budget = float | str | Latency | Mapping[str, Any]
 class AllocateBits(ModuleCallback):
     """Give every layer, or every channel, the width that loses least within a budget.
 
-    Put it after `Quantize`. The loss that Fisher and HAWQ-V2 measure is the module's ``calibration_loss(batch)`` if it
-    has one, else the cross-entropy of batches ``(input, classes)``, else what ``training_step`` returns.
+    Put it after `Quantize`. The loss that Fisher, HAWQ-V2 and other metrics with a ``loss`` measure is the module's
+    ``calibration_loss(batch)`` if it has one, else the cross-entropy of batches ``(input, classes)``, else what
+    ``training_step`` returns.
 
     Args:
         budget: mean weight bits (``3.0``), compression (``"8x"``), stored bytes (``"1.5MB"``), bit operations per
@@ -167,8 +167,8 @@ class AllocateBits(ModuleCallback):
         batches = training_batches(trainer, self.samples, "Measuring sensitivity")
         first = batches.peek()
         metric = metric_of(self.sensitivity)
-        if isinstance(metric, Fisher | HawqV2) and metric.loss is None and getattr(metric, "labels", "data") == "data":
-            metric = replace(metric, loss=_loss_of(module, first))
+        if hasattr(metric, "with_loss"):  # of `Metric`; others that measure come as they are
+            metric = metric.with_loss(_loss_of(module, first))
         self.sensitivity_table = measure_sensitivity(
             module,
             batches,

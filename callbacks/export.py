@@ -18,14 +18,12 @@ from lq.callbacks.trainer.bars import progress_of
 from lq.callbacks.trainer.data import forward_of, run_example, training_batches
 from lq.callbacks.trainer.per_module import ModuleCallback
 from lq.errors import DataError, SpecError
-from lq.export import FORMATS, Example, OnnxReport, export_onnx, export_program, save
+from lq.export import FORMATS, Example, OnnxReport
+from lq.export.formats import endings_with
 from lq.export.onnx import Dynamic
-from lq.export.program import Call, first_samples
+from lq.export.program import Call
 from lq.quantizer.targets import Target, TargetName, target_of
 from lq.structure.forward import eval_mode
-
-# What files with these endings are called.
-_KINDS = dict(zip(FORMATS, ("ONNX", "program", "packed"), strict=True))
 
 
 class ExportModel(ModuleCallback):
@@ -67,16 +65,16 @@ class ExportModel(ModuleCallback):
         output_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if Path(path).suffix not in FORMATS:
+        kind = FORMATS.get(Path(path).suffix)
+        if kind is None:
             raise SpecError(f"ExportModel({str(path)!r}): the name should end in one of {', '.join(FORMATS)}")
         target_of(target)
-        given = {"target": target, "input_names": input_names, "output_names": output_names}
+        given = {"opset": opset, "target": target, "input_names": input_names, "output_names": output_names}
         given["dynamic"] = None if dynamic == "batch" else dynamic
-        of_onnx = [name for name, value in given.items() if value is not None]
-        if of_onnx and Path(path).suffix != ".onnx":
-            raise SpecError(
-                f"ExportModel({str(path)!r}, {of_onnx[0]}={given[of_onnx[0]]!r}): that is for files ending in .onnx"
-            )
+        for name, value in given.items():
+            if value is not None and name not in kind.options:
+                said = f"that is for files ending in {endings_with(name)}"
+                raise SpecError(f"ExportModel({str(path)!r}, {name}={value!r}): {said}")
         if samples < 1:
             raise SpecError(f"samples={samples}; an example needs at least 1")
         self.path = path
@@ -110,38 +108,26 @@ class ExportModel(ModuleCallback):
         path = Path(self.path)
         model = network(pl_module, self.part)
         with progress_of(trainer):
-            examples = [] if path.suffix == ".safetensors" else self._examples(trainer, pl_module, model)
+            needed = FORMATS[path.suffix].needs_example
+            examples = self._examples(trainer, pl_module, model) if needed else []
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._export(trainer, model, examples, path)
 
     def _export(self, trainer: pl.Trainer, model: nn.Module, examples: list[Example], path: Path) -> None:
         """Write the file."""
-        first = first_samples(examples[0]) if examples else ()
-        if path.suffix == ".onnx":
-            target = self._target(trainer)
-            self.report = export_onnx(
-                model,
-                first,
-                path,
-                check=examples,
-                opset=self.opset,
-                target=None if target is None else target.name,
-                dynamic=self.dynamic,
-                input_names=self.input_names,
-                output_names=self.output_names,
-            )
-            rank_zero_info(f"Exported {self.report}")
-        elif path.suffix == ".pt2":
-            export_program(model, first, path)
-            rank_zero_info(f"Exported {path}: {path.stat().st_size / 1e6:.2f} MB")
-        else:
-            rank_zero_info(f"Exported {path}: {save(model, path) / 1e6:.2f} MB")
-        self.files[_KINDS[path.suffix]] = path
+        kind, target = FORMATS[path.suffix], self._target(trainer)
+        options = {name: getattr(self, name) for name in kind.options}
+        if target is not None:
+            options["target"] = target.name
+        written = kind.write(model, examples, path, **options)
+        self.report = written if isinstance(written, OnnxReport) else None
+        rank_zero_info(f"Exported {written}")
+        self.files[kind.name] = path
 
     def _target(self, trainer: pl.Trainer) -> Target | None:
-        """The engine of an ONNX file: that of this callback, or of the one that quantizes."""
-        if Path(self.path).suffix != ".onnx":
+        """The engine that the file is for: that of this callback, or of the one that quantizes."""
+        if "target" not in FORMATS[Path(self.path).suffix].options:
             return None
         others = (one.options.target for one in trainer.callbacks if isinstance(one, Quantize))  # type: ignore[attr-defined]
         return target_of(self.target or next(others, None))

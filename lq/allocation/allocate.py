@@ -198,8 +198,6 @@ def allocate(
     budgets = [parse_budget(one) for one in (budget if isinstance(budget, (list, tuple)) else [budget])]
     if not budgets:
         raise SpecError(f"budget={budget!r} limits nothing; give one, such as 3.0 or '8x', or a list of several")
-    if sum(one.kind == "bitops" for one in budgets) > 1:
-        raise SpecError(f"budget={budget!r} limits bit operations more than once; give the least alone")
     count = Counting(items, costs, np.array(sensitivity.widths, dtype=float), activations == "joint")
     limits = [Limit(one, count.table(one), count.fixed(one), pairs=count.pairs(one)) for one in budgets]
     if activations is not None and activations != "joint":
@@ -209,7 +207,13 @@ def allocate(
     if layer_memory is not None:
         losses = count.within_memory(losses, layer_memory)
     tables = np.stack([np.nan_to_num(limit.table) for limit in limits])
-    multiplied = next((i for i, limit in enumerate(limits) if limit.budget.kind == "bitops"), 0)
+    with_pairs = [i for i, limit in enumerate(limits) if limit.pairs]
+    if len(with_pairs) > 1:
+        raise SpecError(
+            f"{' and '.join(limits[i].name for i in with_pairs)} both count products of widths that are allocated; one "
+            "budget can: give the stricter alone, or keep the widths of activations"
+        )
+    multiplied = with_pairs[0] if with_pairs else 0
     activation_items = {i for i, item in enumerate(items) if item.tensor.role == "activation"}
     merged = merge(losses, tables, limits[multiplied].pairs, multiplied, count.widths, activation_items)
     left, names = np.array([limit.left for limit in limits]), tuple(limit.name for limit in limits)

@@ -41,13 +41,22 @@ from lq.structure.site import Site
 Kind = Literal["bits", "compression", "bytes", "bitops", "latency"]
 
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_UNITS: dict[str, tuple[Kind, float]] = {
-    "": ("bits", 1.0),
-    "bits": ("bits", 1.0),
-    "x": ("compression", 1.0),
-    **{f"{prefix}b": ("bytes", scale) for prefix, scale in _SCALES.items()},
-    **{f"{prefix}ib": ("bytes", 1024.0**power) for power, prefix in enumerate("kmgt", 1)},
-    **{f"{prefix}{unit}": ("bitops", scale) for prefix, scale in _SCALES.items() for unit in ("bitops", "bops")},
+# Of each kind: how its costs are shown, and the units that it may be written in, in lower case, with what they are.
+_KINDS: dict[Kind, tuple[str, dict[str, float]]] = {
+    "bits": ("{:.4g} bits", {"": 1.0, "bits": 1.0}),
+    "compression": ("{:.4g}x", {"x": 1.0}),
+    "bytes": (
+        "{:.0f} bytes",
+        {
+            **{f"{prefix}b": scale for prefix, scale in _SCALES.items()},
+            **{f"{prefix}ib": 1024.0**power for power, prefix in enumerate("kmgt", 1)},
+        },
+    ),
+    "bitops": (
+        "{:.4g} BitOps",
+        {f"{prefix}{unit}": scale for prefix, scale in _SCALES.items() for unit in ("bitops", "bops")},
+    ),
+    "latency": ("{:.4g} latency", {}),
 }
 
 
@@ -89,10 +98,8 @@ class Budget:
         >>> parse_budget("8x").show(2.0)
         '16x'
         """
-        if self.kind == "compression":
-            return f"{FLOAT_BITS / max(cost, 1e-12):.4g}x"
-        unit = {"bits": " bits", "bytes": " bytes", "bitops": " BitOps", "latency": " latency"}[self.kind]
-        return f"{cost:.0f}{unit}" if self.kind == "bytes" else f"{cost:.4g}{unit}"
+        shown, _ = _KINDS[self.kind]
+        return shown.format(FLOAT_BITS / max(cost, 1e-12) if self.kind == "compression" else cost)
 
 
 def parse_budget(value: object) -> Budget:
@@ -118,10 +125,9 @@ def parse_budget(value: object) -> Budget:
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
     number = _number(match[1]) if match else None
     if match and number:
-        unit = match[2]
-        if unit in _UNITS:
-            kind, scale = _UNITS[unit]
-            return Budget(kind, number * scale)
+        for kind, (_, units) in _KINDS.items():
+            if match[2] in units:
+                return Budget(kind, number * units[match[2]])
     raise SpecError(
         f"budget={value!r} is not understood; use a mean width such as 3.0, a compression such as '8x', a size such as "
         "'1.5MB', bit operations such as '2.5GBitOps', or Latency('table.csv', 4.2)"

@@ -26,7 +26,7 @@ from lq.cli.timm_module import load_weights
 from lq.cli.usage import one_line, progress
 from lq.errors import BudgetError, DataError
 from lq.sensitivity import Sensitivity, measure_sensitivity
-from lq.sensitivity.measure import metric_of
+from lq.sensitivity.measure import METRICS, metric_of
 from lq.structure.inspection import inspect
 from lq.tables import Table, amount
 
@@ -154,9 +154,7 @@ def _parser(name: str, description: str) -> TypedParser:
     )
     parser.add_argument("--checkpoint", type=str | None, default=None, help="file of the model's float weights")
     add_data(parser, "to measure on", 512)
-    parser.add_argument(
-        "--metric", type=str, default="fisher", help="fisher, model_fisher, output_distortion, hawq_v2 or kl"
-    )
+    parser.add_argument("--metric", type=str, default="fisher", help=f"one of {', '.join(METRICS)}")
     parser.add_argument("--json", type=str | None, default=None, help="file to write it to as JSON")
     return parser
 

@@ -17,7 +17,8 @@ from lq.attachment.checkpoint import part_of, read_state_dict
 from lq.cli.models import built, example
 from lq.cli.usage import Parser
 from lq.errors import DataError
-from lq.export import FORMATS, export_onnx, export_program, save
+from lq.export import FORMATS
+from lq.export.formats import endings_with
 from lq.export.loading import load
 from lq.export.onnx import Dynamic
 from lq.export.packed import SUFFIX, read_index
@@ -49,7 +50,7 @@ def export(name: str, arguments: list[str]) -> str:
         "--part", metavar="NAME", help="name of the model in the checkpoint, such as net; by default the one that fits"
     )
     parser.add_argument("--model-args", nargs="*", default=[], metavar="KEY=VALUE", help="such as num_classes=10")
-    parser.add_argument("--output", type=Path, required=True, help="file ending in .onnx, .pt2 or .safetensors")
+    parser.add_argument("--output", type=Path, required=True, help=f"file ending in one of {', '.join(FORMATS)}")
     parser.add_argument("--input-size", nargs="+", type=int, metavar="N", help="of one sample, such as 3 224 224")
     parser.add_argument(
         "--opset", type=int, help="version of ONNX's operators, from 13 on; 21, or 25 for weights of 2 bits"
@@ -90,21 +91,18 @@ def _show(options: argparse.Namespace) -> str:
 
 def _export(options: argparse.Namespace) -> str:
     output: Path = options.output
-    if output.suffix not in FORMATS:
+    kind = FORMATS.get(output.suffix)
+    if kind is None:
         raise DataError(f"--output {output}: the name should end in one of {', '.join(FORMATS)}")
-    onnx = {name: getattr(options, name) for name in ("opset", "target", "dynamic", "input_names", "output_names")}
-    onnx = {name: value for name, value in onnx.items() if value is not None}
-    if onnx and output.suffix != ".onnx":
-        raise DataError(f"--{next(iter(onnx)).replace('_', '-')} is for files ending in .onnx, not --output {output}")
+    given = {name: getattr(options, name) for one in FORMATS.values() for name in one.options}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in (name for name in given if name not in kind.options):
+        said = f"--{name.replace('_', '-')} is for files ending in {endings_with(name)}"
+        raise DataError(f"{said}, not --output {output}")
     model, part = loaded(options)
     note = f"{options.source}: took its part {part!r}\n" if part else ""
-    if output.suffix == ".onnx":
-        return f"{note}{export_onnx(model, _example(model, options), output, **onnx)}"
-    if output.suffix == ".pt2":
-        export_program(model, _example(model, options), output)
-    else:
-        save(model, output)
-    return f"{note}{output}: {output.stat().st_size / 1e6:.2f} MB"
+    examples = [_example(model, options)] if kind.needs_example else []
+    return f"{note}{kind.write(model, examples, output, **given)}"
 
 
 def loaded(options: Any) -> tuple[nn.Module, str]:

@@ -146,8 +146,7 @@ class _Fit:
         lr, step_lr = self.options.rates
         groups: list[dict[str, Any]] = []
         if self.rounding.parameters and self.grid.values.numel():  # no values if all weights are another unit's
-            falls = getattr(self.options.rounding_method, "falls", False)
-            groups.append({"params": self.rounding.parameters, "lr": lr, "falls": falls})
+            groups.append({"params": self.rounding.parameters, "lr": lr, "falls": self.options.rounding_method.falls})
         if self.log2_steps is not None:
             groups.append({"params": [self.log2_steps], "lr": step_lr, "falls": True})
         if self.biases:

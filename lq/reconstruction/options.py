@@ -20,7 +20,7 @@ from lq.quantizer.histogram import Reduce
 from lq.reconstruction.drop import Drop, drop_of
 from lq.reconstruction.granularity import Metric
 from lq.reconstruction.losses import Loss, loss_of
-from lq.reconstruction.rounding import PUBLISHED, Rates, Rounding, rounding_of
+from lq.reconstruction.rounding import Rounding, rounding_of
 from lq.reconstruction.storage import dtype_of, memory_in_bytes
 from lq.reconstruction.units import Granularity
 from lq.structure.forward import Forward
@@ -171,7 +171,7 @@ class Options:
         Deviates: for fewer, both are larger, up to ten times for a tenth; on ResNet-20 at W2A2, 400 iterations with
         1e-2 do what 2 000 with 1e-3 do.
         """
-        published: Rates = getattr(self.rounding_method, "rates", PUBLISHED)
+        published = self.rounding_method.rates
         share = min(max(published.iterations / self.iterations, 1.0), 10.0)
         lr, step_lr = self.rounding_method.lr, self.step_lr
         return (

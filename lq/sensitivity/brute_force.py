@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lq.attachment.float_models import float_model
 from lq.bars import parts
 from lq.errors import SpecError
+from lq.sensitivity.metric import Metric
 from lq.sensitivity.reading import Reading, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
 from lq.sensitivity.tensors import MeasuredTensor
@@ -24,7 +25,7 @@ Measured = Literal["kl", "output_distortion", "loss"]
 
 
 @dataclass(frozen=True)
-class BruteForce:
+class BruteForce(Metric):
     """One forward for each width of each tensor.
 
     Args:

@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lq.attachment.float_models import float_model
 from lq.bars import parts
 from lq.errors import SpecError, StateError
-from lq.sensitivity.metrics import Loss, grouped, signs
+from lq.sensitivity.metric import Loss, Metric
+from lq.sensitivity.metrics import grouped, signs
 from lq.sensitivity.reading import Reading, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
 from lq.sensitivity.tensors import MeasuredTensor
@@ -28,7 +29,7 @@ from lq.structure.recomputation import recomputed
 
 
 @dataclass(frozen=True)
-class HawqV2:
+class HawqV2(Metric):
     """Mean Hessian trace times squared rounding error.
 
     Args:

@@ -3,8 +3,8 @@
 import itertools
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from lq.quantizer.histogram import Reduce
 from lq.quantizer.spec import check_bits
 from lq.sensitivity.brute_force import BruteForce
 from lq.sensitivity.hawq import HawqV2
+from lq.sensitivity.metric import Metric
 from lq.sensitivity.metrics import Fisher, OutputDistortion
 from lq.sensitivity.reading import Reading
 from lq.sensitivity.table import Found, Sensitivity
-from lq.sensitivity.tensors import MeasuredTensor, find_tensors
+from lq.sensitivity.tensors import find_tensors
 from lq.structure.batch_layout import FIRST, Layout, find_layout
 from lq.structure.forward import Forward, run
 from lq.structure.outputs import require_loss, require_output
@@ -30,27 +31,14 @@ from lq.structure.recomputation import without_recomputation
 #: Widths measured unless others are asked for.
 WIDTHS = tuple(range(9))
 
-_NAMED: dict[str, Any] = {
+#: Metrics by name.
+METRICS: dict[str, Callable[[], Metric]] = {
     "fisher": Fisher,
     "model_fisher": lambda: Fisher("model", temperature=2.0),
     "output_distortion": OutputDistortion,
     "hawq_v2": HawqV2,
     "kl": lambda: BruteForce("kl"),
 }
-
-
-class Metric(Protocol):
-    """A way to measure what a width costs."""
-
-    def measure(
-        self,
-        model: nn.Module,
-        tensors: Sequence[MeasuredTensor],
-        batches: Iterable[Any],
-        reading: Reading,
-    ) -> Found:
-        """Measure `tensors` on `batches`, read as `reading` says."""
-        ...
 
 
 def metric_of(metric: "str | Metric") -> Metric:
@@ -61,10 +49,9 @@ def metric_of(metric: "str | Metric") -> Metric:
     """
     if not isinstance(metric, str):
         return metric
-    if metric not in _NAMED:
-        raise SpecError(f"sensitivity={metric!r} is unknown; use {', '.join(map(repr, _NAMED))} or a metric object")
-    found: Metric = _NAMED[metric]()
-    return found
+    if metric not in METRICS:
+        raise SpecError(f"sensitivity={metric!r} is unknown; use {', '.join(map(repr, METRICS))} or a metric object")
+    return METRICS[metric]()
 
 
 def measure_sensitivity(
@@ -122,12 +109,10 @@ def measure_sensitivity(
     chosen = metric_of(metric)
     if group < 1:
         raise SpecError(f"group={group}; a group has at least 1 channel")
-    if cross_terms and (reduce is not None or not isinstance(chosen, Fisher | OutputDistortion)):
+    if cross_terms and (reduce is not None or not getattr(chosen, "finds_cross_terms", False)):
         why = "several ranks" if reduce is not None else type(chosen).__name__
-        raise SpecError(
-            f"cross_terms=True is not known of {why}; measure on one rank by 'fisher', 'model_fisher' or "
-            "'output_distortion'"
-        )
+        able = ", ".join(repr(name) for name in METRICS if metric_of(name).finds_cross_terms)
+        raise SpecError(f"cross_terms=True is not known of {why}; measure on one rank by {able}")
     if not widths:
         raise SpecError("widths is empty; give at least one width")
     tensors = find_tensors(model, [check_bits(width) for width in widths], weights=weights, activations=activations)

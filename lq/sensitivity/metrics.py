@@ -5,30 +5,30 @@ tensor, with the terms of its channels added before the square (MPQCO), and of e
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lq.errors import SpecError
 from lq.sensitivity.kept_terms import KeptTerms
+from lq.sensitivity.metric import Loss, Metric
 from lq.sensitivity.one_pass import OnePass
 from lq.sensitivity.reading import Reading, log_likelihood
 from lq.sensitivity.table import Accumulator, Found
 from lq.sensitivity.tensors import MeasuredTensor
 from lq.structure.outputs import require_loss
 
-#: Mean loss over the samples of a batch, of a model run on it.
-Loss = Callable[[nn.Module, Any], Tensor]
 
-
-class _Squared(ABC):
+class _Squared(Metric):
     """Metrics of the form ``scale * mean_n (g_n · Δ)^2``."""
 
+    finds_cross_terms = True
     scale: float
 
     @abstractmethod
@@ -107,6 +107,10 @@ class Fisher(_Squared):
             raise SpecError(f"temperature={self.temperature} must be positive, and is of labels='model' alone")
         if self.labels == "model" and self.loss is not None:
             raise SpecError("labels='model' takes the model's own distribution; a loss has no part in it")
+
+    def with_loss(self, loss: Loss | None) -> Self:
+        """With that loss, if it has none; ``labels="model"`` takes none."""
+        return self if self.labels == "model" else super().with_loss(loss)
 
     def counted(self, batch: Any, reading: Reading) -> Tensor | None:
         """Those that have a label, where labels are used."""

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import lq
+from lq.allocation.budget import _KINDS, parse_budget
+from lq.allocation.counting import Counting
 from lq.attachment.sites import activation_quantizers, float_weight, layers, quantizers
 from lq.errors import BudgetError, DataError, NoEffectWarning, PatternError, SpecError
 from lq.sensitivity import Sensitivity, TensorSensitivity
@@ -207,6 +209,53 @@ def test_bit_operations_with_several_budgets():
     assert 16 * found.activations["2.input"] + 8 * found.activations["4.input"] <= 5.0 * 24
 
 
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["first", "last"])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_new_kind_of_budget_that_counts_products(monkeypatch, order, share):
+    """Like bit operations, and each weight costs 9 for each of its bits."""
+    table_of, pairs_of, count = Counting.table, Counting.pairs, np.array([SIZES["0"], SIZES["2"], SIZES["4"]])
+    operations = parse_budget("1BitOps")
+
+    def costs(self, budget):
+        if budget.kind != "made up":
+            return table_of(self, budget)
+        own = np.array([9.0 * item.tensor.numel * (item.tensor.role == "weight") for item in self.items])
+        return table_of(self, operations) + own[:, None] * self.widths
+
+    def pairs(self, budget):
+        return pairs_of(self, operations if budget.kind == "made up" else budget)
+
+    monkeypatch.setattr(Counting, "table", costs)
+    monkeypatch.setattr(Counting, "pairs", pairs)
+    monkeypatch.setitem(_KINDS, "made up", ("{:.4g} points", {"points": 1.0}))
+    model, sensitivity, widths = network(weights=8, activations=8), table(), (1, 2, 4, 8)
+
+    def spent(a, b, c, d, e):
+        return float((9 * count * [a, b, c]).sum()) + SIZES["0"] * a * 32 + SIZES["2"] * b * d + SIZES["4"] * c * e
+
+    limit, mean = share * spent(8, 8, 8, 8, 8), 6.0
+    budgets = [f"{limit} points", mean][order]
+    options = {"bits": widths, "activation_bits": widths, "activations": "joint", "solver": "exact"}
+    found = lq.allocate(model, sensitivity, budgets, **options)
+    chosen = (*found.weights.values(), *found.activations.values())
+    assert spent(*chosen) <= limit * (1 + 1e-9)
+    assert found.costs[f"{limit:.4g} points"] == f"{spent(*chosen):.4g} points"
+    best, sizes = np.inf, np.array([*count, 16, 8])
+    for tried in itertools.product(widths, repeat=5):
+        if spent(*tried) <= limit and sizes @ tried <= mean * sizes.sum():
+            names = [*(f"{name}.weight" for name in SIZES), "2.input", "4.input"]
+            best = min(best, sum(sensitivity[name].loss[b] for name, b in zip(names, tried, strict=True)))
+    assert found.loss == pytest.approx(best)
+
+
+def test_several_budgets_of_operations_without_products():
+    """Activations keep their widths, so that operations add up: both limits hold."""
+    model, sensitivity = network(), table()
+    limits = [0.8 * lq.summary(model).bitops, 0.6 * lq.summary(model).bitops]
+    found = lq.allocate(model, sensitivity, [f"{limit}BitOps" for limit in limits], solver="exact")
+    assert found.weights == lq.allocate(model, sensitivity, f"{limits[1]}BitOps", solver="exact").weights
+
+
 def test_bit_operations_of_attention():
     model, x = example("block")
     lq.attach(model, 8, 8, structure=lq.inspect(model, x), first_last=None)
@@ -284,8 +333,11 @@ def test_errors():
     model, sensitivity = network(), table()
     with pytest.raises(SpecError, match="solver='magic' is unknown; use 'greedy', 'lagrangian', 'exact'"):
         lq.allocate(model, sensitivity, 3.0, solver="magic")
-    with pytest.raises(SpecError, match="limits bit operations more than once; give the least alone"):
-        lq.allocate(model, sensitivity, ["1MBitOps", "2MBitOps"])
+    message = (
+        "1e[+]06 BitOps and 2e[+]06 BitOps both count products of widths .*; one budget can: give the stricter alone"
+    )
+    with pytest.raises(SpecError, match=message):
+        lq.allocate(model, sensitivity, ["1MBitOps", "2MBitOps"], activations="joint")
     with pytest.raises(SpecError, match="granularity='row' is unknown"):
         lq.allocate(model, sensitivity, 3.0, granularity="row")
     with pytest.raises(SpecError, match="activations=-1; use None, 'joint' or a mean width"):

@@ -1,9 +1,11 @@
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 import lq
-from lq.allocation.budget import Budget, Costs, Latency, parse_budget, read_latencies
+from lq.allocation.budget import _KINDS, Budget, Costs, Kind, Latency, parse_budget, read_latencies
 from lq.errors import DataError, SpecError
 from tests.models import example
 
@@ -39,11 +41,17 @@ def test_budgets_are_positive(value):
         parse_budget(value)
 
 
+def test_every_kind_is_known_by_its_name():
+    assert tuple(_KINDS) == get_args(Kind)
+
+
 def test_costs_are_shown_in_the_budgets_unit():
     assert parse_budget("8x").cost_limit == 4
     assert parse_budget("8x").show(2.0) == "16x"
     assert parse_budget("1kB").show(1234.4) == "1234 bytes"
     assert parse_budget(3).show(2.5) == "2.5 bits"
+    assert parse_budget("1MBitOps").show(1.25e6) == "1.25e+06 BitOps"
+    assert Budget("latency", 4.0).show(2.0) == "2 latency"
 
 
 def test_latency_tables(tmp_path):

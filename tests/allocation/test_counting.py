@@ -42,8 +42,8 @@ def test_mean_bits():
 
 
 def test_a_kind_of_budget_that_costs_nothing_is_refused():
-    with pytest.raises(SpecError, match="nothing is known of the costs of a budget of energy"):
-        Counting(ITEMS, COSTS, WIDTHS, joint=False).table(Budget("energy", 1.0))
+    with pytest.raises(SpecError, match="nothing is known of the costs of a budget of nothing"):
+        Counting(ITEMS, COSTS, WIDTHS, joint=False).table(Budget("nothing", 1.0))
 
 
 def test_bytes():

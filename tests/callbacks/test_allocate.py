@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,7 +13,8 @@ import lq
 from lq.attachment.sites import activation_quantizers, float_weight, quantizers, weight_quantizer
 from lq.callbacks import AllocateBits, FineTune, Quantize
 from lq.errors import BudgetError, SpecError, StateError
-from lq.sensitivity import Fisher, measure_sensitivity
+from lq.sensitivity import Fisher, Metric, OutputDistortion, measure_sensitivity
+from lq.sensitivity.metric import Loss
 from tests.helpers import QUIET, Tiny, fit, loader, most_values_over_limit, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
@@ -189,13 +191,37 @@ def test_the_loss_of_training_step_where_batches_have_no_classes():
     assert "log" not in vars(module)
 
 
-def test_the_loss_of_calibration_loss():
+@dataclass(frozen=True)
+class Copied(Metric):
+    """A metric that nobody else knows: Fisher, with a loss of its own."""
+
+    loss: Loss | None = None
+
+    def measure(self, model, tensors, batches, reading):
+        return Fisher(loss=self.loss).measure(model, tensors, batches, reading)
+
+
+class Duck:
+    """A metric by what it does alone."""
+
+    def measure(self, model, tensors, batches, reading):
+        return OutputDistortion().measure(model, tensors, batches, reading)
+
+
+def test_metrics_that_only_measure():
+    module, callback = tiny(), AllocateBits("8x", Duck())
+    fit(module, [Quantize(8, 8), callback], max_epochs=0)
+    assert callback.allocated.metric == "Duck"
+
+
+@pytest.mark.parametrize("metric", ["fisher", Copied()], ids=str)
+def test_the_loss_of_calibration_loss(metric):
     class Own(Tiny):
         def calibration_loss(self, batch):
             return F.mse_loss(self(batch[0]), F.one_hot(batch[1], 3).float())
 
     torch.manual_seed(0)
-    module, callback = Own(), AllocateBits("8x")
+    module, callback = Own(), AllocateBits("8x", metric)
     fit(module, [Quantize(8, 8), callback], max_epochs=0)
     again = tiny()
     fit(again, [Quantize(8, 8)], max_epochs=0)

@@ -77,6 +77,7 @@ def test_what_is_computed_in_float_is_a_warning():
     ("options", "said"),
     [
         ({"target": "openvino"}, "target='openvino'"),
+        ({"opset": 21}, "opset=21"),
         ({"dynamic": ["batch", "width"]}, r"dynamic=\['batch', 'width'\]"),
         ({"input_names": ["x"]}, r"input_names=\['x'\]"),
         ({"output_names": ["y"]}, r"output_names=\['y'\]"),

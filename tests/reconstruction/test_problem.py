@@ -10,7 +10,7 @@ from lq.attachment.sites import weight_quantizer
 from lq.reconstruction import FisherLoss
 from lq.reconstruction.engine import _order, fit_unit
 from lq.reconstruction.problem import InnerOutputs, Problem
-from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest
+from lq.reconstruction.rounding import AdaRound, AnnealingSoftmax, Nearest, Rounding
 from tests.reconstruction.fitting import Unit, method, unit_quantizers
 from tests.reconstruction.networks import ResNet, Work, quantized, samples
 
@@ -29,7 +29,7 @@ def test_regularization_adds_the_differences_of_blocks():
     inner = InnerOutputs(work.units[0].bind(work.twin), pairs)
     taken = {}
 
-    class Watched:
+    class Watched(Rounding):
         """AdaRound whose gradient is kept."""
 
         lr = 0.01

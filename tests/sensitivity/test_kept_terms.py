@@ -67,7 +67,8 @@ def test_squares_are_the_losses_of_the_same_pass(metric):
 def test_who_has_no_terms_says_so():
     model = lq.attach(nn.Sequential(nn.Linear(4, 3)), 4, first_last=None)
     batches = [(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))]
-    with pytest.raises(SpecError, match="cross_terms=True is not known of BruteForce; measure on one rank by 'fisher'"):
+    message = "of BruteForce; measure on one rank by 'fisher', 'model_fisher', 'output_distortion'"
+    with pytest.raises(SpecError, match=f"^cross_terms=True is not known {message}"):
         lq.measure_sensitivity(model, batches, "kl", activations=False, cross_terms=True)
     with pytest.raises(SpecError, match="cross_terms=True is not known of several ranks"):
         lq.measure_sensitivity(model, batches, activations=False, cross_terms=True, reduce=lambda x, how: x)

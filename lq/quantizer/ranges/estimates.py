@@ -34,14 +34,14 @@ def bins_of(bits: int, length: int) -> int:
 
 
 def by_table(
-    values: Tensor, levels: Levels, unit: Tensor, zero: Tensor, weights: Tensor | None, p: float, n: int, count: int
+    values: Tensor, levels: Levels, step: Tensor, zero: Tensor, weights: Tensor | None, p: float, n: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """Zero points and shrinks of the `count` grids of least error, best first.
 
     Args:
         values: rows (C, N).
         levels: of the grids, all of one width.
-        unit: step of the widest grid of each row, (C,).
+        step: that of the widest grid of each row, (C,).
         zero: zero point of each row, (C,), where it is not free.
         weights: of the values, (N,); None: all count the same.
         p: exponent of the error.
@@ -55,18 +55,18 @@ def by_table(
     zeros = tuple(float(z) for z in range(top + 1)) if levels.zero_is_free else (float(zero[0]),)
     first, length = (-float(top), 2 * top) if levels.zero_is_free else (-zeros[0], top)
     table = _tensor(tables.grid_table(p, n, top, zeros, first, bins), values)
-    held = histogram(values, unit, first, bins / length, bins, weights)
+    held = histogram(values, step, first, bins / length, bins, weights)
     chosen = (held @ table).topk(min(count, table.shape[1]), largest=False).indices
     points = torch.tensor(zeros, dtype=values.dtype, device=values.device)
     return points[torch.div(chosen, n, rounding_mode="floor")], _shrink(chosen % n, n, values)
 
 
 def by_parts(
-    values: Tensor, levels: Levels, unit: Tensor, weights: Tensor | None, p: float, n: int, count: int
+    values: Tensor, levels: Levels, step: Tensor, weights: Tensor | None, p: float, n: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """Like `by_table`, for grids whose zero point is free; shrinks may lie between those of the table."""
     top, bins = int(levels.top[0]), max(_TAIL_BINS, 16 << int(levels.bits[0]))
-    sides = torch.cat([histogram(values, unit * sign, 0.0, bins / top, bins, weights, below=False) for sign in (1, -1)])
+    sides = torch.cat([histogram(values, step * sign, 0.0, bins / top, bins, weights, below=False) for sign in (1, -1)])
     rounding = (sides[: len(values)] + sides[len(values) :]) @ _tensor(
         tables.rounding_table(p, n * _FINER, top, bins), values
     )
@@ -99,9 +99,9 @@ def by_parts(
 
 def histogram(
     values: Tensor,
-    unit: Tensor,
+    step: Tensor,
     first: float,
-    per_unit: float,
+    per_step: float,
     bins: int,
     weights: Tensor | None,
     *,
@@ -111,9 +111,9 @@ def histogram(
 
     Args:
         values: rows (C, N).
-        unit: of each row, (C,).
-        first: where the first bin begins, in units.
-        per_unit: bins for each unit.
+        step: of the widest grid of each row, (C,).
+        first: where the first bin begins, in steps.
+        per_step: bins for each step.
         bins: how many there are; the last one counts what is above, too.
         weights: of the values, (N,); None: all count 1.
         below: whether the first bin counts what is below.
@@ -123,11 +123,11 @@ def histogram(
     tensor([[1., 0., 0., 2.]])
     """
     held = values.new_zeros(len(values), bins + 1)  # what is below comes first
-    scale = (per_unit / unit).unsqueeze(1)
+    scale = (per_step / step).unsqueeze(1)
     width = max(1, BLOCK // len(values))
     parts = values.split(width, 1)
     for i, part in enumerate(parts):
-        index = (part * scale).sub_(first * per_unit - 1).clamp_(int(below), bins).to(torch.int64)
+        index = (part * scale).sub_(first * per_step - 1).clamp_(int(below), bins).to(torch.int64)
         source = torch.ones_like(part) if weights is None else weights.split(width)[i].expand_as(part)
         here = torch.zeros_like(held) if len(parts) > 1 else held  # float32 counts to 2**24 at a time
         here.scatter_add_(1, index, source)

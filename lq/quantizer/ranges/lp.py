@@ -83,20 +83,20 @@ class Lp:
             return low, high
         if self._is_direct(bits, length, levels):
             return DirectSearch(self.p, self.candidates)(values, low, high, levels, weights)
-        unit, zero = levels.fit(low, high)
+        widest_step, zero = levels.fit(low, high)
         counts = _DECIDE_WITH_ZERO if levels.zero_is_free else _DECIDE
         count = next(count for end, count in counts if length < end)
         if levels.zero_is_free and bits > _TABLE_BITS:
-            zeros, shrinks = by_parts(values, levels, unit, weights, self.p, self.candidates, count)
+            zeros, shrinks = by_parts(values, levels, widest_step, weights, self.p, self.candidates, count)
         else:
-            zeros, shrinks = by_table(values, levels, unit, zero, weights, self.p, self.candidates, count)
+            zeros, shrinks = by_table(values, levels, widest_step, zero, weights, self.p, self.candidates, count)
         if not levels.zero_is_free:
             return self._decide(values, levels, shrinks * low[:, None], shrinks * high[:, None], weights)
         widest, last = ((high - low) / levels.top)[:, None], levels.top[:, None]  # 0 where all values are
         steps = shrinks * widest
         low, high = self._decide(values, levels, -zeros * steps, (last - zeros) * steps, weights)
         step, zero = levels.fit(low, high)
-        between = torch.tensor((0.0, *_BETWEEN)).to(unit) / self.candidates
+        between = torch.tensor((0.0, *_BETWEEN)).to(widest_step) / self.candidates
         steps = (step[:, None].where(widest > 0, 0.0) + between * widest).clamp(min=0)
         return self._decide(values, levels, -zero[:, None] * steps, last.sub(zero[:, None]) * steps, weights)
 

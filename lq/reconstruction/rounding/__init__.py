@@ -6,7 +6,6 @@ from lq.errors import SpecError
 from lq.reconstruction.rounding.adaround import AdaRound as AdaRound
 from lq.reconstruction.rounding.grid import WeightGrid as WeightGrid
 from lq.reconstruction.rounding.nearest import Nearest as Nearest
-from lq.reconstruction.rounding.rounding import PUBLISHED as PUBLISHED
 from lq.reconstruction.rounding.rounding import LearnedRounding as LearnedRounding
 from lq.reconstruction.rounding.rounding import Rates as Rates
 from lq.reconstruction.rounding.rounding import Rounding as Rounding
@@ -28,8 +27,11 @@ def rounding_of(rounding: str | Rounding) -> Rounding:
     >>> rounding_of("adaround").penalty
     0.01
     """
-    if not isinstance(rounding, str):
+    if isinstance(rounding, Rounding) and not isinstance(rounding, type):
         return rounding
-    if rounding not in _NAMED:
-        raise SpecError(f"rounding={rounding!r} is unknown; use {', '.join(map(repr, _NAMED))} or a rounding object")
+    if not isinstance(rounding, str) or rounding not in _NAMED:
+        names = ", ".join(map(repr, _NAMED))
+        raise SpecError(
+            f"rounding={rounding!r} is unknown; use {names} or a rounding object, of a subclass of Rounding"
+        )
     return _NAMED[rounding]()

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lq.errors import SpecError
 from lq.reconstruction.rounding.grid import WeightGrid
+from lq.reconstruction.rounding.rounding import Rounding
 
 Schedule = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True)
-class AdaRound:
+class AdaRound(Rounding):
     """Rounding up or down, by a rectified sigmoid.
 
     Args:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lq.reconstruction.rounding.grid import WeightGrid
+from lq.reconstruction.rounding.rounding import Rounding
 
 
 @dataclass(frozen=True)
-class Nearest:
+class Nearest(Rounding):
     """The level nearest to each weight."""
 
     lr: float | None = None

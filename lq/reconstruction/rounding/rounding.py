@@ -1,6 +1,6 @@
 """What the roundings of weights have in common: a start from the float weights, a soft way, a hard end."""
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -8,10 +8,7 @@ from lq.reconstruction.rounding.grid import WeightGrid
 
 
 class Rates(NamedTuple):
-    """Published learning rates for Adam, and for how many iterations of a unit.
-
-    A rounding that has other ones than AdaRound's tells them as its ``rates``.
-    """
+    """Published learning rates for Adam, and for how many iterations of a unit."""
 
     rounding: float
     steps: float
@@ -45,8 +42,17 @@ class LearnedRounding(Protocol):
         ...
 
 
+@runtime_checkable
 class Rounding(Protocol):
-    """A way to choose the level of every weight."""
+    """A way to choose the level of every weight; a base class, whose subclasses are frozen dataclasses.
+
+    It sees weights alone: what needs the inputs of layers is a ``start``, as `lq.reconstruction.feedback` is.
+    """
+
+    #: What is published of it.
+    rates: ClassVar[Rates] = PUBLISHED
+    #: Whether its learning rate falls to 0, as a cosine.
+    falls: ClassVar[bool] = False
 
     @property
     def lr(self) -> float | None:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from lq.errors import SpecError
 from lq.reconstruction.rounding.grid import WeightGrid
+from lq.reconstruction.rounding.rounding import Rounding
 
 # Fractions are kept this far from the ends of the set, where the softmax would be one-hot from the start.
 _MARGIN = 2e-7
 
 
 @dataclass(frozen=True)
-class AnnealingSoftmax:
+class AnnealingSoftmax(Rounding):
     """Rounding by a softmax over integer offsets, ever colder.
 
     Args:

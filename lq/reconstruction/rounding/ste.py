@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lq.errors import SpecError
 from lq.reconstruction.rounding.grid import WeightGrid
-from lq.reconstruction.rounding.rounding import Rates
+from lq.reconstruction.rounding.rounding import Rates, Rounding
 
 
 @dataclass(frozen=True)
-class StraightThrough:
+class StraightThrough(Rounding):
     """Rounding to the nearest level of weights that move.
 
     Args:
@@ -29,9 +29,7 @@ class StraightThrough:
     """
 
     lr: float | None = None
-    #: What is published, and for how many iterations.
     rates: ClassVar[Rates] = Rates(2e-5, 2e-4, 3_000)
-    #: Whether the learning rate falls to 0.
     falls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
