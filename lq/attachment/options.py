@@ -58,6 +58,8 @@ class SiteOptions:
             "log" (`QuantSpec`): most probabilities are tiny. Engines compute those in float. Needs a structure.
         gelu: levels of what a GELU or SiLU gives: "uniform" or "log" (`QuantSpec`), for fewer than 8 bits: most values
             are close to zero, a few are large. Engines compute those in float. Needs a structure.
+        outliers: width of activations whose few large values leave too little of `activations` to the others, such as
+            16 for 8 bits (`QuantSpec`); in vision transformers one or two. Engines compute what reads them in float.
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
             The network's own input stays float.
         include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.
@@ -89,6 +91,7 @@ class SiteOptions:
     range: str = "auto"
     probabilities: LevelsName = "uniform"
     gelu: Literal["uniform", "log"] = "uniform"
+    outliers: int | None = None
     first_last: int | None = 8
     include: Sequence[str] | str | None = None
     exclude: Sequence[str] | str | None = None
@@ -101,6 +104,8 @@ class SiteOptions:
         self.activation_spec(self.activations)
         if self.first_last is not None:
             check_bits(self.first_last)
+        if self.outliers is not None:
+            check_bits(self.outliers)
         if self.skip not in (True, False, "auto"):
             raise SpecError(f"skip={self.skip!r} is unknown; use True, False or 'auto'")
         for name, kinds in (("probabilities", get_args(LevelsName)), ("gelu", ("uniform", "log"))):
@@ -123,8 +128,9 @@ class SiteOptions:
         """The spec of an activation of that width; None: it stays float."""
         target = target_of(self.target)
         if target is not None and target.signed and isinstance(width, int):
-            width = QuantSpec(width, per_channel=False, symmetric=True, signed=True, range=self.range)
-        return None if width is None else activation_spec(width, self.range)
+            more: dict[str, Any] = {"range": self.range, "outliers": self.outliers}
+            width = QuantSpec(width, per_channel=False, symmetric=True, signed=True, **more)
+        return None if width is None else activation_spec(width, self.range, self.outliers)
 
     @property
     def needs_structure(self) -> str:

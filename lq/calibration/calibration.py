@@ -121,13 +121,15 @@ def _set_ranges(
     reduce: Reduce | None,
 ) -> None:
     """Give activations the ranges of what was observed; mark those where nothing was, and say so."""
-    unseen, kept = [], []
+    unseen, kept, wider = [], [], []
     for name, site in sites.items():
         histogram = observed[name]
         if reduce is not None:
             histogram.reduce(reduce, site.bits.device)
         if histogram.counts is not None:
+            width = float(site.bits.detach())
             site.calibrate(histogram)
+            wider += [name] if float(site.bits.detach()) > width else []
         elif site.calibrated:
             kept.append(name)
         else:
@@ -136,6 +138,12 @@ def _set_ranges(
     for at_call in weights_at_calls(model):
         if not at_call.calibrated:
             mark_unreached(at_call)  # its range is found at the first use
+    if wider:
+        warnings.warn(
+            f"{len(wider)} of {len(sites)} activations got {sites[wider[0]].spec.outliers} bits ({_few(wider)}): few "  # type: ignore[union-attr]
+            "values there are far larger than the others (outliers=)",
+            stacklevel=3,
+        )
     if unseen:
         later = "they stay float" if reduce is not None else "in training each takes the range of the first values"
         warnings.warn(

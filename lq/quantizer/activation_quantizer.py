@@ -14,6 +14,9 @@ from lq.quantizer.ranges import Samples
 from lq.quantizer.spec import QuantSpec, check_bits
 from lq.quantizer.unreached import find_range, passed
 
+# Error, over the power of the values, from which on an activation gets the width for outliers.
+_MUCH = 0.01
+
 
 class ActivationQuantizer(Quantizer):
     """Rounds the tensor that flows through a place of the network.
@@ -52,6 +55,20 @@ class ActivationQuantizer(Quantizer):
             StateError: if it was not calibrated since it was made.
         """
         self._set_range(*self.samples(), weights=False)
+        wider = None if self.spec is None else self.spec.outliers
+        if wider is not None and float(self.bits.detach()) < wider and self.relative_error() > _MUCH:
+            with torch.no_grad():
+                self.bits.fill_(wider)
+            self._set_range(*self.samples(), weights=False)
+
+    @torch.no_grad()
+    def relative_error(self) -> float:
+        """Power of the rounding error over that of the values which calibration saw, each relative to its token's."""
+        samples, _ = self.samples()
+        values, weights = samples.values[0].float(), samples.error_weights(2.0)
+        weights = torch.ones_like(values) if weights is None else weights
+        powers = ((self._rounded(values) - values).square() @ weights, values.square() @ weights)
+        return float(powers[0] / powers[1].clamp(min=torch.finfo(torch.float32).tiny))
 
     @torch.no_grad()
     def grids(self, bits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,6 +57,8 @@ class QuantSpec:
         power_of_two: round each step to a power of two.
         levels: "uniform"; or logarithmic, of activations (`lq.quantizer.log_quantizer`): "log2", which halve, for what
             a softmax gives; "log", with a base and a shift that fit the values, for what a GELU or SiLU gives, too.
+        outliers: width of an activation whose few large values leave too little of `bits` to the others: where rounding
+            changes it by more than a hundredth of its power (each value's relative to its token); None: `bits` always.
 
     Raises:
         SpecError: for a width that does not exist, widths per channel without ``per_channel``, or other levels.
@@ -76,6 +78,7 @@ class QuantSpec:
     range: str | RangeRule = "auto"
     power_of_two: bool = False
     levels: LevelsName = field(default="uniform", kw_only=True)
+    outliers: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.levels not in get_args(LevelsName):
@@ -84,6 +87,8 @@ class QuantSpec:
             raise SpecError(
                 f"levels={self.levels!r} is for activations, which are quantized per tensor; set per_channel=False"
             )
+        if self.outliers is not None and (check_bits(self.outliers) and self.per_channel):
+            raise SpecError("outliers= is for activations, which are quantized per tensor; set per_channel=False")
         if self.levels == "log" and self.power_of_two:
             raise SpecError("levels='log' has no power_of_two: its base is any number; use levels='log2'")
         if isinstance(self.bits, Sequence) and not isinstance(self.bits, str):
@@ -114,10 +119,10 @@ def weight_spec(value: int | QuantSpec, symmetric: bool = True, range: str | Ran
     return value if isinstance(value, QuantSpec) else QuantSpec(value, symmetric=symmetric, signed=True, range=range)
 
 
-def activation_spec(value: int | QuantSpec, range: str | RangeRule = "auto") -> QuantSpec:
+def activation_spec(value: int | QuantSpec, range: str | RangeRule = "auto", outliers: int | None = None) -> QuantSpec:
     """A spec for activations: per tensor; unsigned if the data are, else with a zero point."""
     if not isinstance(value, QuantSpec):
-        return QuantSpec(value, per_channel=False, symmetric=False, range=range)
+        return QuantSpec(value, per_channel=False, symmetric=False, range=range, outliers=outliers)
     if value.per_channel:
         raise SpecError("activations are quantized per tensor; use QuantSpec(..., per_channel=False)")
     return value
