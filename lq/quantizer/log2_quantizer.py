@@ -103,7 +103,7 @@ class Log2Quantizer(ActivationQuantizer):
         scale = scale.detach() + (scale - scale.detach()) * gradient_scale
         values = x.float()
         with torch.no_grad():
-            rounded = round_to_log2(values, scale, self.bits) if bool(self.bits) else torch.zeros_like(values)
+            rounded = round_to_log2(values, scale, self.bits) if not self.is_pruned else torch.zeros_like(values)
         if torch.is_grad_enabled() and (values.requires_grad or scale.requires_grad):
             below = values + scale * ((rounded - values) / scale).detach()
             passed = torch.where(values > scale, scale, below)
