@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest test-slow docs lint format clean
+.PHONY: demo test test-oldest test-slow test-gpu docs lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/quickstart.py
@@ -18,6 +18,10 @@ test-oldest: .venv-oldest/stamp
 
 test-slow: .venv/dev.stamp
 	$(BIN)/pytest -m slow
+
+# What only a GPU can show; skipped, with a word about it, without one. The fast tests know a GPU by stand-ins.
+test-gpu: .venv/dev.stamp
+	$(BIN)/pytest tests/gpu
 
 # The documentation, into docs/_build/html; strict, and without network.
 docs: .venv/docs.stamp

@@ -46,6 +46,32 @@ def test_benchmark_of_the_training_step(capsys: pytest.CaptureFixture[str], monk
     assert all(time > 0 for times in seconds.values() for time in times)
 
 
+def test_benchmark_on_a_gpu_tries_its_code_without_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gpu.json"
+    benchmark = runpy.run_path(str(ROOT / "examples/benchmarks/gpu.py"), run_name="gpu")
+    benchmark["main"](["--device", "cpu", "--tiny", "--json", str(path)])
+    found = json.loads(path.read_text())
+    variants = ["float", "lq", "lq, no kernels"]
+    assert {name: list(rows) for name, rows in found["steps"].items()} == {
+        "test_resnet, float32": variants,
+        "test_resnet, bfloat16": variants,
+    }
+    assert all(row["milliseconds"] > 0 for rows in found["steps"].values() for row in rows.values())
+    assert found["reconstruction"]["test_resnet"]["units"] > 1
+    assert found["sensitivity"]["seconds"] > 0
+    assert "sensitivity of test_vit (0 M)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_benchmark_on_a_gpu_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "examples/benchmarks/gpu.py"), run_name="gpu")["main"]
+    with pytest.raises(SystemExit):
+        main([])
+    assert "no CUDA GPU here; --device cpu --tiny tries the code" in capsys.readouterr().err
+
+
 def test_readme_python_parses_and_names_what_exists() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 5

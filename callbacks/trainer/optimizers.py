@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lq.errors import StateError
@@ -187,10 +187,13 @@ def peak_rate(optimizer: Optimizer) -> float:
     return next((float(rate) for rate in rates if rate), 0.0)  # cyclic schedules start far below their peak
 
 
-def loss_scale(trainer: pl.Trainer) -> float:
-    """The factor on gradients by mixed precision."""
+def loss_scale(trainer: pl.Trainer) -> float | Tensor:
+    """The factor on gradients by mixed precision; a tensor where it lies on a GPU, which is not waited for."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0
+    if scaler is None:
+        return 1.0
+    held = getattr(scaler, "_scale", None)
+    return held.detach() if isinstance(held, Tensor) else float(scaler.get_scale())
 
 
 def steps_of(trainer: pl.Trainer) -> float:

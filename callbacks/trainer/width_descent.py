@@ -137,7 +137,9 @@ class WidthDescent:
         learner.write(widths=False)
         learner.clear()
 
-    def step(self, index: int, optimize: Callable[[], None], loss: Tensor | None, scale: float, at: int) -> bool:
+    def step(
+        self, index: int, optimize: Callable[[], None], loss: Tensor | None, scale: float | Tensor, at: int
+    ) -> bool:
         """Step a learner towards the aim.
 
         Args:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from lq.errors import StateError
 from lq.quantizer.gradients import Backward, Sums, channel_gradients, gradients, inside_of_bounds, tensor_gradients
-from lq.quantizer.rounding import Bound, alike, mixed, on_host, round_to_grid, step_size
+from lq.quantizer.kernels import fused_gradients, rounded
+from lq.quantizer.rounding import Bound, alike, mixed, on_host, step_size
 
 
 def transforms_active() -> bool:
@@ -74,9 +75,9 @@ def fake_quantize(
         return _differentiable(x, log2_step, low, high, offset, gradient_scale, backward, kept)
     learned = (t for t in (x, log2_step, low, high) if isinstance(t, Tensor))
     if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
-        rounded: Tensor = _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale, backward, kept, changed)
-        return rounded
-    return mixed(round_to_grid(x.float(), step_size(log2_step), low, high, offset), x.float(), kept).to(x.dtype)
+        result: Tensor = _FakeQuantize.apply(x, log2_step, low, high, offset, gradient_scale, backward, kept, changed)
+        return result
+    return rounded(x, step_size(log2_step), low, high, offset, kept)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -94,7 +95,7 @@ class _FakeQuantize(torch.autograd.Function):
         changed: bool,
     ) -> Tensor:
         step = step_size(log2_step)
-        y = mixed(round_to_grid(x.float(), step, low, high, offset), x.float(), kept)
+        y = rounded(x, step, low, high, offset, kept)
         # The consumer keeps y for its own backward (in float32), so that keeping it here costs no memory.
         keep = any(ctx.needs_input_grad[1:4]) and x.dtype == torch.float32 and on_host(x) and not changed
         ctx.bounds = [None if isinstance(bound, Tensor) else bound for bound in (low, high, offset)]
@@ -102,7 +103,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, log2_step, step, y if keep and step.numel() == 1 else None, kept, *tensors)
         ctx.gradient_scale = gradient_scale
         ctx.backward_rule = backward
-        return y.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,26 +118,37 @@ class _FakeQuantize(torch.autograd.Function):
         if grad.is_sparse:  # of an embedding's weight: the optimizer expects rows
             found = _FakeQuantize.backward(ctx, grad.to_dense())
             return None if found[0] is None else found[0].sparse_mask(grad.coalesce()), *found[1:]
-        grad32, x32, rule = grad.float(), x.float(), ctx.backward_rule
+        rule = ctx.backward_rule
         to_step, to_bounds = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:4])
-        if not to_step and not to_bounds and rule is None:
-            inside = inside_of_bounds(grad32, x32 * step.reciprocal(), low, high)
-            return mixed(inside, grad32, kept).to(x.dtype), *(None,) * 8
-        sums = Sums(step, low, high, to_bounds, rule)
-        plain = x32.is_contiguous() and grad32.is_contiguous() and on_host(x)
-        plain = plain and (kept is None or kept.is_contiguous())
-        if plain and y is not None and not isinstance(low, Tensor):
-            grad_x = tensor_gradients(grad32, x32, y, sums, kept)
-        elif plain and step.ndim and step.numel() == step.shape[0] and kept is None:
-            grad_x = channel_gradients(grad32, x32, offset, sums)
-        else:
-            grad_x = gradients(grad32, x32, offset, sums, kept)
+        sums = Sums(step, low, high, to_bounds, rule, wanted=to_step or to_bounds or rule is not None)
+        grad_x = fused_gradients(grad, x, offset, sums, kept)
+        if grad_x is None:
+            grad_x = _gradients(grad, x, y, offset, sums, kept)
+        if not sums.wanted:
+            return grad_x, *(None,) * 8
         grad_step, grad_low, grad_high = sums.gradients(ctx.gradient_scale)
         bounds = (
             found.sum_to_size(shape) if needed else None
             for found, shape, needed in zip((grad_low, grad_high), shapes, ctx.needs_input_grad[2:4], strict=True)
         )
-        return grad_x.to(x.dtype), grad_step if to_step else None, *bounds, *(None,) * 5
+        return grad_x, grad_step if to_step else None, *bounds, *(None,) * 5
+
+
+def _gradients(grad: Tensor, x: Tensor, y: Tensor | None, offset: Bound, sums: Sums, kept: Tensor | None) -> Tensor:
+    """The gradient to `x` of operations of torch, by the way that suits device and layout; fills `sums`."""
+    grad32, x32, step = grad.float(), x.float(), sums.step
+    if not sums.wanted:
+        inside = inside_of_bounds(grad32, x32 * step.reciprocal(), sums.low, sums.high)
+        return mixed(inside, grad32, kept).to(x.dtype)
+    plain = x32.is_contiguous() and grad32.is_contiguous() and on_host(x)
+    plain = plain and (kept is None or kept.is_contiguous())
+    if plain and y is not None and not isinstance(sums.low, Tensor):
+        grad_x = tensor_gradients(grad32, x32, y, sums, kept)
+    elif plain and step.ndim and step.numel() == step.shape[0] and kept is None:
+        grad_x = channel_gradients(grad32, x32, offset, sums)
+    else:
+        grad_x = gradients(grad32, x32, offset, sums, kept)
+    return grad_x.to(x.dtype)
 
 
 def _differentiable(

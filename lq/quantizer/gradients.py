@@ -26,6 +26,11 @@ class Backward(Protocol):
         """Whether `weigh` does anything."""
         ...
 
+    @property
+    def error_weight(self) -> float | None:
+        """``w``, if `weigh` adds ``w * |grad| * error`` and nothing else, which fused kernels do themselves."""
+        ...
+
     def weigh(self, grad: Tensor, error: Tensor) -> None:
         """Change the gradient to values in place, given ``v - round(v)`` where it is not zero; rows share a step."""
         ...
@@ -38,16 +43,19 @@ class Backward(Protocol):
 class Sums:
     """Sums over the elements that share a step, from which the gradients to step and bounds follow."""
 
-    def __init__(self, step: Tensor, low: Bound, high: Bound, to_bounds: bool, rule: Backward | None) -> None:
+    def __init__(
+        self, step: Tensor, low: Bound, high: Bound, to_bounds: bool, rule: Backward | None, wanted: bool = True
+    ) -> None:
         self.step, self.low, self.high, self.to_bounds, self.rule = step, low, high, to_bounds, rule
+        self.wanted = wanted  # False: the gradient to the values is all that is asked for
         self.product = self.outside = self.total = self.square = torch.zeros(())
 
     def take(self, found: Sequence[Tensor], shape: torch.Size, scale: float = 1.0) -> None:
         """Take sums in their order, those with levels in them times `scale`."""
         parts = [part.view(shape) for part in found]
-        self.product = parts.pop(0).mul_(scale)
+        self.product = _scaled(parts.pop(0), scale)
         if self.to_bounds:
-            self.total, self.outside = parts.pop(0), parts.pop(0).mul_(scale)
+            self.total, self.outside = parts.pop(0), _scaled(parts.pop(0), scale)
         if self.rule is not None:
             self.square = parts.pop(0)
 
@@ -65,6 +73,10 @@ class Sums:
             span = max(self.high - self.low, 1e-6)
         above = self.outside.sub_(self.total * self.low).div_(span).mul_(factor)
         return to_step, self.total.mul_(factor).sub_(above), above
+
+
+def _scaled(part: Tensor, scale: float) -> Tensor:
+    return part if scale == 1.0 else part.mul_(scale)
 
 
 def gradients(grad: Tensor, x: Tensor, offset: Bound, sums: Sums, kept: Tensor | None) -> Tensor:

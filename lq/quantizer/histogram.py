@@ -21,6 +21,7 @@ Reduce = Callable[[Tensor, str], Tensor]
 
 BINS = 1 << 14  # a range that fills half of it still has 16 bins for each level of an 8-bit grid
 _MIN_EXPONENT = -100
+_MAX_OCTAVE = 128  # of float32; the sum of squares of such a row overflows
 _BLOCK = 1 << 20
 
 
@@ -66,20 +67,25 @@ class Histogram:
             return
         x = x.detach()
         rows = x.reshape(-1, x.shape[-1]) if self.tokens and x.ndim else x.reshape(x.shape[0] if x.ndim else 1, -1)
-        low, high = (float(end) for end in rows.aminmax())
+        size = torch.linalg.vector_norm(rows.float(), dim=1).div_(math.sqrt(rows.shape[1]))
+        octaves = size.clamp_(min=2.0**_MIN_EXPONENT).log2_().round_().clamp_(max=_MAX_OCTAVE)
+        ends = (*rows.aminmax(), *octaves.aminmax())
+        low, high, first, last = torch.stack([end.double() for end in ends]).tolist()  # a GPU is waited for once
         if not math.isfinite(low) or not math.isfinite(high):
             raise_if_not_finite(x, self.name)
+        octaves = octaves.to(torch.int32)
         self.low, self.high = min(self.low, low), max(self.high, high)
-        size = torch.linalg.vector_norm(rows.float(), dim=1).div_(math.sqrt(rows.shape[1]))
-        octaves = size.clamp_(min=2.0**_MIN_EXPONENT).log2_().round_().to(torch.int32)
-        first, last = (int(end) for end in octaves.aminmax())
-        counts = self._make_room(_exponent(max(-low, high)), first, last, x.device)
+        counts = self._make_room(_exponent(max(-low, high)), int(first), int(last), x.device)
         scale = 2.0 ** (-self.exponent) * (BINS // 2)
         height = max(1, _BLOCK // rows.shape[1])
         for block, octave in zip(rows.split(height), (octaves - self.octave).split(height), strict=True):
             bins = (block.float() * scale).floor_().add_(BINS // 2).clamp_(max=BINS - 1).to(torch.int32)
             bins += octave[:, None] * BINS
-            counts += torch.bincount(bins.flatten(), minlength=counts.numel()).view_as(counts)
+            if bins.device.type == "cpu":
+                counts += torch.bincount(bins.flatten(), minlength=counts.numel()).view_as(counts)
+            else:  # elsewhere bincount reads its values first, which has to be waited for
+                one = torch.ones((), dtype=counts.dtype, device=counts.device)
+                counts.view(-1).index_add_(0, bins.flatten(), one.expand(bins.numel()))
 
     def reduce(self, over_ranks: Reduce, device: torch.device) -> None:
         """Make this the histogram of all ranks' values."""
@@ -101,7 +107,7 @@ class Histogram:
         octave, held = self.counts.nonzero(as_tuple=True)
         width = 2.0**self.exponent / (BINS // 2)
         centres = (held - BINS // 2 + 0.5).mul_(width).clamp_(self.low, self.high)
-        centres[held.argmin()], centres[held.argmax()] = self.low, self.high
+        centres.index_fill_(0, held.argmin().view(1), self.low).index_fill_(0, held.argmax().view(1), self.high)
         return Samples(centres[None].float(), self.counts[octave, held], torch.exp2((octave + self.octave).float()))
 
     def _make_room(self, exponent: int, first: int, last: int, device: torch.device) -> Tensor:

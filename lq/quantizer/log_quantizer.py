@@ -197,7 +197,7 @@ class LogQuantizer(ActivationQuantizer):
 
     def _at(self, bits: int) -> LogGrid:
         now = LogGrid(step_size(self.log2_step.detach()), self.log2_base, self.log_shift, self.log_rest)
-        if not self.fits_base or self.seen is None or bits == int(self.bits):
+        if not self.fits_base or self.seen is None:
             return now
         if self._grids_of is not self.seen:
             self._grids, self._grids_of = {}, self.seen

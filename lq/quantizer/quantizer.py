@@ -152,16 +152,18 @@ class Quantizer(FinalWidths):
         spec = self.spec or QuantSpec(8, symmetric=bool((self.zero_point == middle(self.bits)).all()))
         step = torch.empty_like(bits)
         zero_point = torch.empty_like(bits)
-        low_bits = bits < 8
+        low_bits = (bits < 8).cpu()
         # "auto" may mean another rule for each width: one call per rule, all channels of a rule together.
         rules = {low: range_rule(spec.range, bits=4 if low else 8, weights=weights) for low in (True, False)}
         for low, rule in rules.items():
-            rows = low_bits == low
-            if not rows.any():
-                continue
-            levels = Levels(bits[rows], spec.symmetric, signed, spec.power_of_two)
-            chosen = samples if bool(rows.all()) else replace(samples, values=samples.values[rows])
-            step[rows], zero_point[rows] = levels.fit(*rule(chosen, levels))
+            own = low_bits == low
+            if own.all():
+                levels = Levels(bits, spec.symmetric, signed, spec.power_of_two)
+                return levels.fit(*rule(samples, levels))
+            if own.any():
+                rows = own.nonzero()[:, 0].to(bits.device)
+                levels = Levels(bits[rows], spec.symmetric, signed, spec.power_of_two)
+                step[rows], zero_point[rows] = levels.fit(*rule(replace(samples, values=samples.values[rows]), levels))
         return step, zero_point
 
     def _set_range(self, samples: Samples, signed: bool, *, weights: bool) -> None:
@@ -184,13 +186,16 @@ class Quantizer(FinalWidths):
         Averages of equal numbers can differ from them by a rounding error; widths and zero points are mended.
         """
         with torch.no_grad():
-            for part, unit in ((self.bits, 1.0), (self.zero_point, 0.5)):
-                mended = without_rounding_error(part, unit)
-                if not torch.equal(mended, part):
+            log2_step, *parts = torch.stack([self.log2_step, self.bits, self.zero_point]).cpu()  # read once
+            for part, read, unit in ((self.bits, parts[0], 1.0), (self.zero_point, parts[1], 0.5)):
+                mended = without_rounding_error(read, unit)
+                if not torch.equal(mended, read):
                     part.copy_(mended)
-        self._calibrated = bool(self.log2_step.isfinite().all())
-        self._unreached = self._unreached or bool(self.log2_step.isneginf().any())
-        bits, zero_point = self.bits.detach(), self.zero_point.detach()
+                    read.copy_(mended)
+        bits, zero_point = parts
+        self._calibrated = bool(log2_step.isfinite().all())
+        self._unreached = self._unreached or bool(log2_step.isneginf().any())
+        self._pruned = not bool(bits.any())
         self._symmetric = self._spec_is_symmetric and bool(((zero_point - middle(bits)).abs() < _SAME).all())
         self._unsigned = not self._symmetric and not bool(zero_point.any())
         if not self._spec_is_symmetric:
@@ -198,6 +203,11 @@ class Quantizer(FinalWidths):
         low, high = -zero_point, torch.exp2(bits) - 1 - zero_point
         uniform = low.numel() > 0 and bool((low == low.flatten()[0]).all() and (high == high.flatten()[0]).all())
         self._uniform = (float(low.flatten()[0]), float(high.flatten()[0])) if uniform else None
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether all of its widths are 0."""
+        return self._pruned
 
     @property
     def is_unsigned(self) -> bool:

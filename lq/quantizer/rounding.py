@@ -42,7 +42,7 @@ def alike(low: Bound, high: Bound) -> tuple[Bound, Bound]:
     low, high = (float(b) if isinstance(b, Tensor) and b.numel() == 1 and on_host(b) else b for b in (low, high))
     if isinstance(low, Tensor) != isinstance(high, Tensor):
         like = low if isinstance(low, Tensor) else high
-        low, high = (b if isinstance(b, Tensor) else torch.as_tensor(like).new_tensor(b) for b in (low, high))
+        low, high = (b if isinstance(b, Tensor) else torch.as_tensor(like).new_full((), b) for b in (low, high))
     return low, high
 
 

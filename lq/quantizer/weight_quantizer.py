@@ -75,10 +75,14 @@ class WeightQuantizer(Quantizer):
 
     def samples(self, weight: Tensor) -> tuple[Samples, bool]:
         """The values that share a step, by row, and whether they have both signs."""
-        weight = weight.detach().float()
-        values = self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
+        values = self.rows(weight)
         signed = self.spec.signed if self.spec else True
         return Samples(values), bool(values.min() < 0) if signed is None else signed
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The values that share a step, by row; float32."""
+        weight = weight.detach().float()
+        return self.layout.rows(weight) if self.bits.ndim else weight.reshape(1, -1)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` rounded to the grid; same shape and dtype."""

@@ -148,5 +148,5 @@ class OutputDistortion(_Squared):
 
 def signs(like: Tensor) -> Tensor:
     """Random signs, from the CPU's generator on every device."""
-    found: Tensor = torch.randint(2, like.shape).mul_(2).sub_(1).to(like)
+    found: Tensor = torch.randint(2, like.shape).mul_(2).sub_(1).to(like, non_blocking=True)
     return found

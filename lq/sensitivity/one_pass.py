@@ -120,7 +120,9 @@ class OnePass:
             if not value.requires_grad:
                 raise StateError("the output does not depend on a quantized layer; nothing can be measured")
             leaves = [(tensor, alias) for tensor, alias in watch.aliases if alias.requires_grad]
-            found = torch.autograd.grad(value, [watch.anchor, *(alias for _, alias in leaves)], allow_unused=True)[1:]
+            anchors = list(watch.anchors.values())
+            inputs = [*anchors, *(alias for _, alias in leaves)]
+            found = torch.autograd.grad(value, inputs, allow_unused=True)[len(anchors) :] if inputs else ()
         direct = [(*leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None]
         if probe:
             self._by_gradient = list({id(tensor): tensor for tensor, _, _ in direct}.values())
@@ -131,7 +133,7 @@ class OnePass:
         return [
             tensor.terms
             if tensor.terms is not None
-            else watch.anchor.new_zeros(samples, tensor.channels, len(tensor.widths))
+            else torch.zeros(samples, tensor.channels, len(tensor.widths), device=value.device)
             for tensor in self.tensors
         ]
 
@@ -151,7 +153,7 @@ class _Watch(TorchFunctionMode):
         self.by_gradient = by_gradient
         self.aliases: list[tuple[MeasuredTensor, Tensor]] = []  # what stands for each weight
         self._owners: dict[int, MeasuredTensor] = {}  # by id of that
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchors: dict[torch.device, Tensor] = {}  # made where they are used: nothing is copied between devices
         self.forward_ended = False
         for tensor in tensors:
             tensor.quantizer.tap = self._weight(tensor) if tensor.is_weight else self._activation(tensor)
@@ -226,7 +228,11 @@ class _Watch(TorchFunctionMode):
 
     def _anchored(self, x: Tensor) -> Tensor:
         """`x`, made to depend on something that has a gradient."""
-        return x if x.requires_grad else x + self.anchor.to(x)
+        if x.requires_grad:
+            return x
+        if x.device not in self.anchors:
+            self.anchors[x.device] = torch.zeros((), device=x.device, requires_grad=True)
+        return x + self.anchors[x.device].to(x.dtype)
 
 
 def _version(x: Tensor) -> int:

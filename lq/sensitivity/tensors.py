@@ -41,7 +41,7 @@ class MeasuredTensor:
         self.terms: Tensor | None = None  # (samples, channels, widths), of the batch
         self._keep = keep
         self._kept: Tensor | None = None
-        self._grids: tuple[Tensor, Tensor, Tensor] | None = None
+        self._grids: tuple[list[list[float]], Tensor] | None = None
         self._weight_grids: dict[int, tuple[Tensor, Tensor]] = {}  # by width, of the weight of this mark
         self._mark: Tensor | None = None
 
@@ -67,7 +67,12 @@ class MeasuredTensor:
         if self._kept is not None:
             return self._kept
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        found = torch.stack([self.rounded(weight, width) for width in self.widths]).sub_(weight)
+        if isinstance(self.quantizer, WeightQuantizer):
+            grids = self._grids_of(self.quantizer, weight, self.widths)
+            each = [self.quantizer.rounded_at(weight, *grid) for grid in grids.items()]
+        else:
+            each = [self.rounded(weight, width) for width in self.widths]
+        found = torch.stack(each).sub_(weight)
         if self._keep:
             self._kept = found
         return found
@@ -75,21 +80,25 @@ class MeasuredTensor:
     def rounded(self, tensor: Tensor, width: int) -> Tensor:
         """The tensor at one of the widths, with the range of that width."""
         if isinstance(self.quantizer, WeightQuantizer):
-            return self.quantizer.rounded_at(tensor, width, self._weight_grid(self.quantizer, tensor, width))
+            return self.quantizer.rounded_at(tensor, width, self._grids_of(self.quantizer, tensor, [width])[width])
         if isinstance(self.quantizer, LogQuantizer):
             return self.quantizer.rounded_at(tensor, width)
-        step, low, high = (float(part[self.widths.index(width)]) for part in self._grid())
-        return round_to_grid(tensor, torch.tensor(step, device=tensor.device, dtype=tensor.dtype), low, high, low % 1.0)
+        step, low, high = (part[self.widths.index(width)] for part in self._grid()[0])
+        size = torch.full((), step, device=tensor.device, dtype=tensor.dtype)
+        return round_to_grid(tensor, size, low, high, low % 1.0)
 
-    def _weight_grid(self, quantizer: WeightQuantizer, weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The grid of the weight at a width, found once for as long as its channels stay the same."""
-        rows = quantizer.samples(weight)[0].values
+    def _grids_of(
+        self, quantizer: WeightQuantizer, weight: Tensor, widths: Sequence[int]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """The grids of the weight by width, found once for as long as its channels stay the same."""
+        rows = quantizer.rows(weight)
         mark = torch.stack([rows.amin(1), rows.amax(1), rows.sum(1)])
         if self._mark is None or not torch.equal(mark, self._mark):
             self._mark, self._weight_grids = mark, {}
-        if width not in self._weight_grids:
-            self._weight_grids[width] = quantizer.grid_at(weight, width)
-        return self._weight_grids[width]
+        for width in widths:
+            if width not in self._weight_grids:
+                self._weight_grids[width] = quantizer.grid_at(weight, width)
+        return {width: self._weight_grids[width] for width in widths}
 
     def activation_terms(self, x: Tensor, delta: Tensor, samples: int) -> Tensor:
         """``<delta, rounded(x) - x>`` of each sample at each width, (samples, 1, W)."""
@@ -98,7 +107,8 @@ class MeasuredTensor:
         if isinstance(self.quantizer, LogQuantizer):
             changes = (self.quantizer.rounded_at(rows, width).sub_(rows) for width in self.widths)
             return torch.stack([change.mul_(deltas).sum(1) for change in changes], 1).unsqueeze(1)
-        grids = list(zip(*(part.tolist() for part in self._grid()), strict=True))
+        numbers, steps = self._grid()
+        grids = list(zip(*numbers, strict=True))
         columns = min(rows.shape[1], max(1, _BLOCK // len(grids)))
         height = max(1, _BLOCK // (len(grids) * max(columns, 1)))
         buffer = torch.empty(min(height, samples), len(grids), columns, dtype=dtype, device=x.device)
@@ -113,12 +123,16 @@ class MeasuredTensor:
                     code.clamp_(low, high)
                 found[some] += codes.mul_(weight.unsqueeze(1)).sum(2)
         kept = (rows * deltas).sum(1, keepdim=True)
-        return (found * self._grid()[0].to(dtype) - kept).unsqueeze(1)
+        if steps.device != found.device:  # a model that was moved after calibration
+            steps = steps.to(found.device)
+            self._grids = numbers, steps
+        return (found * steps.to(dtype) - kept).unsqueeze(1)
 
-    def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, lowest and highest level of an activation at each width."""
+    def _grid(self) -> tuple[list[list[float]], Tensor]:
+        """Step, lowest and highest level of an activation at each width, as numbers; the steps as a tensor, too."""
         if self._grids is None and isinstance(self.quantizer, ActivationQuantizer):
-            self._grids = self.quantizer.grids(self.widths)
+            found = self.quantizer.grids(self.widths)
+            self._grids = torch.stack(found).tolist(), found[0]
         if self._grids is None:
             raise StateError(f"{self.name} is a weight; its grid is found anew for each value")
         return self._grids

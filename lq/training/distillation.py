@@ -60,7 +60,7 @@ class Distiller:
         loss: Loss = "kl",
         temperature: float = 1.0,
         features: Sequence[str] | None = None,
-        gradient_scale: Callable[[], float] = lambda: 1.0,
+        gradient_scale: Callable[[], float | Tensor] = lambda: 1.0,
     ) -> None:
         if loss not in get_args(Loss):
             raise SpecError(f"distill_loss={loss!r} is unknown; use one of {get_args(Loss)}")

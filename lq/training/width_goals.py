@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lq.quantizer.rounding import on_host
+
 #: Channels below this width, in bits, are pruned.
 PRUNED = 0.5
 
@@ -30,8 +32,8 @@ class Targets:
         violated = over.sum()
         gradient = torch.zeros_like(bits)
         for kind in (self.is_weight, ~self.is_weight):
-            share = (over[kind].sum() + WITHIN) / (violated + WITHIN)
-            gradient[kind] = over[kind] * share / max(int(kind.sum()), 1)
+            mine = over * kind
+            gradient += mine * ((mine.sum() + WITHIN) / (violated + WITHIN)) / kind.sum().clamp(min=1)
         return gradient
 
     def project(self, progress: float, bits: Tensor) -> Tensor:
@@ -58,30 +60,31 @@ class SizeBudget:
     def __init__(self, costs: Tensor, limit: float, activations: Targets, start: Tensor) -> None:
         self.costs, self.limit, self.others, self.start = costs, limit, activations, start
 
-    def total(self, bits: Tensor) -> float:
-        """What the widths cost."""
-        return float((self.costs.double() * bits.double()).sum())
+    def total(self, bits: Tensor) -> Tensor:
+        """What the widths cost; shape (), float64."""
+        return (self.costs.double() * bits.double()).sum()
 
     def met(self, bits: Tensor) -> bool:
         """Whether the widths are within the budget, and the others at their targets."""
-        return self.total(bits) <= self.limit * (1 + 1e-6) and self.others.met(bits)
+        return bool(self.total(bits) <= self.limit * (1 + 1e-6)) and self.others.met(bits)
 
     def gradient(self, bits: Tensor) -> Tensor:
         """Of the relative excess of the budget, and of the others' mean excess."""
-        over = self.costs / self.limit if self.total(bits) > self.limit else torch.zeros_like(bits)
+        over = torch.where(self.total(bits) > self.limit, self.costs / self.limit, 0.0)
         return over * self.start.max() + self.others.gradient(bits)
 
     def project(self, progress: float, bits: Tensor) -> Tensor:
         """The widths, plus or minus what all have to take alike to cost what is allowed after a share of the way."""
-        begin = max(self.total(self.start), self.limit)
+        begin = self.total(self.start).clamp(min=self.limit)
         allowed = self.limit + (begin - self.limit) * (1 - progress) ** 2
         held = self.others.project(progress, bits)
         for _ in range(20):  # widths stop at 0 and 8 bits, so that the rest has to take more
             missing = allowed - self.total(held)
-            moves = self.costs * ((held > 0) & (held < _MOST) if missing > 0 else held > 0)
-            if abs(missing) <= 1e-6 * self.limit or not bool(moves.any()):
+            moves = self.costs * ((held > 0) & ((held < _MOST) | (missing <= 0)))
+            moves = moves * (missing.abs() > 1e-6 * self.limit)
+            if on_host(held) and not bool(moves.any()):  # elsewhere the rest changes nothing, and nobody waits
                 break
-            held = torch.where(moves > 0, (held + missing / float(moves.sum())).clamp(0.0, _MOST), held)
+            held = torch.where(moves > 0, (held + missing / moves.sum()).clamp(0.0, _MOST), held)
         return held
 
     def integers(self, bits: Tensor) -> Tensor:

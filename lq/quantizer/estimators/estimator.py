@@ -21,6 +21,11 @@ class Estimator:
     changes_gradients: ClassVar[bool] = False
 
     @property
+    def error_weight(self) -> float | None:
+        """``w``, if `weigh` adds ``w * |grad| * error``, which fused kernels do too; None: something else."""
+        return None
+
+    @property
     def learns(self) -> frozenset[Part]:
         """What is learned; the zero point only where the grid has one that follows the data."""
         return frozenset()

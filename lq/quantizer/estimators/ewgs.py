@@ -40,6 +40,11 @@ class EWGS(LSQ):
         if not 0 <= self.delta < 2:
             raise SpecError(f"delta={self.delta} is not in [0, 2): beyond, gradients would change their sign")
 
+    @property
+    def error_weight(self) -> float | None:
+        """The strength."""
+        return self.delta
+
     def weigh(self, grad: Tensor, error: Tensor) -> None:
         """Increase the gradient by ``delta * |grad| * error``."""
         grad.addcmul_(grad.abs(), error, value=self.delta)

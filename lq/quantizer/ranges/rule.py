@@ -116,6 +116,7 @@ class Levels:
         """`values` (C, N) rounded to the grids; written into `out` if given."""
         half = zero_point.frac().unsqueeze(1)
         out = torch.mul(values, (1 / step).unsqueeze(1), out=out)
-        out = out.sub_(half).round_().add_(half) if self.symmetric and bool(half.any()) else out.round_()
+        halves = self.symmetric and (values.device.type != "cpu" or bool(half.any()))  # a GPU would be waited for
+        out = out.sub_(half).round_().add_(half) if halves else out.round_()
         out.clamp_(-zero_point.unsqueeze(1), (self.top - zero_point).unsqueeze(1))
         return out.mul_(step.unsqueeze(1))
