@@ -151,6 +151,8 @@ def test_fine_tuning_and_what_is_refused():
     for name in ("noise_scale", "ewgs"):
         with pytest.raises(lq.SpecError, match="has levels that halve, which the estimator"):
             lq.set_estimator(model, name)
+    lq.set_estimator(model, "stableqat")  # of weights alone
+    assert site.estimator == lq.quantizer.estimators.LSQ()
 
 
 def test_reconstruction_learns_the_largest_level():
