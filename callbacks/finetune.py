@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lq.attachment.attach import set_estimator
 from lq.attachment.sites import is_attached, quantizers, require_attached
+from lq.callbacks.freeze_oscillations import FreezeOscillations
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.trainer.batchnorm import BatchNormStatistics
 from lq.callbacks.trainer.distilling import Distillation
@@ -182,6 +183,9 @@ class FineTune(ModuleCallback):
     ) -> None:
         """Step the quantizer parameters along with the user's optimizer."""
         self._look_at_optimizers(trainer, pl_module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FreezeOscillations):
+                callback.take_gradients(trainer, optimizer)
         if self._own is None:
             return
         for parameter in self._idle:

@@ -81,9 +81,9 @@ class FineTuneOptions(TrainingOptions):
 
     Args:
         estimator: what is learned of the quantizers and how, by name: "lsq" learns the steps, "lsq_plus" the zero
-            points of activations too, "ewgs" and "adaptive_ewgs" weigh gradients by rounding errors, "stableqat" those of
-            weights by the slope of a smoothed rounding, "noise_scale" adds noise to the steps' gradients, "ste" leaves quantizers as calibrated; or an
-            `lq.quantizer.estimators.Estimator`.
+            points of activations too, "ewgs" and "adaptive_ewgs" weigh gradients by rounding errors, "stableqat"
+            those of weights by the slope of a smoothed rounding, "noise_scale" adds noise to the steps' gradients,
+            "ste" leaves quantizers as calibrated; or an `lq.quantizer.estimators.Estimator`.
         momentum: of that optimizer, an SGD.
         weight_decay: of that SGD.
         quantizer_lr: learning rate of the quantizers' own Adam, in octaves of a step (for zero points: in ranges) per

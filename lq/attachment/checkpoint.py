@@ -219,7 +219,7 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         detach(model)
     attach_sites(model, plan, calibrate=False)
     if old:
-        first = min(old.values(), key=lambda quantizer: not quantizer.is_weight)  # what an activation has follows from it
+        first = min(old.values(), key=lambda quantizer: not quantizer.is_weight)  # that of activations follows from it
         set_estimator(model, first.estimator)
     for quantizer in quantizers(model):
         before = old.get(quantizer.name)
