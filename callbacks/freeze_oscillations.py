@@ -86,7 +86,7 @@ class FreezeOscillations(ModuleCallback):
         if not coming and not any(tracker.count for tracker in self._trackers):
             warnings.warn(
                 f"FreezeOscillations found no weight of at most {self.max_bits} bits among the {len(everything)} "
-                "quantized ones that are trained: it does nothing; raise max_bits=, or leave it out",
+                "quantized ones, or no optimizer trains it: it does nothing; raise max_bits=, or leave it out",
                 NoEffectWarning,
                 stacklevel=2,
             )

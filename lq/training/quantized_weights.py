@@ -1,4 +1,4 @@
-"""The weights of a model that are trained behind quantizers, as what looks at them between two steps needs them."""
+"""The weights of a model that are behind quantizers, as what looks at them between two steps needs them."""
 
 from dataclasses import dataclass
 
@@ -76,7 +76,7 @@ class QuantizedWeight:
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
-    """The weights of a model that it trains: of layers, and of functions where they are stored as codes; once each."""
+    """The weights that have a range: of layers, and of functions where they are stored as codes; once each."""
     found = []
     for module in model.modules():
         quantizer, parameter = weight_quantizer(module), float_parameter(module)
@@ -89,4 +89,4 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
                 found.append(QuantizedWeight(call.quantizer.name, call.quantizer, call.parameter, part))
     once = {(id(w.parameter), w.source): w for w in reversed(found)}
     used = {id(weight) for weight in once.values()}
-    return [w for w in found if id(w) in used and w.parameter.requires_grad and w.quantizer.calibrated]
+    return [w for w in found if id(w) in used and w.quantizer.calibrated]

@@ -5,8 +5,9 @@ this slope. Source: Chen et al., StableQAT: Stable Quantization-Aware Training a
 2601.19320), and its published code (``models/utils_quant.py``), where ``round(v)`` is the hard one, ``A = 0.21``, and
 the gradient to the step is LSQ's.
 
-With ``k = sqrt(2) * pi * A``, ``e = v - round(v)`` the factor is ``(1 - k cos(pi e)) / (1 + k cos(pi e))``: between ``(1 - k) / (1 + k)`` on a level (0.035 for A = 0.21) and 1 halfway between two, and ``(4 / pi) * arccos(k) /
-sqrt(1 - k^2) - 1`` on average over a cell (0.302). Values near their levels hardly move, those near a threshold move as
+With ``k = sqrt(2) * pi * A`` and ``e = v - round(v)`` the factor is ``(1 - k cos(pi e)) / (1 + k cos(pi e))``. For A =
+0.21 it is between 0.035 on a level, ``(1 - k) / (1 + k)``, and 1 halfway between two, and 0.302 on average over a cell,
+``(4 / pi) * arccos(k) / sqrt(1 - k^2) - 1``: values near their levels hardly move, those near a threshold move as
 straight through. A = 0 is straight-through; from ``A = 1 / (sqrt(2) * pi)`` on the factor would be negative.
 
 The published code quantizes weights alone. Behind each activation a gradient would shrink to a third, from layer to
