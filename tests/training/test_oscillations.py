@@ -288,6 +288,7 @@ def test_weights_of_functions_are_held_in_their_parameter():
     tracker.hold()
     torch.testing.assert_close(queries.values, state["integer"] * queries.step)
     assert others.values.equal(before + 5.0)
+    others.values.sub_(5.0)
     model(x).square().sum().backward()
     assert parameter.grad.any()
     tracker.take_gradients()
