@@ -9,6 +9,7 @@ Measured beside a training step of ResNet-20 (COST).
 
 import warnings
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -66,8 +67,9 @@ class FreezeOscillations(ModuleCallback):
         self._versions: dict[str, int] = {}  # of widths, by name
         self._threshold = 1.0
         self._shares: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)
-        self._looked = 0  # steps of optimizers that were seen, in this run
-        self._steps = 0  # of those that the Trainer knows of
+        self._looked = False  # whether optimizers have stepped in this batch
+        self._hooked = False  # whether a hook has said so
+        self._steps = 0  # that the Trainer knows of
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -103,7 +105,7 @@ class FreezeOscillations(ModuleCallback):
         else:
             done = share_of_run(trainer, f"FreezeOscillations(start={self.start}, end={self.end})")
             self._threshold = self.end + (self.start - self.end) * cosine(done, 1.0)
-        self._looked = 0
+        self._looked = False
 
     @override
     def on_before_optimizer_step(
@@ -125,7 +127,7 @@ class FreezeOscillations(ModuleCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the shares; look now if the optimizers have stepped without a word, as wrappers around others do."""
-        if trainer.global_step > self._steps and not self._looked:
+        if trainer.global_step > self._steps and not self._hooked:
             for index in range(len(self._trackers)):
                 self._look(index)
         self._steps = trainer.global_step
@@ -192,17 +194,21 @@ class FreezeOscillations(ModuleCallback):
             taken |= {weight.name for weight in mine}
             self._trackers.append(OscillationTracker(mine, self.momentum, self.max_bits, self._aside))
             with suppress(AttributeError):  # wrappers around optimizers may lack what hooks need
-                hook = optimizer.register_step_post_hook(lambda *_, index=index: self._look(index))
+                hook = optimizer.register_step_post_hook(partial(self._stepped, index))
                 self._hooks.append(hook)
         for tracker in self._trackers:
             tracker.hold()
         self._shares = shares(self._trackers)
         self._arranged_by = self._arrangement(trainer)
 
+    def _stepped(self, index: int, *_: Any) -> None:
+        self._hooked = True
+        self._look(index)
+
     def _look(self, index: int) -> None:
         """Look at the weights of an optimizer that has stepped."""
         self._trackers[index].step(self._threshold)
-        self._looked += 1
+        self._looked = True
 
     def _state(self) -> State:
         return {**self._aside, **{name: part for t in self._trackers for name, part in t.state().items()}}
