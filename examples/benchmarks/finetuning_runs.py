@@ -1,4 +1,4 @@
-"""Runs of fine-tuning: ResNet-20, CIFAR-10, what a user would list for each method; `finetuning.py` starts them."""
+"""Runs of fine-tuning on CIFAR-10, and what a user would list for each method; `finetuning.py` starts them."""
 
 import argparse
 import time
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from benchmark_results import append, rows
-from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize
+from lq.callbacks import AllocateBits, FineTune, FreezeOscillations, LearnNoiseScale, Quantize
 from real_data import pack
 
 TITLES = {
@@ -26,13 +27,18 @@ TITLES = {
     "lsq_plus": "LSQ+",
     "ewgs": "EWGS",
     "adaptive_ewgs": "adaptive EWGS",
+    "stableqat": "StableQAT",
+    "lsq_freeze": "LSQ, oscillations frozen",
+    "lsq_dampen": "LSQ, oscillations dampened",
     "noise": "noise scale",
     "noise8": "noise scale, from 8 bits",
     "free": "noise scale, bits on average",
     "free_allocated": "the same, from an allocation",
 }
+#: Networks by name: the learning rate that trains them in float; ResNet-20 is pretrained.
+NETWORKS = {"resnet20": 0.02, "mobilenetv2_035": 0.1}
 BATCH = 128
-FLOAT_LR, LR, QUANTIZER_LR = 0.02, 2e-3, 0.03
+LR, QUANTIZER_LR, DAMPENING = 2e-3, 0.03, 0.1
 
 
 class Classifier(L.LightningModule):
@@ -68,7 +74,7 @@ class FloatClassifier(Classifier):
     """The same, as the float network is trained."""
 
     def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), FLOAT_LR, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
 
 class Images(L.LightningDataModule):
@@ -134,7 +140,11 @@ def _cached(reader: Any, folder: Path, split: str, count: int | None) -> TensorD
 
 @dataclass(frozen=True)
 class Run:
-    """What to run; its result has top1 in percent, kl in nats, minutes of training, average_bits, bytes as stored."""
+    """What to run.
+
+    Its result has top1 in percent, kl in nats, minutes of training, average_bits, bytes as stored, and where weights
+    that oscillate are counted, the shares of those that do, and that are frozen, in the end.
+    """
 
     method: str
     bits: int
@@ -142,6 +152,7 @@ class Run:
     steps: int
     distill: bool
     images: int | None
+    network: str = "resnet20"
 
 
 Results = dict[Run, dict[str, float]]
@@ -151,7 +162,7 @@ class Bench:
     """Images, the float network and what it says of the test images."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, network: Path | None) -> None:
-        self.reader = pack()
+        self.reader, self.network = pack(), options.network
         if network is not None and not network.exists():
             raise SystemExit(f"{network} is not there; make it with: finetuning.py float --output {network}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,11 +172,16 @@ class Bench:
 
     def module(self, method: str, lr: float = LR) -> Classifier:
         """The user's module around a new copy of the float network."""
-        net = self.reader.load_model("cifar10_resnet20")[0]
+        if self.network == "resnet20":
+            net = self.reader.load_model("cifar10_resnet20")[0]
+        else:
+            torch.manual_seed(0)
+            net = timm.create_model(self.network, num_classes=10)
+            net.conv_stem.stride = (1, 1)  # images are 32 px
         if self.state is not None:
             net.load_state_dict(self.state)
         net.train()  # it comes in eval mode, and Lightning would train it so
-        return (FloatClassifier if method == "float" else Classifier)(net, lr)
+        return FloatClassifier(net, NETWORKS[self.network]) if method == "float" else Classifier(net, lr)
 
     def trainer(self, seed: int = 0, **arguments: Any) -> L.Trainer:
         """An ordinary Trainer that shows and keeps nothing."""
@@ -201,6 +217,9 @@ class Bench:
         if made:
             summary = lq.summary(module)
             found |= {"average_bits": summary.average_bits, "bytes": summary.bytes}
+            for each in made:
+                if isinstance(each, FreezeOscillations):
+                    found |= {name.partition("/")[2]: share for name, share in each.numbers.items()}
         return dict(zip(("top1", "kl"), self.score(module), strict=True)) | found
 
 
@@ -227,17 +246,30 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
         if method == "free_allocated":
             return [quantize, AllocateBits(f"{size}B", "model_fisher", granularity="channel"), learn]
         return [quantize, learn]
-    return [quantize, FineTune(method, **common)]
+    estimator = "lsq" if method in ("lsq_freeze", "lsq_dampen") else method
+    dampening = DAMPENING if method == "lsq_dampen" else 0.0
+    counting = {} if method == "lsq_freeze" else {"start": 1.0, "end": 1.0}
+    return [quantize, FineTune(estimator, dampening=dampening, **common), FreezeOscillations(**counting)]
 
 
 def runs_of(methods: Iterable[str], options: argparse.Namespace) -> list[Run]:
     """The float network and every method at every width, with its seeds."""
-    found = [Run("float", 32, 0, 0, False, options.images)]
+    found = [Run("float", 32, 0, 0, False, options.images, options.network)]
     for bits in options.bits:
         for seed in range(options.seeds if bits == 2 else options.seeds_other):
             for method in methods:
                 tuned = method != "ptq"
-                found.append(Run(method, bits, seed, options.steps * tuned, options.distill and tuned, options.images))
+                found.append(
+                    Run(
+                        method,
+                        bits,
+                        seed,
+                        options.steps * tuned,
+                        options.distill and tuned,
+                        options.images,
+                        options.network,
+                    )
+                )
     return found
 
 

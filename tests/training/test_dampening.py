@@ -130,7 +130,7 @@ def test_weights_end_nearer_to_their_levels():
     ends = []
     for strength in (0.0, 1.0):
         module = tiny()
-        fit(module, chain(dampening=strength), max_epochs=6)
+        fit(module, chain(dampening=strength), max_epochs=12)
         ends.append(float(loss_of(module).detach()))
     assert ends[1] < 0.5 * ends[0]
 
