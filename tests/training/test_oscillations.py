@@ -1,6 +1,7 @@
 """Oscillations of weights and iterative freezing, against plain loops over single values."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import lq
 from lq.quantizer.spec import QuantSpec
+from lq.training.dampening import add_dampening
 from lq.training.oscillations import OSCILLATING, OscillationTracker, check_thresholds, shares
 from lq.training.quantized_weights import quantized_weights
 from tests.training.oscillation_loops import Loop, integers
@@ -267,6 +269,29 @@ def test_bfloat16_weights():
     assert frozen.any() and weight.dtype == torch.bfloat16
     levels = (quantizer(weight.float()) / quantizer.layout.spread(quantizer.step, weight)).round()
     assert levels[frozen].equal(state["integer"][frozen].float())
+
+
+def test_no_number_is_waited_for():
+    """On the meta device tensors have no numbers: whoever looks at one fails."""
+    model = layer_of("1 to 4 bits")
+    lq.set_estimator(model, "lsq")
+    tracker = OscillationTracker(quantized_weights(model))
+    (block,) = tracker._blocks
+    (weight,) = block.weights
+    parameter = nn.Parameter(weight.parameter.to("meta"))
+    parameter.grad = torch.empty_like(parameter)
+    block.weights = [dataclasses.replace(weight, parameter=parameter, quantizer=weight.quantizer.to("meta"))]
+    weight.quantizer.log2_step.grad = torch.empty(4, device="meta")
+    for key in ("integer", "direction", "frequency", "mean", "frozen"):
+        setattr(block, key, getattr(block, key).to("meta"))
+    for _ in range(2):
+        tracker.take_gradients()
+        tracker.step(0.1)
+        shares([tracker])
+    assert not block._none_frozen
+    add_dampening(block.weights, 0.1)
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(block.frozen.any())
 
 
 @pytest.mark.parametrize(
