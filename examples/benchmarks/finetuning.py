@@ -14,11 +14,11 @@ starts from that. Test labels are for reporting only.
     python examples/benchmarks/finetuning.py free          # noise scale: 3 bits everywhere, or on average
     python examples/benchmarks/finetuning.py diverge       # learning rates ten times too high
 
-A network of depthwise convolutions, where weights oscillate most, is trained from scratch instead (for 32 px):
+EfficientNet-Lite0, with the depthwise convolutions whose weights oscillate most, on images of 32 px; by labels alone:
 
-    python examples/benchmarks/finetuning.py float --network mobilenetv2_035 --output outputs/depthwise/float.pt
-    python examples/benchmarks/finetuning.py table --network mobilenetv2_035 --output outputs/depthwise --bits 3 \
-        --methods lsq lsq_freeze lsq_dampen stableqat
+    for part in "float --output outputs/lite0/float.pt --epochs 1" "table --output outputs/lite0 --bits 3 --steps 160
+        --no-distill --methods lsq lsq_freeze lsq_dampen stableqat"; do
+        python examples/benchmarks/finetuning.py $part --network lite0 --batch 64 --images 25000; done
 
 Each finished run is a line of OUTPUT/results.jsonl; to run it again, remove the line.
 """
@@ -34,7 +34,7 @@ import torch
 
 import lq
 from benchmark_results import spread
-from finetuning_runs import BATCH, LR, NETWORKS, TITLES, Bench, callbacks, read, runs_of, work
+from finetuning_runs import BATCH, NETWORKS, TITLES, Bench, callbacks, read, runs_of, work
 from lq.sites import quantizers
 
 METHODS = tuple(TITLES)[1:-2]
@@ -58,7 +58,7 @@ def show(options: argparse.Namespace) -> None:
     runs = runs_of(options.methods, options)
     there = {run: result for run, result in read(options.output).items() if run in runs}
     whole = there[runs[0]]["top1"] if runs[0] in there else float("nan")
-    print(f"top-1 % on the test images (difference to float; KL to float), {options.steps} steps of {BATCH}\n")
+    print(f"top-1 % on the test images (difference to float; KL to float), {options.steps} steps of {options.batch}\n")
     widths = " | ".join(f"W{bits}A{bits}" for bits in options.bits)
     print(f"| method | {widths} | minutes | weights that oscillate, frozen, % |")
     print("|---" * (len(options.bits) + 3) + "|")
@@ -102,7 +102,7 @@ def diverge(options: argparse.Namespace) -> None:
     bench = Bench(options, options.output, options.float or options.output / "float.pt")
     print(f"{options.steps} steps, learning rates x {options.faster:g}: loss, top-1 %, least and largest step")
     for bits, method in ((b, m) for b in options.bits for m in options.methods if m != "ptq"):
-        module = bench.module(method, LR * options.faster)
+        module = bench.module(method, options.faster)
         made = callbacks(method, bits, distill=options.distill, faster=options.faster)
         trainer = bench.trainer(max_epochs=-1, max_steps=options.steps, callbacks=made)
         happened, top1 = [], float("nan")
@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     common.add_argument("--images", type=int, help="only this many images to train and to test with")
     common.add_argument("--threads", type=int, default=1)
     common.add_argument("--network", choices=NETWORKS, default="resnet20")
+    common.add_argument("--batch", type=int, default=BATCH, help="images of a step")
     tuned = argparse.ArgumentParser(add_help=False, parents=[common])
     tuned.add_argument("--output", type=Path, default=Path("outputs/finetuning"), help="folder for results and images")
     tuned.add_argument("--float", type=Path, help="the float network; by default OUTPUT/float.pt")
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         part = parts.add_parser(name, parents=[tuned])
         part.add_argument("--bits", nargs="+", type=int, default=bits)
-        part.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of {BATCH} images")
+        part.add_argument("--steps", type=int, default=steps, help="optimizer steps")
     parts.choices["diverge"].add_argument("--faster", type=float, default=10.0, help="factor on learning rates")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

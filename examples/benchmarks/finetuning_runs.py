@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,16 +34,17 @@ TITLES = {
     "free": "noise scale, bits on average",
     "free_allocated": "the same, from an allocation",
 }
-#: Networks by name: the learning rate that trains them in float; ResNet-20 is pretrained.
-NETWORKS = {"resnet20": 0.02, "mobilenetv2_035": 0.1}
+#: Pretrained networks by name; and the learning rates that they are trained by on CIFAR-10, in float and quantized.
+NETWORKS = {"resnet20": "cifar10_resnet20", "lite0": "tf_efficientnet_lite0"}
+FLOAT_LR, RATES = 0.02, {"resnet20": 2e-3, "lite0": 1e-3}
 BATCH = 128
-LR, QUANTIZER_LR, DAMPENING = 2e-3, 0.03, 0.1
+QUANTIZER_LR, DAMPENING = 0.03, 0.1
 
 
 class Classifier(L.LightningModule):
     """An ordinary LightningModule: nothing in it knows of quantization."""
 
-    def __init__(self, net: nn.Module, lr: float = LR) -> None:
+    def __init__(self, net: nn.Module, lr: float) -> None:
         super().__init__()
         self.net = net
         self.lr = lr
@@ -83,17 +83,18 @@ class Images(L.LightningDataModule):
     Order, crops and flips depend on seed and step only: all methods see the same images.
     """
 
-    def __init__(self, reader: Any, folder: Path, count: int | None) -> None:
+    def __init__(self, reader: Any, folder: Path, options: argparse.Namespace) -> None:
         super().__init__()
-        card = reader.cards()["cifar10_resnet20"]
+        card, count = reader.cards()[NETWORKS[options.network]], options.images
+        self.batch = options.batch
         self.train, self.test = (_cached(reader, folder, split, count) for split in ("train", "test"))
         self.mean, self.std = (torch.tensor(card[key]).view(3, 1, 1) for key in ("mean", "std"))
         self.seed = 0
 
     def train_dataloader(self) -> Any:
         order = torch.Generator().manual_seed(self.seed)
-        whole = len(self.train) >= BATCH
-        return DataLoader(self.train, batch_size=BATCH, shuffle=True, drop_last=whole, generator=order)
+        whole = len(self.train) >= self.batch
+        return DataLoader(self.train, batch_size=self.batch, shuffle=True, drop_last=whole, generator=order)
 
     def predict_dataloader(self) -> Any:
         return DataLoader(self.test, batch_size=500)
@@ -153,6 +154,7 @@ class Run:
     distill: bool
     images: int | None
     network: str = "resnet20"
+    batch: int = BATCH
 
 
 Results = dict[Run, dict[str, float]]
@@ -167,21 +169,22 @@ class Bench:
             raise SystemExit(f"{network} is not there; make it with: finetuning.py float --output {network}")
         folder.mkdir(parents=True, exist_ok=True)
         self.state = None if network is None else torch.load(network)
-        self.images = Images(self.reader, folder, options.images)
+        self.images = Images(self.reader, folder, options)
         self.reference = self.logits(self.module("float"))
 
-    def module(self, method: str, lr: float = LR) -> Classifier:
+    def module(self, method: str, faster: float = 1.0) -> Classifier:
         """The user's module around a new copy of the float network."""
-        if self.network == "resnet20":
-            net = self.reader.load_model("cifar10_resnet20")[0]
-        else:
+        net = self.reader.load_model(NETWORKS[self.network])[0]
+        if self.network == "lite0":
             torch.manual_seed(0)
-            net = timm.create_model(self.network, num_classes=10)
-            net.conv_stem.stride = (1, 1)  # images are 32 px
+            net.reset_classifier(10)
+            net.conv_stem.stride = (1, 1)  # images are 32 px, not 224
         if self.state is not None:
             net.load_state_dict(self.state)
         net.train()  # it comes in eval mode, and Lightning would train it so
-        return FloatClassifier(net, NETWORKS[self.network]) if method == "float" else Classifier(net, lr)
+        if method == "float":
+            return FloatClassifier(net, FLOAT_LR)
+        return Classifier(net, faster * RATES[self.network])
 
     def trainer(self, seed: int = 0, **arguments: Any) -> L.Trainer:
         """An ordinary Trainer that shows and keeps nothing."""
@@ -254,7 +257,7 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
 
 def runs_of(methods: Iterable[str], options: argparse.Namespace) -> list[Run]:
     """The float network and every method at every width, with its seeds."""
-    found = [Run("float", 32, 0, 0, False, options.images, options.network)]
+    found = [Run("float", 32, 0, 0, False, options.images, options.network, options.batch)]
     for bits in options.bits:
         for seed in range(options.seeds if bits == 2 else options.seeds_other):
             for method in methods:
