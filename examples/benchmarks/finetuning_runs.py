@@ -251,8 +251,8 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
         return [quantize, learn]
     estimator = "lsq" if method in ("lsq_freeze", "lsq_dampen") else method
     dampening = DAMPENING if method == "lsq_dampen" else 0.0
-    counting = {} if method == "lsq_freeze" else {"start": 1.0, "end": 1.0}
-    return [quantize, FineTune(estimator, dampening=dampening, **common), FreezeOscillations(**counting)]
+    freeze = FreezeOscillations() if method == "lsq_freeze" else FreezeOscillations(start=1.0, end=1.0)  # counts alone
+    return [quantize, FineTune(estimator, dampening=dampening, **common), freeze]
 
 
 def runs_of(methods: Iterable[str], options: argparse.Namespace) -> list[Run]:

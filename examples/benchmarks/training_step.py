@@ -67,11 +67,13 @@ def build(name: str, variant: str) -> nn.Module:
 
 def resnet20(num_classes: int) -> nn.Module:
     """The network for images of 32 px of He et al., of timm's own blocks."""
-    net = ResNet(BasicBlock, (3, 3, 3), num_classes=num_classes, channels=(16, 32, 64))
+    block: Any = BasicBlock
+    net: Any = ResNet(block, (3, 3, 3), num_classes=num_classes, channels=(16, 32, 64))
     net.conv1, net.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
     net.layer1[0] = BasicBlock(16, 16)
     net.maxpool = net.layer4 = nn.Identity()
-    return net
+    made: nn.Module = net
+    return made
 
 
 def stepper(name: str, model: nn.Module, variant: str = "") -> Callable[[], None]:
