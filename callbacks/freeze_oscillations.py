@@ -4,7 +4,9 @@ What an oscillation is, and what freezing does, is in `lq.training.oscillations`
 of the user's optimizer that holds them, by a hook on it: batches that are accumulated do not count, nor do steps that a
 loss scaler skips. All of it is elementwise work on weights, the same on every rank, and no device is waited for.
 
-Measured beside a training step of ResNet-20 (COST).
+Cost, beside LSQ's training step of ResNet-20 (W4A4, 128 images, one CPU thread; ``python
+examples/benchmarks/training_step.py --models resnet20 --estimators lsq "lsq, counted" "lsq, half frozen"``): 1.4 ms to
+count, 6.6 ms with half of the weights frozen, of a step of 0.6 s; no difference between whole steps was seen.
 """
 
 import warnings
@@ -83,11 +85,12 @@ class FreezeOscillations(ModuleCallback):
         require_attached(pl_module, "FreezeOscillations")
         self._arrange(trainer, pl_module)
         self._steps = trainer.global_step
-        everything = quantized_weights(pl_module)
-        coming = any(weight.quantizer.final_bits is not None for weight in everything)
-        if not coming and not any(tracker.count for tracker in self._trackers):
+        if any(tracker.count for tracker in self._trackers):
+            return
+        found = quantized_weights(pl_module)
+        if not any(weight.quantizer.final_bits is not None for weight in found):  # widths that are still to come down
             warnings.warn(
-                f"FreezeOscillations found no weight of at most {self.max_bits} bits among the {len(everything)} "
+                f"FreezeOscillations found no weight of at most {self.max_bits} bits among the {len(found)} "
                 "quantized ones, or no optimizer trains it: it does nothing; raise max_bits=, or leave it out",
                 NoEffectWarning,
                 stacklevel=2,

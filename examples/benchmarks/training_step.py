@@ -103,16 +103,18 @@ def stepper(name: str, model: nn.Module, variant: str = "") -> Callable[[], None
     return step
 
 
-def compare(name: str, variants: list[str], rounds: int) -> dict[str, list[float]]:
+def compare(
+    name: str, variants: list[str], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each round's step, by variant; variants take turns."""
     steps = {variant: stepper(name, build(name, variant), variant) for variant in variants}
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for turn in range(rounds + 3):
         for variant, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if turn >= 3:
-                seconds[variant].append(time.perf_counter() - start)
+                seconds[variant].append(clock() - start)
     return seconds
 
 
@@ -155,6 +157,7 @@ def main() -> None:
     kinds = [*known, COUNTED, FROZEN, DAMPENED]
     parser.add_argument("--estimators", nargs="+", choices=kinds, default=known)
     parser.add_argument("--models", nargs="+", choices=WORK, default=[*WORK][:2])
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, where others are at work")
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -163,7 +166,8 @@ def main() -> None:
     figures: dict[str, dict[str, dict[str, float]]] = {}
     print(f"{'model':22} {'variant':16} {'median s':>9} {'/ float':>8} {'step MB':>8}")
     for name in options.models:
-        seconds = compare(name, variants, options.rounds)
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        seconds = compare(name, variants, options.rounds, clock)
         figures[name] = {}
         for variant in variants:
             ratios = [mine / other for mine, other in zip(seconds[variant], seconds["float"], strict=True)]
