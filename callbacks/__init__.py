@@ -7,6 +7,7 @@ from lq.callbacks.allocate import AllocateBits as AllocateBits
 from lq.callbacks.compare_to_float import CompareToFloat as CompareToFloat
 from lq.callbacks.export import ExportModel as ExportModel
 from lq.callbacks.finetune import FineTune as FineTune
+from lq.callbacks.freeze_oscillations import FreezeOscillations as FreezeOscillations
 from lq.callbacks.loading import load_from_checkpoint as load_from_checkpoint
 from lq.callbacks.noise_scale import LearnNoiseScale as LearnNoiseScale
 from lq.callbacks.optimize_ranges import OptimizeRanges as OptimizeRanges

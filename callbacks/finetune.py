@@ -18,8 +18,10 @@ from typing_extensions import override
 
 from lq.attachment.attach import set_estimator
 from lq.attachment.sites import is_attached, quantizers, require_attached
+from lq.callbacks.freeze_oscillations import FreezeOscillations
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.trainer.batchnorm import BatchNormStatistics
+from lq.callbacks.trainer.dampening import Dampening
 from lq.callbacks.trainer.distilling import Distillation
 from lq.callbacks.trainer.divergence import DivergenceWatch
 from lq.callbacks.trainer.optimizers import QuantizerOptimizer, UserOptimizers, adam
@@ -69,6 +71,7 @@ class FineTune(ModuleCallback):
         self._untrained = UntrainedWeights()
         self._batchnorm = BatchNormStatistics(None, 0)
         self._distillation = Distillation()
+        self._dampening = Dampening(0.0)
         self._watch: DivergenceWatch | None = None
         self._resumed: dict[str, Any] = {}
 
@@ -154,6 +157,8 @@ class FineTune(ModuleCallback):
             self._untrained.expect()
         self._look_at_optimizers(trainer, pl_module)
         self._users.find_peaks()
+        self._dampening = Dampening(getattr(self.options, "dampening", 0.0))
+        self._dampening.start(pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -182,6 +187,10 @@ class FineTune(ModuleCallback):
     ) -> None:
         """Step the quantizer parameters along with the user's optimizer."""
         self._look_at_optimizers(trainer, pl_module)
+        self._dampening.add(trainer, optimizer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FreezeOscillations):
+                callback.take_gradients(trainer, optimizer)
         if self._own is None:
             return
         for parameter in self._idle:
@@ -202,8 +211,9 @@ class FineTune(ModuleCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the distillation loss; look for divergence; measure BatchNorm statistics before the last validation."""
+        """Log losses; look for divergence; measure BatchNorm statistics before the last validation."""
         self._distillation.log(pl_module)
+        self._dampening.log(pl_module)
         if self._watch is not None:
             self._watch.see(outputs, trainer.global_step)
         if trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1:
@@ -225,6 +235,7 @@ class FineTune(ModuleCallback):
         super().teardown(trainer, pl_module, stage)
         self._users.release()
         self._distillation.stop()
+        self._dampening.stop()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lq.errors import StateError
+from lq.errors import SpecError, StateError
 
 Make = Callable[[list[dict[str, Any]]], Optimizer]
 
@@ -196,6 +196,19 @@ def loss_scale(trainer: pl.Trainer) -> float | Tensor:
     return held.detach() if isinstance(held, Tensor) else float(scaler.get_scale())
 
 
+def scales_before_step(trainer: pl.Trainer, optimizer: Optimizer) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    """Factors by mixed precision on gradients in ``on_before_optimizer_step``; a device is not waited for.
+
+    Returns:
+        The factor on the gradients of what `optimizer` holds, and that on all others.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = None if scaler is None else scaler._get_scale_async()
+    if scale is None:
+        return 1.0, 1.0
+    return (scale if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0), scale
+
+
 def steps_of(trainer: pl.Trainer) -> float:
     """How often the Trainer will step; infinite where it does not know.
 
@@ -203,6 +216,18 @@ def steps_of(trainer: pl.Trainer) -> float:
     """
     total = float(trainer.estimated_stepping_batches)
     return total if total > 0 else math.inf
+
+
+def share_of_run(trainer: pl.Trainer, caller: str) -> float:
+    """How much of the training is done, from 0 to 1; by batches that stepped, whatever the number of optimizers.
+
+    Raises:
+        SpecError: if the Trainer does not know how long it will train; `caller` is what needs it.
+    """
+    total = steps_of(trainer)
+    if math.isinf(total):
+        raise SpecError(f"{caller} needs the number of steps; set max_epochs or max_steps on the Trainer")
+    return min(trainer.fit_loop.epoch_loop._batches_that_stepped / total, 1.0)
 
 
 def adam(lr: float) -> Make:

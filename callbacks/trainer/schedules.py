@@ -18,7 +18,7 @@ _DECAY = 0.9985
 _END = 0.01
 
 
-def cosine(step: int, total: float) -> float:
+def cosine(step: float, total: float) -> float:
     """The factor on the learning rate at a step of a cosine to zero.
 
     >>> [round(cosine(k, 4), 3) for k in range(5)]

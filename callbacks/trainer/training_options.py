@@ -81,22 +81,27 @@ class FineTuneOptions(TrainingOptions):
 
     Args:
         estimator: what is learned of the quantizers and how, by name: "lsq" learns the steps, "lsq_plus" the zero
-            points of activations too, "ewgs" and "adaptive_ewgs" weigh gradients by rounding errors, "noise_scale" adds
-            noise to the steps' gradients, "ste" leaves quantizers as calibrated; or an
-            `lq.quantizer.estimators.Estimator`.
+            points of activations too, "ewgs" and "adaptive_ewgs" weigh gradients by rounding errors, "stableqat"
+            those of weights by the slope of a smoothed rounding, "noise_scale" adds noise to the steps' gradients,
+            "ste" leaves quantizers as calibrated; or an `lq.quantizer.estimators.Estimator`.
         momentum: of that optimizer, an SGD.
         weight_decay: of that SGD.
         quantizer_lr: learning rate of the quantizers' own Adam, in octaves of a step (for zero points: in ranges) per
             update; follows the schedule.
+        dampening: factor on a loss that draws weights to their levels, ``||Q(w) - clip(w)||^2`` summed over all of
+            them, where training ends; a cosine leads there from 0 (see `lq.training.dampening`). 0: none.
     """
 
     estimator: str | Estimator = "lsq"
     momentum: float = field(default=0.9, kw_only=True, metadata=after("lr"))
     weight_decay: float = field(default=5e-5, kw_only=True, metadata=after("momentum"))
     quantizer_lr: float = field(default=1e-3, kw_only=True)
+    dampening: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dampening < 0:
+            raise SpecError(f"dampening={self.dampening} is negative: it would drive weights away from their levels")
         estimator_of(self.estimator)
 
     @override

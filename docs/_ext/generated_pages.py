@@ -73,6 +73,12 @@ METHODS = {
         "lsq": Method("LSQ", ("lsq_w4a4", "lsq_w2a2"), ("estimators.lsq",)),
         "lsq_plus": Method("LSQ+", ("lsqplus_w2a2",), ("estimators.lsq_plus",)),
         "ewgs": Method("EWGS and adaptive EWGS", (), ("estimators.ewgs",)),
+        "stableqat": Method("StableQAT", (), ("estimators.stableqat",)),
+        "oscillations": Method(
+            "Oscillations: iterative freezing and dampening",
+            (),
+            ("training.oscillations", "training.dampening", "callbacks.freeze_oscillations"),
+        ),
         "distillation": Method("Distillation", (), ("distillation",)),
     },
 }

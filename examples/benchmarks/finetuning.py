@@ -14,6 +14,12 @@ starts from that. Test labels are for reporting only.
     python examples/benchmarks/finetuning.py free          # noise scale: 3 bits everywhere, or on average
     python examples/benchmarks/finetuning.py diverge       # learning rates ten times too high
 
+EfficientNet-Lite0, with the depthwise convolutions whose weights oscillate most, on images of 32 px; by labels alone:
+
+    for part in "float --output outputs/lite0/float.pt --epochs 1" "table --output outputs/lite0 --bits 3 --steps 160
+        --no-distill --methods lsq lsq_freeze lsq_dampen stableqat"; do
+        python examples/benchmarks/finetuning.py $part --network lite0 --batch 64 --images 25000; done
+
 Each finished run is a line of OUTPUT/results.jsonl; to run it again, remove the line.
 """
 
@@ -28,7 +34,7 @@ import torch
 
 import lq
 from benchmark_results import spread
-from finetuning_runs import BATCH, LR, TITLES, Bench, callbacks, read, runs_of, work
+from finetuning_runs import BATCH, NETWORKS, TITLES, Bench, callbacks, read, runs_of, work
 from lq.sites import quantizers
 
 METHODS = tuple(TITLES)[1:-2]
@@ -36,7 +42,7 @@ ABOUT_LIGHTNING = ".*(does not have many workers|LeafSpec).*"
 
 
 def train_float(options: argparse.Namespace) -> None:
-    """Fine-tune the pretrained network in float."""
+    """Train the network in float."""
     bench = Bench(options, options.output.parent, None)
     module = bench.module("float")
     before, start = bench.score(module)[0], time.perf_counter()
@@ -44,7 +50,7 @@ def train_float(options: argparse.Namespace) -> None:
     minutes = (time.perf_counter() - start) / 60
     torch.save(module.net.state_dict(), options.output)
     after = bench.score(module)[0]
-    print(f"float: {before:.2f} %, fine-tuned {after:.2f} %, {minutes:.1f} min; saved {options.output}")
+    print(f"float: {before:.2f} %, trained {after:.2f} %, {minutes:.1f} min; saved {options.output}")
 
 
 def show(options: argparse.Namespace) -> None:
@@ -52,10 +58,11 @@ def show(options: argparse.Namespace) -> None:
     runs = runs_of(options.methods, options)
     there = {run: result for run, result in read(options.output).items() if run in runs}
     whole = there[runs[0]]["top1"] if runs[0] in there else float("nan")
-    print(f"top-1 % on the test images (difference to float; KL to float), {options.steps} steps of {BATCH}\n")
-    print("| method | " + " | ".join(f"W{bits}A{bits}" for bits in options.bits) + " | minutes |")
-    print("|---" * (len(options.bits) + 2) + "|")
-    print("| float | " + f"{whole:.2f} | " * len(options.bits) + "- |")
+    print(f"top-1 % on the test images (difference to float; KL to float), {options.steps} steps of {options.batch}\n")
+    widths = " | ".join(f"W{bits}A{bits}" for bits in options.bits)
+    print(f"| method | {widths} | minutes | weights that oscillate, frozen, % |")
+    print("|---" * (len(options.bits) + 3) + "|")
+    print("| float | " + f"{whole:.2f} | " * len(options.bits) + "- | |")
     for method in options.methods:
         mine = {run: result for run, result in there.items() if run.method == method}
         cells = []
@@ -64,7 +71,12 @@ def show(options: argparse.Namespace) -> None:
             change = f"({statistics.mean(top1) - whole:+.2f}; {statistics.mean(kl):.4f})" if top1 else ""
             cells.append(f"{spread(top1)} {change}".strip())
         minutes = f"{statistics.mean(result['minutes'] for result in mine.values()):.1f}" if mine else "-"
-        print(f"| {TITLES[method]} | " + " | ".join(cells) + f" | {minutes} |")
+        shares = [
+            "/".join(f"{100 * result[key]:.2f}" for key in ("oscillating", "frozen"))
+            for result in mine.values()
+            if "frozen" in result
+        ]
+        print(f"| {TITLES[method]} | " + " | ".join(cells) + f" | {minutes} | {', '.join(shares)} |")
 
 
 def free(options: argparse.Namespace) -> None:
@@ -90,7 +102,7 @@ def diverge(options: argparse.Namespace) -> None:
     bench = Bench(options, options.output, options.float or options.output / "float.pt")
     print(f"{options.steps} steps, learning rates x {options.faster:g}: loss, top-1 %, least and largest step")
     for bits, method in ((b, m) for b in options.bits for m in options.methods if m != "ptq"):
-        module = bench.module(method, LR * options.faster)
+        module = bench.module(method, options.faster)
         made = callbacks(method, bits, distill=options.distill, faster=options.faster)
         trainer = bench.trainer(max_epochs=-1, max_steps=options.steps, callbacks=made)
         happened, top1 = [], float("nan")
@@ -116,6 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--images", type=int, help="only this many images to train and to test with")
     common.add_argument("--threads", type=int, default=1)
+    common.add_argument("--network", choices=NETWORKS, default="resnet20")
+    common.add_argument("--batch", type=int, default=BATCH, help="images of a step")
     tuned = argparse.ArgumentParser(add_help=False, parents=[common])
     tuned.add_argument("--output", type=Path, default=Path("outputs/finetuning"), help="folder for results and images")
     tuned.add_argument("--float", type=Path, help="the float network; by default OUTPUT/float.pt")
@@ -136,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         part = parts.add_parser(name, parents=[tuned])
         part.add_argument("--bits", nargs="+", type=int, default=bits)
-        part.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of {BATCH} images")
+        part.add_argument("--steps", type=int, default=steps, help="optimizer steps")
     parts.choices["diverge"].add_argument("--faster", type=float, default=10.0, help="factor on learning rates")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""Runs of fine-tuning: ResNet-20, CIFAR-10, what a user would list for each method; `finetuning.py` starts them."""
+"""Runs of fine-tuning on CIFAR-10, and what a user would list for each method; `finetuning.py` starts them."""
 
 import argparse
 import time
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from benchmark_results import append, rows
-from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize
+from lq.callbacks import AllocateBits, FineTune, FreezeOscillations, LearnNoiseScale, Quantize
 from real_data import pack
 
 TITLES = {
@@ -26,19 +26,25 @@ TITLES = {
     "lsq_plus": "LSQ+",
     "ewgs": "EWGS",
     "adaptive_ewgs": "adaptive EWGS",
+    "stableqat": "StableQAT",
+    "lsq_freeze": "LSQ, oscillations frozen",
+    "lsq_dampen": "LSQ, oscillations dampened",
     "noise": "noise scale",
     "noise8": "noise scale, from 8 bits",
     "free": "noise scale, bits on average",
     "free_allocated": "the same, from an allocation",
 }
+#: Pretrained networks by name; and the learning rates that they are trained by on CIFAR-10, in float and quantized.
+NETWORKS = {"resnet20": "cifar10_resnet20", "lite0": "tf_efficientnet_lite0"}
+FLOAT_LR, RATES = 0.02, {"resnet20": 2e-3, "lite0": 1e-3}
 BATCH = 128
-FLOAT_LR, LR, QUANTIZER_LR = 0.02, 2e-3, 0.03
+QUANTIZER_LR, DAMPENING = 0.03, 0.1
 
 
 class Classifier(L.LightningModule):
     """An ordinary LightningModule: nothing in it knows of quantization."""
 
-    def __init__(self, net: nn.Module, lr: float = LR) -> None:
+    def __init__(self, net: nn.Module, lr: float) -> None:
         super().__init__()
         self.net = net
         self.lr = lr
@@ -68,7 +74,7 @@ class FloatClassifier(Classifier):
     """The same, as the float network is trained."""
 
     def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), FLOAT_LR, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
 
 class Images(L.LightningDataModule):
@@ -77,17 +83,18 @@ class Images(L.LightningDataModule):
     Order, crops and flips depend on seed and step only: all methods see the same images.
     """
 
-    def __init__(self, reader: Any, folder: Path, count: int | None) -> None:
+    def __init__(self, reader: Any, folder: Path, options: argparse.Namespace) -> None:
         super().__init__()
-        card = reader.cards()["cifar10_resnet20"]
+        card, count = reader.cards()[NETWORKS[options.network]], options.images
+        self.batch = options.batch
         self.train, self.test = (_cached(reader, folder, split, count) for split in ("train", "test"))
         self.mean, self.std = (torch.tensor(card[key]).view(3, 1, 1) for key in ("mean", "std"))
         self.seed = 0
 
     def train_dataloader(self) -> Any:
         order = torch.Generator().manual_seed(self.seed)
-        whole = len(self.train) >= BATCH
-        return DataLoader(self.train, batch_size=BATCH, shuffle=True, drop_last=whole, generator=order)
+        whole = len(self.train) >= self.batch
+        return DataLoader(self.train, batch_size=self.batch, shuffle=True, drop_last=whole, generator=order)
 
     def predict_dataloader(self) -> Any:
         return DataLoader(self.test, batch_size=500)
@@ -134,7 +141,11 @@ def _cached(reader: Any, folder: Path, split: str, count: int | None) -> TensorD
 
 @dataclass(frozen=True)
 class Run:
-    """What to run; its result has top1 in percent, kl in nats, minutes of training, average_bits, bytes as stored."""
+    """What to run.
+
+    Its result has top1 in percent, kl in nats, minutes of training, average_bits, bytes as stored, and where weights
+    that oscillate are counted, the shares of those that do, and that are frozen, in the end.
+    """
 
     method: str
     bits: int
@@ -142,6 +153,8 @@ class Run:
     steps: int
     distill: bool
     images: int | None
+    network: str = "resnet20"
+    batch: int = BATCH
 
 
 Results = dict[Run, dict[str, float]]
@@ -151,21 +164,27 @@ class Bench:
     """Images, the float network and what it says of the test images."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, network: Path | None) -> None:
-        self.reader = pack()
+        self.reader, self.network = pack(), options.network
         if network is not None and not network.exists():
             raise SystemExit(f"{network} is not there; make it with: finetuning.py float --output {network}")
         folder.mkdir(parents=True, exist_ok=True)
         self.state = None if network is None else torch.load(network)
-        self.images = Images(self.reader, folder, options.images)
+        self.images = Images(self.reader, folder, options)
         self.reference = self.logits(self.module("float"))
 
-    def module(self, method: str, lr: float = LR) -> Classifier:
+    def module(self, method: str, faster: float = 1.0) -> Classifier:
         """The user's module around a new copy of the float network."""
-        net = self.reader.load_model("cifar10_resnet20")[0]
+        net = self.reader.load_model(NETWORKS[self.network])[0]
+        if self.network == "lite0":
+            torch.manual_seed(0)
+            net.reset_classifier(10)
+            net.conv_stem.stride = (1, 1)  # images are 32 px, not 224
         if self.state is not None:
             net.load_state_dict(self.state)
         net.train()  # it comes in eval mode, and Lightning would train it so
-        return (FloatClassifier if method == "float" else Classifier)(net, lr)
+        if method == "float":
+            return FloatClassifier(net, FLOAT_LR)
+        return Classifier(net, faster * RATES[self.network])
 
     def trainer(self, seed: int = 0, **arguments: Any) -> L.Trainer:
         """An ordinary Trainer that shows and keeps nothing."""
@@ -201,6 +220,9 @@ class Bench:
         if made:
             summary = lq.summary(module)
             found |= {"average_bits": summary.average_bits, "bytes": summary.bytes}
+            for each in made:
+                if isinstance(each, FreezeOscillations):
+                    found |= {name.partition("/")[2]: share for name, share in each.numbers.items()}
         return dict(zip(("top1", "kl"), self.score(module), strict=True)) | found
 
 
@@ -227,17 +249,30 @@ def callbacks(method: str, bits: int, *, distill: bool, size: int = 0, faster: f
         if method == "free_allocated":
             return [quantize, AllocateBits(f"{size}B", "model_fisher", granularity="channel"), learn]
         return [quantize, learn]
-    return [quantize, FineTune(method, **common)]
+    estimator = "lsq" if method in ("lsq_freeze", "lsq_dampen") else method
+    dampening = DAMPENING if method == "lsq_dampen" else 0.0
+    freeze = FreezeOscillations() if method == "lsq_freeze" else FreezeOscillations(start=1.0, end=1.0)  # counts alone
+    return [quantize, FineTune(estimator, dampening=dampening, **common), freeze]
 
 
 def runs_of(methods: Iterable[str], options: argparse.Namespace) -> list[Run]:
     """The float network and every method at every width, with its seeds."""
-    found = [Run("float", 32, 0, 0, False, options.images)]
+    found = [Run("float", 32, 0, 0, False, options.images, options.network, options.batch)]
     for bits in options.bits:
         for seed in range(options.seeds if bits == 2 else options.seeds_other):
             for method in methods:
                 tuned = method != "ptq"
-                found.append(Run(method, bits, seed, options.steps * tuned, options.distill and tuned, options.images))
+                found.append(
+                    Run(
+                        method,
+                        bits,
+                        seed,
+                        options.steps * tuned,
+                        options.distill and tuned,
+                        options.images,
+                        options.network,
+                    )
+                )
     return found
 
 

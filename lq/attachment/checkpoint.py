@@ -220,7 +220,8 @@ def rebuild(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         detach(model)
     attach_sites(model, plan, calibrate=False)
     if old:
-        set_estimator(model, next(iter(old.values())).estimator)
+        first = min(old.values(), key=lambda quantizer: not quantizer.is_weight)  # that of activations follows from it
+        set_estimator(model, first.estimator)
     for quantizer in quantizers(model):
         before = old.get(quantizer.name)
         quantizer.spec = before.spec if before else None  # how it was made is not in the checkpoint

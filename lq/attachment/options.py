@@ -162,7 +162,8 @@ class AttachOptions(SiteOptions):
 
     Args:
         estimator: how gradients pass the rounding, and what of the grid is learned: one of `lq.quantizer.estimators`,
-            or its name: "ste", "lsq", "lsq_plus", "ewgs", "adaptive_ewgs", "noise_scale".
+            or its name: "ste", "lsq", "lsq_plus", "ewgs", "adaptive_ewgs", "noise_scale",
+            "stableqat".
     """
 
     weights: Width = 4

@@ -140,7 +140,7 @@ class LogQuantizer(ActivationQuantizer):
         Raises:
             SpecError: for an estimator that learns widths, or changes gradients by the distance of two levels.
         """
-        chosen = estimator(value)
+        chosen = estimator(value).of_activations
         if "bits" in chosen.learns or chosen.changes_gradients:
             raise SpecError(
                 f"{self.name} has logarithmic levels, which the estimator {value!r} does not know; "

@@ -99,6 +99,7 @@ class Quantizer(FinalWidths):
             SpecError: for another name, or when power-of-two steps should be learned.
         """
         chosen = estimator(value)
+        chosen = chosen if self.is_weight else chosen.of_activations
         if chosen.learns and self.spec is not None and self.spec.power_of_two:
             raise SpecError(f"{self.name}: power-of-two steps cannot be learned; use estimator='ste'")
         self.estimator = chosen

@@ -1,1 +1,1 @@
-"""What is learned on the way: widths by the noise scale, and distillation from the float model."""
+"""What is learned on the way: widths by the noise scale, distillation from the float model; weights that oscillate."""

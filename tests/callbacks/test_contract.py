@@ -16,7 +16,16 @@ import yaml
 import lq
 import lq.callbacks
 from lq.attachment.sites import quantizers
-from lq.callbacks import ExportModel, FineTune, OptimizeRanges, Quantize, Reconstruct, ReconstructMLP, SynthesizeData
+from lq.callbacks import (
+    ExportModel,
+    FineTune,
+    FreezeOscillations,
+    OptimizeRanges,
+    Quantize,
+    Reconstruct,
+    ReconstructMLP,
+    SynthesizeData,
+)
 from tests.helpers import QUIET, assert_same, cli, fit, hooks, loader, quantizer_ids, steps, tiny, trainer
 
 NOTHING_TO_DO = "ignore:ReconstructMLP found no GELU"  # in the network of these tests
@@ -34,6 +43,7 @@ every = pytest.mark.parametrize("cls", CALLBACKS, ids=lambda cls: cls.__name__)
 #: Less work than by default, for callbacks that do much of it.
 SMALL: dict[type[pl.Callback], dict[str, Any]] = {
     ExportModel: {"path": str(Path(tempfile.mkdtemp(), "model.safetensors"))},
+    FreezeOscillations: {"max_bits": 8},
     OptimizeRanges: {"evaluations": 3},
     Reconstruct: {"iterations": 2},
     ReconstructMLP: {"iterations": 2},
@@ -175,7 +185,11 @@ def test_checkpoint_holds_plain_state(cls, tmp_path):
 
 
 VARIANTS = [(Quantize, {}), *[(cls, {}) for cls in CALLBACKS if cls is not Quantize]]
-VARIANTS += [(FineTune, {"distill": 1.0}), (FineTune, {"lr": 0.01, "schedule": "cosine"})]
+VARIANTS += [
+    (FineTune, {"distill": 1.0}),
+    (FineTune, {"dampening": 0.1}),
+    (FineTune, {"lr": 0.01, "schedule": "cosine"}),
+]
 
 
 @pytest.mark.parametrize(("cls", "kwargs"), VARIANTS, ids=lambda v: getattr(v, "__name__", None) or ",".join(v))

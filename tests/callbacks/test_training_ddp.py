@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.callbacks.training import DISTILLED, PLAIN
+from tests.callbacks.training import DISTILLED, HELD, PLAIN
 from tests.helpers import assert_same, run_on_ranks
 
 SCRIPT = """
@@ -16,7 +16,7 @@ import torch.distributed.nn.functional as over_ranks
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tests.callbacks.training import DISTILLED, PLAIN, updates_of
+from tests.callbacks.training import DISTILLED, HELD, PLAIN, updates_of
 from tests.helpers import dataset, fit, tiny
 
 torch.set_num_threads(1)
@@ -45,18 +45,22 @@ def on_cpu(self, x):
 
 nn.SyncBatchNorm.forward = on_cpu
 nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None  # it asks for a GPU
-for name, stages in {**PLAIN, **DISTILLED}.items():
+for name, stages in {**PLAIN, **DISTILLED, **HELD}.items():
     for norm in (False, True):
-        module, sampler = tiny(norm=norm), DistributedSampler(dataset(64), ranks, rank, shuffle=False)
+        module = tiny(norm=norm, lr=0.3 if name in HELD else 0.05)
+        sampler = DistributedSampler(dataset(64), ranks, rank, shuffle=False)
         data = DataLoader(dataset(64), batch_size=16 // ranks, sampler=sampler)
         with updates_of(module) as updates:
-            made = fit(module, stages(), data, max_epochs=2, use_distributed_sampler=False, **options)
+            callbacks = stages()
+            made = fit(module, callbacks, data, max_epochs=2, use_distributed_sampler=False, **options)
         assert made.world_size == ranks and made.global_step == 8
         first = next(u.gradients for u in updates if u.own), next(u.gradients for u in updates if not u.own)
         found = {"state": module.state_dict(), "own": first[0], "users": first[1]}
+        if name in HELD:
+            found["known"] = callbacks[-1].state_dict()["weights"]
         torch.save(found, f"{out}/{name}-{norm}-{ranks}-{made.global_rank}.pt")
 if ranks > 1:
-    assert len(synchronized) == 2 * 8 * len({**PLAIN, **DISTILLED})  # of all runs with norms
+    assert len(synchronized) == 2 * 8 * len({**PLAIN, **DISTILLED, **HELD})  # of all runs with norms
     made.strategy.barrier()
     torch.distributed.destroy_process_group()  # its threads must end before the interpreter does
 """
@@ -87,3 +91,11 @@ def test_two_ranks_train_as_one(trained, name, norm):
     assert one["state"].keys() == first["state"].keys()
     for key, value in one["state"].items():
         torch.testing.assert_close(first["state"][key], value, rtol=0, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["", "SyncBatchNorm"])
+@pytest.mark.parametrize("name", HELD)
+def test_two_ranks_hold_the_same_weights(trained, name, norm):
+    first, second = (trained(f"{name}-{norm}-2-{rank}") for rank in (0, 1))
+    assert_same(second, first)
+    assert any(part["frozen"].any() for part in first["known"].values())

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lq.attachment.sites import quantizers
-from lq.callbacks import AllocateBits, FineTune, LearnNoiseScale, Quantize
+from lq.callbacks import AllocateBits, FineTune, FreezeOscillations, LearnNoiseScale, Quantize
 from tests.helpers import assert_same, fit, quantizer_ids
 
 Chain = Callable[[], list[pl.Callback]]
@@ -35,6 +35,14 @@ PLAIN: dict[str, Chain] = {"lsq": STAGES["lsq"]}
 #: The same with a teacher, and with everything that runs before and after training.
 DISTILLED: dict[str, Chain] = {
     "distilled": lambda: [Quantize(4, 4, fold_bn=False), FineTune("lsq", distill=2.0)],
+}
+#: Those that hold weights by counts of what has happened: ranks must agree on it to the bit.
+HELD: dict[str, Chain] = {
+    "frozen": lambda: [
+        quantize(first_last=None),
+        FineTune("lsq", dampening=0.1),
+        FreezeOscillations(0.06, 0.03, momentum=0.05),
+    ],
 }
 FULL: dict[str, Chain] = {
     "full": lambda: [

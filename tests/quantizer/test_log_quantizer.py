@@ -286,6 +286,8 @@ def test_fine_tuning_and_what_is_refused():
     for name in ("noise_scale", "ewgs"):
         with pytest.raises(lq.SpecError, match="has logarithmic levels, which the estimator"):
             lq.set_estimator(model, name)
+    lq.set_estimator(model, "stableqat")  # of weights alone
+    assert site.estimator == lq.quantizer.estimators.LSQ()
 
 
 @pytest.mark.parametrize("options", [{}, {"probabilities": "uniform", "gelu": "log"}])

@@ -8,4 +8,5 @@ from lq.quantizer.estimators.lsq_plus import LSQPlus as LSQPlus
 from lq.quantizer.estimators.names import ESTIMATORS as ESTIMATORS
 from lq.quantizer.estimators.names import estimator as estimator
 from lq.quantizer.estimators.noise_scale import NoiseScale as NoiseScale
+from lq.quantizer.estimators.stableqat import StableQAT as StableQAT
 from lq.quantizer.estimators.ste import STE as STE

@@ -30,6 +30,11 @@ class Estimator:
         """What is learned; the zero point only where the grid has one that follows the data."""
         return frozenset()
 
+    @property
+    def of_activations(self) -> "Estimator":
+        """What quantizers of activations take in its place."""
+        return self
+
     def gradient_scale(self, count: float, high: Bound) -> Bound:
         """Factor on the gradients to the grid, for `count` values per step and the highest level `high`."""
         return 1.0

@@ -6,6 +6,7 @@ from lq.quantizer.estimators.ewgs import EWGS, AdaptiveEWGS
 from lq.quantizer.estimators.lsq import LSQ
 from lq.quantizer.estimators.lsq_plus import LSQPlus
 from lq.quantizer.estimators.noise_scale import NoiseScale
+from lq.quantizer.estimators.stableqat import StableQAT
 from lq.quantizer.estimators.ste import STE
 
 #: Kinds of estimators, by name.
@@ -16,6 +17,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "ewgs": EWGS,
     "adaptive_ewgs": AdaptiveEWGS,
     "noise_scale": NoiseScale,
+    "stableqat": StableQAT,
 }
 
 

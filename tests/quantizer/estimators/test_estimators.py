@@ -8,7 +8,7 @@ import torch
 import lq
 import lq.quantizer.gradients
 from lq.quantizer.activation_quantizer import ActivationQuantizer
-from lq.quantizer.estimators import ESTIMATORS, EWGS, LSQ, AdaptiveEWGS, LSQPlus, NoiseScale, estimator
+from lq.quantizer.estimators import ESTIMATORS, EWGS, LSQ, AdaptiveEWGS, LSQPlus, NoiseScale, StableQAT, estimator
 from lq.quantizer.spec import QuantSpec
 from lq.quantizer.weight_quantizer import WeightQuantizer
 from lq.structure.channels import ChannelLayout
@@ -103,7 +103,7 @@ def test_gradient_to_values_is_straight_through(kind, name, block, monkeypatch):
 
 
 @every_kind
-@pytest.mark.parametrize("name", ["lsq", "lsq_plus", "ewgs", "adaptive_ewgs"])
+@pytest.mark.parametrize("name", ["lsq", "lsq_plus", "ewgs", "adaptive_ewgs", "stableqat"])
 def test_gradient_to_steps_is_that_of_lsq(kind, name):
     quantizer, x, grad = setting(kind, name)
     run(quantizer, x, grad)
@@ -177,6 +177,41 @@ def test_adaptive_ewgs_fits_its_strength_to_each_row(kind):
         taken = [min(delta * s * e, 0.99) for s, e in zip(signs, errors, strict=True)]
         expected.append([g * (1 - t) for g, t in zip(case.straight_through(), taken, strict=True)])
     torch.testing.assert_close(found, torch.tensor(expected).view(x.shape), rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("amplitude", [0.0, 0.21])
+def test_stableqat_weighs_by_the_slope_of_the_first_harmonic(kind, amplitude):
+    """The published factor, with v counted from the grid's own zero: ``v + round(v)`` shifts by even numbers."""
+    quantizer, x, grad = setting(kind, StableQAT(amplitude, activations=True))
+    found = run(quantizer, x, grad)
+    expected = []
+    for case in oracle_of(quantizer, x, grad):
+        factors = [
+            2 / (1 + math.sqrt(2) * math.pi * amplitude * math.cos(math.pi * (v - case.offset + q - case.offset))) - 1
+            for _, v, q in case.levels()
+        ]
+        expected.append([g * f for g, f in zip(case.straight_through(), factors, strict=True)])
+    torch.testing.assert_close(found, torch.tensor(expected).view(x.shape), rtol=1e-5, atol=1e-6)
+    assert found.any()
+
+
+def test_stableqat_is_bounded_and_a_third_on_average():
+    made = weight_quantizer(8, StableQAT(), per_channel=False)
+    x = torch.linspace(0.5 - 4, 0.5 + 4, 80_001)[:-1].view(1, -1) * made.step.detach()
+    factor = run(made, x, torch.ones_like(x))
+    k = math.sqrt(2) * math.pi * 0.21
+    assert float(factor.min()) == pytest.approx((1 - k) / (1 + k), abs=1e-5)
+    assert float(factor.max()) == pytest.approx(1.0, abs=1e-3)
+    assert float(factor.mean()) == pytest.approx(4 / math.pi * math.acos(k) / math.sqrt(1 - k * k) - 1, abs=1e-3)
+    assert float(factor.mean()) == pytest.approx(0.302, abs=1e-3)
+
+
+def test_stableqat_leaves_activations_alone():
+    quantizer, x, grad = setting("activations, zero point", "stableqat")
+    plain, _, _ = setting("activations, zero point", "lsq")
+    assert torch.equal(run(quantizer, x, grad), run(plain, x, grad))
+    assert quantizer.estimator == LSQ()
 
 
 # --- noise scale ----------------------------------------------------------------------------------------------------
@@ -314,3 +349,9 @@ def test_names_and_objects():
 def test_ewgs_that_would_turn_gradients_round(delta):
     with pytest.raises(lq.SpecError, match=rf"delta={delta} is not in \[0, 2\)"):
         EWGS(delta)
+
+
+@pytest.mark.parametrize("amplitude", [-0.1, 0.2251])
+def test_stableqat_that_would_turn_gradients_round(amplitude):
+    with pytest.raises(lq.SpecError, match=rf"amplitude={amplitude} is not in \[0, 0\.2251\)"):
+        StableQAT(amplitude)
