@@ -5,6 +5,7 @@ quantized, attention too; ``--first-last 0`` puts the first and last layers at t
 
     python examples/benchmarks/transformers.py --weights 4 --activations 4
     python examples/benchmarks/transformers.py --weights 4 --activations 8 --losses relative --iterations 150
+    python examples/benchmarks/transformers.py --weights 8 --activations 8 --outliers 16 --steps nearest --losses
 """
 
 import argparse
@@ -43,11 +44,13 @@ def main() -> None:
     parser.add_argument("--weights", type=int, default=4)
     parser.add_argument("--activations", type=int, default=4)
     parser.add_argument("--first-last", type=int, default=8, help="least width of the first and last layers; 0: none")
+    parser.add_argument("--outliers", type=int, help="width of activations with outliers")
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--test", type=int, default=1000, help="test images")
     parser.add_argument("--iterations", type=int, default=150, help="of reconstruction, a block")
     parser.add_argument("--losses", nargs="*", default=["relative"], help="of reconstruction; none: without it")
     parser.add_argument("--rounding", nargs="*", default=["adaround"])
+    parser.add_argument("--bias-lr", type=float, default=0.0, help="of reconstruction")
     parser.add_argument("--steps", nargs="*", default=list(STEPS), help=f"some of: {', '.join(map(repr, STEPS))}")
     parser.add_argument("--from-step", choices=STEPS, default="prepared, log2, log", help="reconstruction starts there")
     given = parser.parse_args()
@@ -80,6 +83,7 @@ def rows(
                 loss=loss,
                 drop=0.0 if rounding == "ste" else 0.5,
                 iterations=given.iterations,
+                bias_lr=given.bias_lr,
             )
             yield given.from_step, f"{loss}, {rounding}", time.perf_counter() - begin, top1(model, test)
 
@@ -91,7 +95,7 @@ def quantized(net: nn.Module, batches: Sequence[Tensor], given: argparse.Namespa
     if prepare is not None:
         lq.prepare(model, batches, weights=given.weights, activations=given.activations, **prepare)
     options: dict[str, Any] = {"symmetric": False, "first_last": given.first_last or None, "range": rule}
-    options |= {"probabilities": probabilities, "gelu": gelu}
+    options |= {"probabilities": probabilities, "gelu": gelu, "outliers": given.outliers}
     lq.attach(model, given.weights, given.activations, structure=lq.inspect(model, batches[0][:1]), **options)
     return lq.calibrate(model, batches)
 
