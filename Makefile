@@ -7,7 +7,7 @@ INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable
 .PHONY: demo test test-oldest test-slow docs lint format clean
 
 demo: .venv/demo.stamp
-	$(BIN)/python examples/quickstart.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/quickstart.py
 
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
