@@ -152,6 +152,8 @@ def little_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
         timm, "create_model", lambda name, **more: create(_SMALL.get(name, name), **(more | without_network))
     )
     write_photos(tmp_path / "photos")
+    trained = create("test_resnet", num_classes=5).state_dict()
+    torch.save({"state_dict": {f"model.{key}": value for key, value in trained.items()}}, tmp_path / "float.ckpt")
     known = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - known:  # modules that a page has written

@@ -244,9 +244,9 @@ class Graph:
     def _widen_steps(self) -> None:
         """Give channels that hardly differ from their bias a step with which that bias fits the integers of kernels.
 
-        Beside such a bias b the products of a channel are noise: at most 127 * 255 / 2**31 of it for each weight. With the
-        step b / (2**30 * step of the input) rounding them once more changes less than 1.2e-7 of b for each weight. The
-        channels of dead filters, whose norm gives them their value, otherwise keep the whole layer out of the integers.
+        Beside such a bias b the products of a channel are small: at most 127 * 255 / 2**31 of it for each weight. With
+        the step b / (2**30 * step of the input) rounding them once more changes less than 1.2e-7 of b for each weight.
+        Channels of dead filters, whose norm gives them their value, otherwise keep the whole layer out of the integers.
         """
         made, weights = {node.output[0]: node for node in self.nodes}, {node.output[0] for node in self.weights()}
         for node in [node for node in self.nodes if node.op_type in _WITH_BIAS and len(node.input) == 3]:

@@ -39,9 +39,7 @@ def columns(
     for index, dot in enumerate(dots):
         if dot is not None:
             radius = min(max(0.3 * width, 1.2), 4)
-            parts.append(
-                f'<circle class="b" cx="{scale.x(index + 1):.1f}" cy="{scale.y(dot):.1f}" r="{radius:.1f}"/>'
-            )
+            parts.append(f'<circle class="b" cx="{scale.x(index + 1):.1f}" cy="{scale.y(dot):.1f}" r="{radius:.1f}"/>')
     return _svg(parts)
 
 
@@ -72,8 +70,9 @@ def lines(
         path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="line {style}" points="{path}"><title>{escape(name)}</title></polyline>')
         if marked or len(points) == 1:
+            radius = 5 if len(points) == 1 else 2.5
             parts += [
-                f'<circle class="{style}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="{5 if len(points) == 1 else 2.5}">'
+                f'<circle class="{style}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="{radius}">'
                 f"<title>{escape(name)}: {_short(y)}</title></circle>"
                 for x, y in points
             ]

@@ -108,7 +108,8 @@ def sensitivity(report: Report) -> str:
     if found is not None:
         rows = list(found["losses"].items())
         labels = [f"{width}b" for width in found["widths"]]
-        note = f"{found['metric']} on {found['samples']} samples; the bluer, the more is lost, from the least to the greatest loss below. "
+        note = f"{found['metric']} on {found['samples']} samples; the bluer, the more is lost, "
+        note += "from the least to the greatest loss below. "
         note += "First layer on top."
         parts.append(card("Sensitivity", heat_map(rows, labels, "tensors"), note))
     if report.pareto:
@@ -184,7 +185,7 @@ def _alpha(history: History) -> str:
     series = {"median": [_middle(row) for row in moved]} | {
         history.names[i]: [row[i] for row in moved] for i in most if moved[-1][i]
     }
-    points = {name: list(zip(history.steps, line, strict=True)) for name, line in series.items()}
+    points: dict[str, Points] = {name: list(zip(history.steps, line, strict=True)) for name, line in series.items()}
     return lines(points, label="change of log2", below="step")
 
 

@@ -38,14 +38,17 @@ linear-gradient(to top,var(--shade),transparent) 0 100%/100% 1rem no-repeat scro
 table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.32rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
 th{position:sticky;top:0;background:var(--card);color:var(--muted);font-weight:600;z-index:1}
-tr:last-child td{border-bottom:0}td.n,th.n{text-align:right}td.wide{white-space:normal;overflow-wrap:anywhere;min-width:14rem}
+tr:last-child td{border-bottom:0}td.n,th.n{text-align:right}
+td.wide{white-space:normal;overflow-wrap:anywhere;min-width:14rem}
 td.bad{color:var(--bad);font-weight:600}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--a);margin-bottom:.4rem}
 dl{display:grid;grid-template-columns:minmax(7rem,auto) 1fr;gap:.15rem 1rem;margin:0;font-size:.9rem}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}ul{margin:.3rem 0;padding-left:1.2rem}
 @media (max-width:32rem){svg{font-size:15.5px}main{padding:1rem .7rem}
 h1{font-size:1.35rem}.tile b{font-size:1.2rem}
-.tiles{grid-template-columns:repeat(2,1fr)}th:first-child,td:first-child{position:sticky;left:0;background:var(--card);z-index:1}
-th:first-child{z-index:2}td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:9.5rem}dl{grid-template-columns:minmax(5.5rem,auto) 1fr}}
+.tiles{grid-template-columns:repeat(2,1fr)}
+th:first-child,td:first-child{position:sticky;left:0;
+background:var(--card);z-index:1}th:first-child{z-index:2}td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:9.5rem}
+dl{grid-template-columns:minmax(5.5rem,auto) 1fr}}
 @media print{.scroll{max-height:none}}
 """
