@@ -1,11 +1,13 @@
 # Each target makes what it needs: a virtual environment in .venv with lq installed from this folder.
 PYTHON ?= python3
 BIN := .venv/bin
+# Setuptools warns of editable installs, whatever they are.
+INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable
 
 .PHONY: demo test test-oldest test-slow test-gpu docs lint format clean
 
 demo: .venv/demo.stamp
-	$(BIN)/python examples/quickstart.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/quickstart.py
 
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -40,19 +42,20 @@ clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info docs/_build docs/generated docs/gallery
 
 .venv/bin/pip:
+	@echo "Installing torch, lq and what they need into .venv: some minutes and up to 6 GB, the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 .venv/demo.stamp: .venv/bin/pip pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[demo]"
+	$(INSTALL) ".[demo]"
 	touch $@
 
 .venv/dev.stamp: .venv/bin/pip pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(INSTALL) ".[dev]"
 	touch $@ .venv/demo.stamp
 
 .venv/docs.stamp: .venv/bin/pip pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[docs]"
+	$(INSTALL) ".[docs]"
 	touch $@
 
 .venv-oldest/stamp: pyproject.toml constraints/oldest.txt

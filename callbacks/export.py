@@ -21,7 +21,7 @@ from lq.errors import DataError, SpecError
 from lq.export import FORMATS, Example, OnnxReport
 from lq.export.formats import endings_with
 from lq.export.onnx import Dynamic
-from lq.export.program import Call
+from lq.export.program import Call, first_samples, refused_sizes
 from lq.quantizer.targets import Target, TargetName, target_of
 from lq.structure.forward import eval_mode
 
@@ -99,6 +99,23 @@ class ExportModel(ModuleCallback):
             require_attached(part, "ExportModel")
         if (target := self._target(trainer)) is not None:
             check_model(network(pl_module, self.part), target)
+        self._check_sizes(trainer, pl_module)
+
+    def _check_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise if height or width are to be free in the file, and the network takes one size alone."""
+        sizes = {"height", "width"} & set([self.dynamic] if isinstance(self.dynamic, str) else self.dynamic)
+        if not sizes or Path(self.path).suffix != ".onnx":
+            return
+        model = network(pl_module, self.part)
+        first = first_samples(self._examples(trainer, pl_module, model, 1)[0])
+        with eval_mode(model):
+            reason = refused_sizes(model, first, sizes)
+        if reason:
+            which = " and ".join(sorted(sizes))
+            raise DataError(
+                f"{self.path}: {which} cannot be free, {type(model).__name__} does not run on images of twice the size "
+                f"({reason}); leave them out of dynamic=, or build the model so that it takes any size"
+            )
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,7 +126,7 @@ class ExportModel(ModuleCallback):
         model = network(pl_module, self.part)
         with progress_of(trainer):
             needed = FORMATS[path.suffix].needs_example
-            examples = self._examples(trainer, pl_module, model) if needed else []
+            examples = self._examples(trainer, pl_module, model, self.samples) if needed else []
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._export(trainer, model, examples, path)
@@ -132,13 +149,15 @@ class ExportModel(ModuleCallback):
         others = (one.options.target for one in trainer.callbacks if isinstance(one, Quantize))  # type: ignore[attr-defined]
         return target_of(self.target or next(others, None))
 
-    def _examples(self, trainer: pl.Trainer, module: pl.LightningModule, part: nn.Module) -> list[Example]:
-        """What the part is called with; every rank reads its loader."""
+    def _examples(
+        self, trainer: pl.Trainer, module: pl.LightningModule, part: nn.Module, samples: int
+    ) -> list[Example]:
+        """What the part is called with, by so many samples; every rank reads its loader."""
         if self.example is not None:
             return [self.example]
         example = module.example_input_array
         forward = forward_of(trainer, module, None, autocast=False) if example is None else run_example
-        batches = training_batches(trainer, self.samples, "Reading samples") if example is None else [example]
+        batches = training_batches(trainer, samples, "Reading samples") if example is None else [example]
         examples: list[Example] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -217,12 +217,13 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec).*")
     L.seed_everything(0, verbose=False)
     data, progress, epochs = Digits(), not options.no_progress, options.epochs
 
     started = time.perf_counter()
     network = Classifier()
+    print(f"Training in float, {epochs} epochs, then quantizing in four ways: a few minutes", flush=True)
     fit(network, data, epochs, [], progress)
     results = [measure("float", network, data, started)]
 
@@ -234,6 +235,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     }
     modules: dict[str, Classifier] = {}
     for name, (stage_epochs, callbacks) in stages.items():
+        print(f"{name}{f', {stage_epochs} epochs' if stage_epochs else ''}", flush=True)
         started = time.perf_counter()
         module = copy.deepcopy(network)
         trainer = fit(module, data, stage_epochs, callbacks, progress)

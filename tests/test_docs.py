@@ -39,11 +39,11 @@ PAGES = sorted(
     if not {"_build", "generated", "gallery"} & set(path.relative_to(ROOT).parts)
 )
 #: What pages need that is in no extra of lq's users.
-NEEDS = {"hydra.md": "hydra", "deploy.md": "openvino"}
+NEEDS = {"hydra.md": "hydra", "first_hour.md": "hydra", "deploy.md": "openvino"}
 
 
 #: Networks with the same names of layers, that take less time.
-_SMALL = {"resnet18": "test_resnet"}
+_SMALL = {"resnet18": "test_resnet", "tf_efficientnet_lite0": "test_resnet"}
 
 
 def named(path: Path) -> str:
@@ -97,6 +97,18 @@ def reader() -> dict[str, Any]:
     }
 
 
+def write_photos(folder: Path) -> None:
+    """A folder of JPEGs, one folder a class."""
+    from PIL import Image
+
+    values = torch.Generator().manual_seed(0)
+    for kind in ("bird", "food", "insect", "mammal", "vehicle"):
+        (folder / kind).mkdir(parents=True)
+        for i in range(6):
+            pixels = torch.randint(256, (48, 64, 3), generator=values, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / kind / f"{i}.jpg")
+
+
 def at_most(function: Callable[..., Any], limits: dict[str, int], **others: Any) -> Callable[..., Any]:
     """The function, with numbers that are not above the limits, and other arguments where none are given."""
     signature = inspect.signature(function)
@@ -135,7 +147,13 @@ def little_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     import timm
 
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(_SMALL.get(name, name), **more))
+    without_network = {"pretrained": False}
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **more: create(_SMALL.get(name, name), **(more | without_network))
+    )
+    write_photos(tmp_path / "photos")
+    trained = create("test_resnet", num_classes=5).state_dict()
+    torch.save({"state_dict": {f"model.{key}": value for key, value in trained.items()}}, tmp_path / "float.ckpt")
     known = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - known:  # modules that a page has written
@@ -191,7 +209,7 @@ def run_shell(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         elif program == "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
         else:
-            assert program in ("pip", "git", "cd"), f"{line!r} is of a kind that this test cannot check"
+            assert program in ("pip", "git", "cd", "source"), f"{line!r} is of a kind that this test cannot check"
             for extra in re.findall(r"(?:lq-lightning|\.)\[([\w,]+)\]", line):
                 declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
                 assert set(extra.split(",")) <= set(declared), line

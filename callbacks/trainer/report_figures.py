@@ -22,7 +22,8 @@ def figures_of(report: Report) -> dict[str, Callable[[], Any]]:
             ("changed", "share of codes that changed", history.changed),
         ):
             if series:
-                drawn[name] = partial(_lines, history.steps, series, title)
+                first = 1 if name == "changed" else 0  # nothing is before the first note
+                drawn[name] = partial(_lines, history.steps[first:], {k: v[first:] for k, v in series.items()}, title)
     return drawn
 
 
@@ -33,7 +34,7 @@ def _bits(layers: list[dict[str, Any]]) -> Any:
     axes.plot([i for i, _ in found], [width for _, width in found], "o", color="tab:orange", label="input")
     axes.set_xticks(range(len(layers)), [layer["name"] for layer in layers], rotation=90, fontsize="x-small")
     axes.set_ylabel("bits")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 
@@ -51,16 +52,17 @@ def _pareto(front: list[list[float]], chosen: list[float] | None) -> Any:
 
 def _lines(steps: list[int], series: dict[str, list[float]], title: str) -> Any:
     figure, axes = _axes()
-    for name, values in series.items():
-        axes.plot(steps[-len(values) :], values, label=name)
+    greatest = sorted(series, key=lambda name: -sum(series[name]))[:_NAMED]
+    for name in sorted(series, key=lambda name: name in greatest):  # the others are behind them
+        of_line = {"label": name} if name in greatest else {"color": "0.8", "linewidth": 0.8}
+        axes.plot(steps[-len(series[name]) :], series[name], **of_line)
     axes.set_xlabel("step")
     axes.set_ylabel(title)
-    if len(series) <= _NAMED:
-        axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small")
     return figure
 
 
-# Lines that still have room in a legend.
+# Lines that still have room in a legend; those with the greatest values.
 _NAMED = 12
 
 

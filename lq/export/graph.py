@@ -45,6 +45,7 @@ class Graph:
         self.biases: dict[str, NDArray[Any]] = {}  # those that were rounded
         self.moved: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}  # weights: which, and what they are now
         self._norms: dict[str, tuple[str, NDArray[Any]]] = {}  # folded biases: the norm's own, and what is in addition
+        self._widened: dict[str, NDArray[Any]] = {}  # channels whose levels cannot be made finer, by weight
         self._types = 1  # how many small types there are not
         self._as_read, self._integer_biases = False, True
         self.outputs = {value.name for value in model.graph.output}
@@ -63,6 +64,7 @@ class Graph:
         self._separate_swish()
         self._transpose_weights()
         self._fold_norms()
+        self._widen_steps()
         self._shrink_weights()
         self._round_biases()
 
@@ -239,6 +241,39 @@ class Graph:
         node.output[0] = without
         self.nodes.insert(self.nodes.index(node) + 1, added)
 
+    def _widen_steps(self) -> None:
+        """Give channels that hardly differ from their bias a step with which that bias fits the integers of kernels.
+
+        Beside such a bias b the products of a channel are small: at most 127 * 255 / 2**31 of it for each weight. With
+        the step b / (2**30 * step of the input) rounding them once more changes less than 1.2e-7 of b for each weight.
+        Channels of dead filters, whose norm gives them their value, otherwise keep the whole layer out of the integers.
+        """
+        made, weights = {node.output[0]: node for node in self.nodes}, {node.output[0] for node in self.weights()}
+        for node in [node for node in self.nodes if node.op_type in _WITH_BIAS and len(node.input) == 3]:
+            bias = self.constants.get(node.input[2])
+            of_input, of_weight = (made.get(operand) for operand in node.input[:2])
+            if bias is None or of_input is None or of_weight is None or of_weight.output[0] not in weights:
+                continue
+            source, step, zeros = of_weight.input
+            steps, codes = self.constants[step], self.constants[source]
+            input_step = self.constants.get(of_input.input[1]) if of_input.op_type == "DequantizeLinear" else None
+            if input_step is None or steps.shape != bias.shape:
+                continue
+            if len(self.readers(source)) > 1 or len(self.readers(of_weight.output[0])) > 1:
+                continue
+            least = np.abs(bias.astype(np.float64)) / (2.0**30 * float(np.max(input_step)))
+            widened = np.abs(steps) < 64 * least  # levels may be multiplied by up to 64 when they are stored
+            if not np.isfinite(least).all() or not widened.any():
+                continue
+            self._widened[source] = widened
+            axis = next((a.i for a in of_weight.attribute if a.name == "axis"), 1)
+            spread = [-1 if i == axis else 1 for i in range(codes.ndim)]
+            wider = np.maximum(np.abs(steps), least) * np.where(steps < 0, -1.0, 1.0)
+            middle = self.constants[zeros].astype(np.int32).reshape(spread)
+            levels = (codes.astype(np.int32) - middle) * (steps / wider).reshape(spread)
+            self.constants[source] = (np.rint(levels) + middle).astype(codes.dtype)
+            of_weight.input[1] = self._constant(f"{of_weight.output[0]}_wide_scale", wider.astype(np.float32))
+
     def _shrink_weights(self) -> None:
         """Store weights in the smallest type that holds them, and have them computed with as large int8 levels."""
         done: dict[tuple[str, str], tuple[str, NDArray[Any]]] = {}  # equal integers of several layers are stored once
@@ -257,7 +292,10 @@ class Graph:
             if (source, zeros) not in done:
                 name = source.replace(_OF_LAYERS, "weight").replace("call_quantizers.", "").removesuffix(".levels")
                 name += f"_{len(done)}" * (source in used)
-                done[source, zeros] = self._stored(name, node, codes, centre, _factors(levels * signs, shape) * signs)
+                factors = _factors(levels * signs, shape)
+                if source in self._widened:
+                    factors = np.where(self._widened[source].reshape(shape), 1, factors).astype(np.int32)
+                done[source, zeros] = self._stored(name, node, codes, centre, factors * signs)
                 used.add(source)
             node.input[0], factors = done[source, zeros]
             node.input[2] = self._constant(f"{node.output[0]}_zeros", np.zeros(zero_point.shape, np.int8))

@@ -7,6 +7,7 @@ type.
 import copy
 import importlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -221,7 +222,8 @@ def _translated(
     program, reason = exported(standard, example, free)
     while program is not None:
         try:
-            return torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False), reason
+            with _quiet():
+                return torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False), reason
         except torch.onnx.OnnxExporterError as error:
             cause = first_line(error.__cause__ or error)
             if reason or "batch" not in free:  # already for one batch size
@@ -232,6 +234,21 @@ def _translated(
     which = f" for images of any {' and '.join(sizes)}" if sizes else ""
     more = "; give a larger example, on which no size on the way is 1, or leave them out of dynamic=" if sizes else ""
     raise DataError(f"torch.export cannot export {name}{which}: {reason}{more}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the hundreds of lines of the exporter's parts, which show where the root logger does (as with Hydra)."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            if logger.level == logging.NOTSET:
+                logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _written(proto: Any, opset: int, target: Target | None) -> Graph:

@@ -173,6 +173,28 @@ def exported(
     return None, reason
 
 
+def refused_sizes(model: nn.Module, example: Example, free: Collection[str]) -> str:
+    """Why a model does not run on images of another size; "" if it does, or none is to be free.
+
+    Found out by running it, so it costs little and may miss what `exported` finds.
+
+    Args:
+        model: the model, in evaluation.
+        example: what it is called with.
+        free: dimensions that may have other sizes than in the example.
+    """
+    sizes = [name for name in free if name != "batch"]
+    if not sizes:
+        return ""
+    args, kwargs = arguments(map_tensors(example, lambda x: _doubled(x, sizes)))
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001  # whatever the network's code raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return ""
+
+
 def _doubled(x: Tensor, sizes: Collection[str]) -> Tensor:
     """Images twice as high, or wide, or both; other tensors as they are."""
     for axis, name in SIZES.items():

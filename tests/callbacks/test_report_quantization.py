@@ -119,3 +119,25 @@ def test_wrong_arguments():
         ReportQuantization(every=0)
     with pytest.raises(StateError, match="ReportQuantization needs a model with quantizers"):
         fit(tiny(), [ReportQuantization()])
+
+
+def test_tensorboard_gets_the_figures(tmp_path):
+    """As images of an event file that TensorBoard itself reads."""
+    pytest.importorskip("matplotlib")
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    others = [AllocateBits("6x", samples=16), FineTune(), CompareToFloat(samples=16)]
+    _, made, _ = run(tmp_path, *others, max_epochs=2, logger=logger)
+    logger.finalize("success")
+    found = events.EventAccumulator(str(tmp_path), size_guidance={events.IMAGES: 0}).Reload()
+    assert {"report/bits", "report/pareto", "report/rates", "report/changed", "comparison"} <= set(
+        found.Tags()["images"]
+    )
+    (image,) = found.Images("report/bits")
+    assert image.step == made.global_step and image.width == 600 and image.height == 450
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert found.Scalars("report/average_bits")[0].step == made.global_step

@@ -4,11 +4,13 @@ import json
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto
+from torch import nn
 
 import lq
 from lq.callbacks import AllocateBits, ExportModel, FineTune, Quantize
-from lq.errors import NoEffectWarning, SpecError
+from lq.errors import DataError, NoEffectWarning, SpecError
 from tests.helpers import QUIET, fit, tiny
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
@@ -40,6 +42,22 @@ def test_a_file_for_another_engine(tmp_path):
     dims = onnx.load(tmp_path / "o.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param for d in dims] == ["batch", "", "height", "width"]
     assert (tmp_path / "q.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dynamic", ["width", ["batch", "height"]])
+def test_sizes_that_cannot_be_free_are_told_before_training(tmp_path, dynamic):
+    module = tiny()
+    module.net[6] = nn.AvgPool2d(3)  # as many values as the linear layer takes, of images of 6 pixels alone
+    given = [Quantize(8, 8), FineTune(), ExportModel(tmp_path / "m.onnx", dynamic=dynamic)]
+    said = (
+        r"(width|height) cannot be free, Sequential does not run on images of twice the size \(RuntimeError: .*dynamic="
+    )
+    with pytest.raises(DataError, match=said):
+        fit(module, given, max_epochs=1)
+    assert not module.seen
+    torch.manual_seed(0)
+    fit(module, [*given[:2], ExportModel(tmp_path / "m.onnx")], max_epochs=1)
+    assert (tmp_path / "m.onnx").is_file()
 
 
 @pytest.mark.parametrize(

@@ -80,12 +80,12 @@ def layer(kind, bias, *, shared=False, quantized=True, step=(0.5, 0.25, 2.0), in
     codes = np.random.default_rng(0).integers(-127, 128, shape).astype(I8)
     codes[:, 0] = 127
     constants = {
-        "w": codes, "w_step": F32(step), "w_zero": np.zeros(3, I8), "step": F32(input_step), "zero": U8(128),
-        "bias": np.asarray(bias, F32),
+        "w": codes, "w_step": F32(step), "w_zero": np.zeros(np.shape(step), I8),
+        "step": F32(input_step), "zero": U8(128), "bias": np.asarray(bias, F32),
     }  # fmt: skip
     parts = [
         *(rounding("x", "given") if quantized else [node("Identity", ["x"], "given")]),
-        node("DequantizeLinear", ["w", "w_step", "w_zero"], "weight", axis=axis),
+        node("DequantizeLinear", ["w", "w_step", "w_zero"], "weight", **({"axis": axis} if np.ndim(step) else {})),
         node(kind, ["given", "weight", "bias"], "y", **({"transB": 1} if kind == "Gemm" else {})),
     ]
     if shared:

@@ -37,8 +37,8 @@ def test_biases_become_multiples_of_the_products_of_steps(kind):
 @every_kind
 @pytest.mark.parametrize(
     "options",
-    [{"quantized": False}, {"shared": True}, {"step": (1e-9, 1.0, 1.0), "input_step": 1e-3}],
-    ids=["a float input", "a bias that others read", "more than int32 holds"],
+    [{"quantized": False}, {"shared": True}, {"step": 1e-9, "input_step": 1e-3}],
+    ids=["a float input", "a bias that others read", "more than int32 holds, one step for all"],
 )
 def test_biases_that_stay(kind, options):
     proto = layer(kind, [0.7, -0.05, 10.1], **options)
@@ -46,6 +46,26 @@ def test_biases_that_stay(kind, options):
     graph = optimized(proto)
     assert graph.biases == {}
     assert all(np.array_equal(*pair) for pair in zip(run(proto, the_input(kind), plain=True), before, strict=True))
+
+
+@every_kind
+@pytest.mark.parametrize("step", [0.5 * 0.7 / 2**31 / 0.125, 1e-15])
+def test_a_channel_that_is_only_its_bias_gets_a_step_that_its_bias_fits(kind, step):
+    """Such as one whose filter has died in training; the layer stays one of integers, and gives the same."""
+    bias = np.array([0.7, -0.05, 10.1], F32)
+    proto = layer(kind, bias, step=(step, 0.25, 2.0))
+    before = run(proto, 15 * np.sign(the_input(kind)), plain=True)[0]
+    graph = optimized(proto)
+    after = run(proto, 15 * np.sign(the_input(kind)), plain=True)[0]
+    values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    weight = next(n for n in proto.graph.node if n.output[0] == "weight")
+    codes = graph.biases["bias"] / (np.float64(values[weight.input[1]]) * 0.125)
+    assert np.abs(codes).max() < 2**31 and codes[1:] == pytest.approx(np.round(codes[1:]))
+    assert graph.biases["bias"][0] == pytest.approx(0.7, abs=1e-7)
+    first = np.moveaxis(after - before, 1, 0)[0]
+    assert np.abs(first).max() < 4 * 1.2e-7 * 0.7 + 1e-7
+    if step > 1e-12:  # what the products add is seen, and kept
+        assert np.abs(np.moveaxis(before, 1, 0)[0] - F32(0.7)).max() > 2e-6
 
 
 @every_kind

@@ -1,5 +1,6 @@
 """The base of the data modules: loaders, transforms, and the check that data and model have the same classes."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from lq.errors import DataError
 
 #: Every so many images one is held out, where data come without a part for validation.
 HELD_OUT = 5
+
+#: Processes that load images, by default: no more than there are cores.
+WORKERS = min(4, os.cpu_count() or 1)
 
 # What timm resizes images to if nobody says otherwise.
 _IMAGENET = {
@@ -43,7 +47,7 @@ class ImageData(pl.LightningDataModule, ABC):
     def __init__(
         self,
         batch_size: int = 64,
-        workers: int = 4,
+        workers: int = WORKERS,
         image_size: int | None = None,
         augment: bool | None = None,
         data_config: Mapping[str, Any] | None = None,

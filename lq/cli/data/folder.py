@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import Subset
 from typing_extensions import override
 
-from lq.cli.data.base import HELD_OUT, ImageData, transforms
+from lq.cli.data.base import HELD_OUT, WORKERS, ImageData, transforms
 from lq.cli.usage import one_line, require, suggestion
 from lq.errors import DataError
 from lq.files import read_text
@@ -38,7 +38,7 @@ class ImageFolderData(ImageData):
         folder: str | Path,
         classes: Sequence[str] | str | Path | None = None,
         batch_size: int = 64,
-        workers: int = 4,
+        workers: int = WORKERS,
         image_size: int | None = None,
         augment: bool | None = None,
         data_config: Mapping[str, Any] | None = None,

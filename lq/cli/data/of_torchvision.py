@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lq.cli.data.base import ImageData, transforms
+from lq.cli.data.base import WORKERS, ImageData, transforms
 from lq.cli.usage import one_line, require, suggestion
 from lq.errors import DataError
 
@@ -33,7 +33,7 @@ class TorchvisionData(ImageData):
         root: str | Path = "data",
         download: bool = False,
         batch_size: int = 64,
-        workers: int = 4,
+        workers: int = WORKERS,
         image_size: int | None = None,
         augment: bool | None = None,
         data_config: Mapping[str, Any] | None = None,

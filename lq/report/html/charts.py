@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-_WIDTH, _HEIGHT = 480, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 34
+_WIDTH, _HEIGHT = 480, 236
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 30, 38
 
 #: Points of a line: x, y; None: nothing there.
 Points = Sequence[tuple[float, float | None]]
@@ -27,11 +27,11 @@ def columns(
     """
     most = max([*values, *(dot for dot in dots if dot is not None), 1e-12])
     ticks = _ticks(0.0, most)
-    scale = _Scale(0.0, max(len(values), 1), 0.0, ticks[-1])
+    scale = _Scale(0.5, max(len(values), 1) + 0.5, 0.0, ticks[-1])
     width = max((_WIDTH - _LEFT - _RIGHT) / max(len(values), 1), 0.5)
     parts = [_axes(scale, ticks, label, "layer")]
     for index, (value, title) in enumerate(zip(values, titles, strict=True)):
-        x, y = scale.x(index), scale.y(value)
+        x, y = scale.x(index + 0.5), scale.y(value)
         parts.append(
             f'<rect class="a" x="{x + 0.1 * width:.1f}" y="{y:.1f}" width="{0.8 * width:.1f}" '
             f'height="{scale.y(0) - y:.1f}"><title>{escape(title)}</title></rect>'
@@ -39,9 +39,7 @@ def columns(
     for index, dot in enumerate(dots):
         if dot is not None:
             radius = min(max(0.3 * width, 1.2), 4)
-            parts.append(
-                f'<circle class="b" cx="{scale.x(index + 0.5):.1f}" cy="{scale.y(dot):.1f}" r="{radius:.1f}"/>'
-            )
+            parts.append(f'<circle class="b" cx="{scale.x(index + 1):.1f}" cy="{scale.y(dot):.1f}" r="{radius:.1f}"/>')
     return _svg(parts)
 
 
@@ -72,8 +70,9 @@ def lines(
         path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="line {style}" points="{path}"><title>{escape(name)}</title></polyline>')
         if marked or len(points) == 1:
+            radius = 5 if len(points) == 1 else 2.5
             parts += [
-                f'<circle class="{style}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="2.5">'
+                f'<circle class="{style}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="{radius}">'
                 f"<title>{escape(name)}: {_short(y)}</title></circle>"
                 for x, y in points
             ]
@@ -81,7 +80,7 @@ def lines(
 
 
 def heat_map(rows: Sequence[tuple[str, Sequence[float]]], columns_: Sequence[str], label: str = "") -> str:
-    """A cell for each value, the darker the greater its logarithm; one row for each name.
+    """A cell for each value, the more coloured the greater its logarithm; one row for each name.
 
     Args:
         rows: names and values.
@@ -92,15 +91,16 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], columns_: Sequence[str
     low, high = (min(positive), max(positive)) if positive else (0.0, 1.0)
     height = min(max(240 / max(len(rows), 1), 2.0), 18.0)
     width = (_WIDTH - _LEFT - _RIGHT) / max(len(columns_), 1)
-    bottom = _TOP + height * len(rows)
-    middle = (_TOP + bottom) / 2
+    top = 6
+    bottom = top + height * len(rows)
+    middle = (top + bottom) / 2
     parts = [f'<text class="label" transform="translate(14 {middle:.0f}) rotate(-90)">{escape(label)}</text>']
     for index, (name, values) in enumerate(rows):
         for place, value in enumerate(values):
             share = (math.log10(value) - low) / max(high - low, 1e-9) if value > 0 else 0.0
             dark = f"opacity:{0.06 + 0.94 * share:.2f}"
             parts.append(
-                f'<rect class="heat" x="{_LEFT + place * width:.1f}" y="{_TOP + index * height:.1f}" '
+                f'<rect class="heat" x="{_LEFT + place * width:.1f}" y="{top + index * height:.1f}" '
                 f'width="{width - 1:.1f}" height="{max(height - 0.5, 1):.1f}" style="{dark}">'
                 f"<title>{escape(name)}, {escape(columns_[place])}: {_short(value)}</title></rect>"
             )
@@ -108,7 +108,9 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], columns_: Sequence[str
         f'<text class="tick middle" x="{_LEFT + (i + 0.5) * width:.1f}" y="{bottom + 16:.0f}">{escape(name)}</text>'
         for i, name in enumerate(columns_)
     ]
-    return _svg(parts, bottom + 26)
+    ends = _short(10**low), _short(10**high)
+    key = f'<p class="legend"><span>{ends[0]}</span><i class="heat"></i><span>{ends[1]}</span></p>' if positive else ""
+    return _svg(parts, bottom + 26) + key
 
 
 class _Scale:
@@ -135,13 +137,12 @@ def _axes(scale: _Scale, ticks: Sequence[float], label: str, below: str = "") ->
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick end" x="{_LEFT - 5}" y="{y + 4:.1f}">{_short(tick)}</text>')
     if below:
-        for value, anchor in ((scale.left, "start"), (scale.right, "end")):
-            place = f'x="{scale.x(value):.1f}" y="{_HEIGHT - _BOTTOM + 16}"'
-            parts.append(f'<text class="tick {anchor}" {place}>{_short(value)}</text>')
-        parts.append(f'<text class="label" x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 6}">{escape(below)}</text>')
+        for value in _inner_ticks(scale.left, scale.right):
+            place = f'x="{scale.x(value):.1f}" y="{_HEIGHT - _BOTTOM + 15}"'
+            parts.append(f'<text class="tick middle" {place}>{_short(value)}</text>')
+        parts.append(f'<text class="label" x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 4}">{escape(below)}</text>')
     if label:
-        middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-        parts.append(f'<text class="label" transform="translate(11 {middle:.0f}) rotate(-90)">{escape(label)}</text>')
+        parts.append(f'<text class="tick start" x="4" y="14">{escape(label)}</text>')
     return "".join(parts)
 
 
@@ -161,6 +162,13 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(m * size for m in (1, 2, 5, 10) if span / (m * size) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def _inner_ticks(low: float, high: float) -> list[float]:
+    """Up to six round numbers within a range; whole ones where the range is one of steps, units or layers."""
+    known = [tick for tick in _ticks(low, high) if low <= tick <= high]
+    whole = [tick for tick in known if tick == int(tick)]
+    return whole or known or [low]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -11,6 +11,7 @@ from lq.tables import amount
 
 # SQNR in charts goes up to this, in dB.
 _MOST = 60.0
+_EACH = "Each tensor counts once, whatever its size."
 # Lines in one chart of single quantizers.
 _SINGLE = 4
 
@@ -107,7 +108,9 @@ def sensitivity(report: Report) -> str:
     if found is not None:
         rows = list(found["losses"].items())
         labels = [f"{width}b" for width in found["widths"]]
-        note = f"{found['metric']} on {found['samples']} samples; the darker, the more is lost. First layer on top."
+        note = f"{found['metric']} on {found['samples']} samples; the bluer, the more is lost, "
+        note += "from the least to the greatest loss below. "
+        note += "First layer on top."
         parts.append(card("Sensitivity", heat_map(rows, labels, "tensors"), note))
     if report.pareto:
         series: dict[str, Points] = {"front": [(bits, loss) for bits, loss in report.pareto]}
@@ -162,8 +165,8 @@ def training(report: Report) -> str:
         return ""
     steps = history.steps
     parts = [
-        card("Learning rates", lines(_series(steps, history.rates), below="step")),
-        card("Mean widths", lines(_series(steps, history.bits), label="bits", below="step")),
+        card("Learning rates", lines(_series(steps, history.rates), label="rate", below="step")),
+        card("Mean widths of tensors", lines(_series(steps, history.bits), label="bits", below="step"), _EACH),
         card("\u03b1: steps of quantizers", _alpha(history), "Change of log2 of the step since the first note."),
         card("Widths of single tensors", _widths(history)),
     ]
@@ -182,7 +185,8 @@ def _alpha(history: History) -> str:
     series = {"median": [_middle(row) for row in moved]} | {
         history.names[i]: [row[i] for row in moved] for i in most if moved[-1][i]
     }
-    return lines({name: list(zip(history.steps, line, strict=True)) for name, line in series.items()}, below="step")
+    points: dict[str, Points] = {name: list(zip(history.steps, line, strict=True)) for name, line in series.items()}
+    return lines(points, label="change of log2", below="step")
 
 
 def _minus(now: float | None, first: float | None) -> float | None:
@@ -211,7 +215,7 @@ def _oscillation(history: History) -> str:
     points: Points = list(zip(history.steps, [100 * value for value in mean], strict=True))[1:]
     chart = card(
         "Oscillation: codes that change",
-        lines({"mean of all weights": points}, label="%", below="step"),
+        lines({"mean of all weights": points}, label="% of codes", below="step"),
         "Share of integer codes that are others than at the note before.",
     )
     cells = [(name, f"{100 * share:.2f} %") for share, name in rows]

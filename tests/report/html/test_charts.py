@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lq.report.html.charts import _log_ticks, _ticks, columns, heat_map, lines
+from lq.report.html.charts import _inner_ticks, _log_ticks, _ticks, columns, heat_map, lines
 
 
 def parsed(text):
@@ -37,6 +37,20 @@ def test_odd_values(log):
     assert "nan" not in columns([0.0, 0.0], ["a", "b"]) and columns([], [])
 
 
+def test_columns_stand_over_their_numbers():
+    root = parsed(columns([1.0] * 5, list("abcde"), dots=[None, None, 1.0, None, None]))
+    bars = [float(rect.get("x")) + float(rect.get("width")) / 2 for rect in root.iter("rect")]
+    numbers = {text.text: float(text.get("x")) for text in root.iter("text") if text.get("y") == "213"}
+    assert [numbers[str(i)] for i in (1, 3, 5)] == pytest.approx([bars[0], bars[2], bars[4]], abs=0.2)
+    assert float(next(root.iter("circle")).get("cx")) == pytest.approx(bars[2], abs=0.2)
+
+
+def test_heat_maps_say_what_their_colours_are():
+    text = heat_map([("a", [2.0, 0.004])], ["1b", "2b"])
+    assert '<span>0.004</span><i class="heat"></i><span>2</span>' in text
+    assert "legend" not in heat_map([("a", [0.0])], ["1b"])
+
+
 def test_heat_maps():
     root = parsed(heat_map([("a", [1.0, 0.01]), ("b", [0.0, 0.1])], ["1b", "2b"]))
     dark = [float(rect.get("style").partition(":")[2]) for rect in root.iter("rect")]
@@ -45,4 +59,7 @@ def test_heat_maps():
 
 def test_ticks():
     assert _ticks(0, 8) == [0, 2, 4, 6, 8]
+    assert _inner_ticks(23, 69) == [30, 40, 50, 60] and _inner_ticks(0.5, 16.5) == [5, 10, 15]
+    assert _inner_ticks(0.5, 3.5) == [1, 2, 3]  # half a layer is none
+    assert _inner_ticks(0.11, 0.18) == [0.12, 0.14, 0.16, 0.18] and _inner_ticks(1, 1.01)
     assert _log_ticks(0.02, 30) == [0.01, 0.1, 1.0, 10.0, 100.0]
