@@ -42,7 +42,9 @@ def test_names(name):
     assert rounding_of(own) is own
 
 
-@pytest.mark.parametrize("given", ["up", 5, None, ["adaround"], AdaRound, object()], ids=str)
+@pytest.mark.parametrize(
+    "given", ["up", 5, None, ["adaround"], AdaRound, object()], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_rounding(given):
     message = (
         r"^rounding=.* is unknown; use 'nearest', 'adaround', 'softmax'.* or a rounding object, of a subclass of Ro"
