@@ -244,8 +244,9 @@ class Graph:
     def _widen_steps(self) -> None:
         """Give channels that hardly differ from their bias a step with which that bias fits the integers of kernels.
 
-        Beside such a bias b the products of a channel are small: at most 127 * 255 / 2**31 of it for each weight. With
-        the step b / (2**30 * step of the input) rounding them once more changes less than 1.2e-7 of b for each weight.
+        Of weights of 8 bits and less; wider ones are computed with in float. Beside such a bias b the products of a
+        channel are small: at most 127 * 255 / 2**31 of it for each weight. With the step b / (2**30 * step of the input)
+        rounding them once more changes less than 1.2e-7 of b for each weight.
         Channels of dead filters, whose norm gives them their value, otherwise keep the whole layer out of the integers.
         """
         made, weights = {node.output[0]: node for node in self.nodes}, {node.output[0] for node in self.weights()}
@@ -257,7 +258,7 @@ class Graph:
             source, step, zeros = of_weight.input
             steps, codes = self.constants[step], self.constants[source]
             input_step = self.constants.get(of_input.input[1]) if of_input.op_type == "DequantizeLinear" else None
-            if input_step is None or steps.shape != bias.shape:
+            if input_step is None or steps.shape != bias.shape or codes.dtype.itemsize > 1:
                 continue
             if len(self.readers(source)) > 1 or len(self.readers(of_weight.output[0])) > 1:
                 continue
