@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from lq.errors import NoEffectWarning
 from lq.quantizer import kernels
 from lq.quantizer.estimators import EWGS, LSQ, AdaptiveEWGS, NoiseScale
 from lq.quantizer.functional import fake_quantize
@@ -53,7 +54,7 @@ def grid(name, shape):
 def proven():
     """The kernels are used."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", NoEffectWarning)
         assert kernels.proven(CPU)
 
 

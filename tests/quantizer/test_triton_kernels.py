@@ -32,7 +32,10 @@ def interpreted(*tests):
         "-p",
         "tests.quantizer.interpreted",
     ]
+    command += ["-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"]  # of triton's older versions
     done = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, timeout=550, check=False)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+        pytest.skip("this version of triton has an interpreter that does not go with this version of numpy")
     assert done.returncode == 0, done.stdout[-5000:]
     return [int(number) for number in re.findall(r"fused: (\d+) roundings, (\d+) gradients", done.stdout)[0]]
 
