@@ -245,7 +245,7 @@ class Graph:
         """Give channels that hardly differ from their bias a step with which that bias fits the integers of kernels.
 
         Of weights of 8 bits and less; wider ones are computed with in float. Beside such a bias b the products of a
-        channel are small: at most 127 * 255 / 2**31 of it for each weight. With the step b / (2**30 * step of the input)
+        channel are small: at most 127 * 255 / 2**31 of it for each weight. With the step b / (2**30 * step of input)
         rounding them once more changes less than 1.2e-7 of b for each weight.
         Channels of dead filters, whose norm gives them their value, otherwise keep the whole layer out of the integers.
         """
