@@ -30,6 +30,8 @@ def interpreted(*tests):
         "-p",
         "no:cacheprovider",
         "-p",
+        "no:anyio",  # whose version in the oldest environment warns, and warnings are errors
+        "-p",
         "tests.quantizer.interpreted",
     ]
     command += ["-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"]  # of triton's older versions
@@ -194,6 +196,7 @@ def test_tensors_without_a_gpu_are_left_to_the_operations():
         assert fake.is_cuda and not kernels.on_gpu(fake)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")  # inductor, 2.10
 @pytest.mark.parametrize("estimator", ["lsq", "ewgs", "noise_scale"])
 def test_compiled_models_are_one_graph(estimator):
     """Inductor compiles the operations, forward and backward, to the same values."""
