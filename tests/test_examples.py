@@ -2,10 +2,12 @@
 
 import ast
 import json
+import logging
 import os
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,15 @@ import lq.callbacks
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
+
+
+@pytest.fixture(autouse=True)
+def level_of_lightning() -> Iterator[None]:
+    """Examples make Lightning quiet, for their process."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def test_quickstart_in_short(tmp_path: Path) -> None:
