@@ -84,10 +84,10 @@ def shown(name: str, overrides: dict[str, Any], *, trust: Sequence[str] = (), hy
     Raises:
         RecipeError: as `lq.recipe`.
 
-    >>> print(shown("ptq_w8a8", {"calibration_samples": 8}, hydra=True).split("# Command: ")[1].partition("\n")[2])
-    # Made by: lq recipes show ptq_w8a8 calibration_samples=8 --hydra
+    >>> print(shown("ptq_w8a8", {"calibration_samples": 9, "outliers": 8}, hydra=True).split("# Command: ")[1].partition("\n")[2])
+    # Made by: lq recipes show ptq_w8a8 calibration_samples=9 outliers=8 --hydra
     callbacks:
-    - {_target_: lq.callbacks.Quantize, _convert_: all, weights: 8, activations: 8, outliers: 16, calibration_samples: 8}
+    - {_target_: lq.callbacks.Quantize, _convert_: all, weights: 8, activations: 8, outliers: 8, calibration_samples: 9}
     """
     import yaml
 
