@@ -84,7 +84,8 @@ def shown(name: str, overrides: dict[str, Any], *, trust: Sequence[str] = (), hy
     Raises:
         RecipeError: as `lq.recipe`.
 
-    >>> print(shown("ptq_w8a8", {"calibration_samples": 9, "outliers": 8}, hydra=True).split("# Command: ")[1].partition("\n")[2])
+    >>> few = {"calibration_samples": 9, "outliers": 8}
+    >>> print(shown("ptq_w8a8", few, hydra=True).split("# Command: ")[1].partition("\n")[2])
     # Made by: lq recipes show ptq_w8a8 calibration_samples=9 outliers=8 --hydra
     callbacks:
     - {_target_: lq.callbacks.Quantize, _convert_: all, weights: 8, activations: 8, outliers: 8, calibration_samples: 9}
