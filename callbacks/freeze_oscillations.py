@@ -177,14 +177,14 @@ class FreezeOscillations(ModuleCallback):
             (id(optimizer), *(id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad))
             for optimizer in trainer.optimizers
         ]
-        return tuple(trained), tuple((q.final_bits is None, q.bits._version) for q in self._quantizers)
+        return tuple(trained), tuple((q.final_bits is None, q.width_changes) for q in self._quantizers)
 
     def _arrange(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Have a tracker for each optimizer, with the weights that it trains; widths that changed begin anew."""
         self._set_aside()
         found = quantized_weights(module)
         self._quantizers = [weight.quantizer for weight in found]
-        versions = {weight.name: weight.quantizer.bits._version for weight in found}
+        versions = {weight.name: weight.quantizer.width_changes for weight in found}
         for name, version in versions.items():
             if self._versions.get(name, version) != version:
                 self._aside.pop(name, None)

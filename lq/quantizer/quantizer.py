@@ -56,6 +56,10 @@ class Quantizer(FinalWidths):
     #: Tells quantizers from a model's own modules where this class is not imported (`lq.structure`).
     is_lq_quantizer = True
 
+    #: How often its widths have become others (`refresh`), for those who go by them and may not wait for a device.
+    width_changes = 0
+    _last_bits: Tensor | None = None
+
     #: Whether it rounds a weight. Grids of weights of which only the state is known count as symmetric.
     is_weight = True
 
@@ -194,6 +198,9 @@ class Quantizer(FinalWidths):
                     part.copy_(mended)
                     read.copy_(mended)
         bits, zero_point = parts
+        if self._last_bits is None or not torch.equal(bits, self._last_bits):
+            self._last_bits = bits.clone()
+            self.width_changes += 1
         self._calibrated = bool(log2_step.isfinite().all())
         self._unreached = self._unreached or bool(log2_step.isneginf().any())
         self._pruned = not bool(bits.any())

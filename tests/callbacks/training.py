@@ -41,7 +41,7 @@ HELD: dict[str, Chain] = {
     "frozen": lambda: [
         quantize(first_last=None),
         FineTune("lsq", dampening=0.1),
-        FreezeOscillations(0.06, 0.03, momentum=0.05),
+        FreezeOscillations(0.04, 0.01, momentum=0.05),  # one oscillation is enough
     ],
 }
 FULL: dict[str, Chain] = {
