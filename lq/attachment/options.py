@@ -59,7 +59,7 @@ class SiteOptions:
         gelu: levels of what a GELU or SiLU gives: "uniform" or "log" (`QuantSpec`), for fewer than 8 bits: most values
             are close to zero, a few are large. Engines compute those in float. Needs a structure.
         outliers: width of activations whose few large values leave too little of `activations` to the others, such as
-            16 for 8 bits (`QuantSpec`); in vision transformers one or two. Engines compute what reads them in float.
+            16 for 8 bits (`QuantSpec`); in ViT-tiny one of 97. Engines compute what reads them in float.
         first_last: least width of the first and last layers' weights and of the last layer's input; None: no exception.
             The network's own input stays float.
         include: name patterns (``*``, ``?``; a module's name covers what is inside) of the only layers to quantize.

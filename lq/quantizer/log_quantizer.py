@@ -184,7 +184,7 @@ class LogQuantizer(ActivationQuantizer):
         return LogGrid(torch.exp2(torch.log2(high).round()) if rounds else high, torch.ones_like(high))
 
     def grid(self, samples: Samples, signed: bool, bits: Tensor, *, weights: bool) -> tuple[Tensor, Tensor]:
-        """S for each width of `bits`, whatever the rule, and no zero point; (C,) each."""
+        """The largest value s at each width of `bits`, whatever the rule, and no zero point; (C,) each."""
         scales = {width: self._fitted(samples, width).scale for width in set(bits.tolist())}
         return torch.stack([scales[width] for width in bits.tolist()]).to(bits), bits * 0
 
@@ -206,7 +206,7 @@ class LogQuantizer(ActivationQuantizer):
         return self._grids[bits]
 
     def grids(self, bits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """S at each width, and 0 and 1, between which all levels are, over s; shape (len(bits),) each."""
+        """The largest value s at each width; 0 and 1, between which all levels are, over s; shape (len(bits),) each."""
         samples, _ = self.samples()
         widths = torch.tensor([float(check_bits(b)) for b in bits], device=samples.values.device)
         scale = self.grid(samples, False, widths, weights=False)[0]
